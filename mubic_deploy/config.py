@@ -1,0 +1,147 @@
+"""Sizes and variants. Every shape in the package derives from one `Config` (thesis, tables 3.1 and 4.1)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from mubic_deploy.errors import UserError
+
+VARIANTS = ("full", "no_beca", "no_skip", "concat", "no_diffusion", "visual_only")  # Table 4.3
+
+# Constants of the method, the same for every size.
+DIFFUSION_STEPS = 1000  # T, Table 4.1
+SCHEDULE_GAMMA = 0.008  # eq. 3.16
+MAX_STEPS = 12
+DEFAULT_STEPS = 4
+SAMPLE_RATE = 16_000  # Hz
+SLICE_SAMPLES = 15_600  # VGGish's native patch: 96 frames of 25 ms every 10 ms
+SLICE_HOP = 336  # samples, 21 ms
+AUDIO_SLICES = 4  # T_a
+AUDIO_SAMPLES = SLICE_SAMPLES + (AUDIO_SLICES - 1) * SLICE_HOP  # 16 608
+ADAPTIVE = 0  # the STEPS value that asks for adaptive N
+
+
+@dataclass(frozen=True)
+class Config:
+    """One model. Tuples over the four scales run from the finest (i = 1) to the coarsest (i = 4)."""
+
+    name: str
+    variant: str = "full"
+    frames: int = 16
+    height: int = 224
+    width: int = 384
+    # visual encoder (MViTv2)
+    visual_channels: tuple[int, int, int, int] = (96, 192, 384, 768)
+    visual_depths: tuple[int, int, int, int] = (1, 2, 11, 2)
+    visual_heads: tuple[int, int, int, int] = (1, 2, 4, 8)
+    # audio encoder (VGGish)
+    audio_patch: tuple[int, int] = (112, 192)
+    vggish_channels: tuple[int, int, int, int] = (64, 128, 256, 512)
+    audio_heads: int = 8
+    audio_ffn: int = 512
+    # fusion: widths are narrow where tokens are many and wide where they are few
+    ffn_channels: tuple[int, int, int, int] = (24, 64, 192, 1024)
+    beca_channels: tuple[int, int, int, int] = (64, 192, 384, 1024)
+    beca_heads: tuple[int, int, int, int] = (1, 3, 6, 16)
+    gate_channels: tuple[int, int, int, int] = (24, 48, 192, 1664)
+    # denoiser
+    noise_channels: tuple[int, int, int, int] = (64, 128, 256, 512)
+    step_channels: int = 256
+    decoder_channels: tuple[int, int, int, int] = (32, 64, 128, 256)
+    decoder_heads: tuple[int, int, int, int] = (1, 2, 4, 8)
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise UserError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
+        if self.frames % 2 or self.height % 16 or self.width % 16:
+            raise UserError(
+                f"config {self.name!r}: frames must be even, height and width multiples of 16, "
+                f"not {self.frames} x {self.height} x {self.width}"
+            )
+
+    @property
+    def time(self) -> int:
+        """Time steps of the visual features (the patch embedding has stride 2)."""
+        return self.frames // 2
+
+    @property
+    def middle(self) -> int:
+        """Index of the frame that the map belongs to."""
+        return self.frames // 2
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(h_i, w_i) of the four scales: 1/4, 1/8, 1/16, 1/32 of the input, rounded up (eq. 3.13)."""
+        return tuple((-(-self.height // s), -(-self.width // s)) for s in (4, 8, 16, 32))
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """(h, w) of the noise and of the saliency map."""
+        return self.height // 2, self.width // 2
+
+    @property
+    def audio_grid(self) -> tuple[int, int]:
+        """(h_a, w_a) of VGGish's last feature: four poolings by 2."""
+        return self.audio_patch[0] // 16, self.audio_patch[1] // 16
+
+    @property
+    def has_audio(self) -> bool:
+        return self.variant != "visual_only"
+
+    @property
+    def max_steps(self) -> int:
+        return 1 if self.variant == "no_diffusion" else MAX_STEPS
+
+    @property
+    def default_steps(self) -> int:
+        return min(DEFAULT_STEPS, self.max_steps)
+
+    def check_steps(self, steps: int) -> int:
+        """`steps` if it is ADAPTIVE (0) or 1..max_steps, else UserError."""
+        if steps != ADAPTIVE and not 1 <= steps <= self.max_steps:
+            raise UserError(f"steps {steps} is out of range: use 1 to {self.max_steps}, or adaptive")
+        return steps
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Config:
+        """Inverse of `to_json`. UserError names fields that are unknown or missing."""
+        known = {f.name for f in fields(cls)}
+        if not isinstance(data, dict) or set(data) != known:
+            odd = sorted(set(data) ^ known) if isinstance(data, dict) else [type(data).__name__]
+            raise UserError(f"the configuration does not fit this version (fields {', '.join(odd)}): export it again")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+FULL = Config("full")
+DEMO = Config(
+    "demo",
+    height=112,
+    width=192,
+    visual_channels=(32, 64, 128, 256),
+    visual_depths=(1, 2, 3, 1),
+    audio_patch=(64, 96),  # VGGish's native patch, so that nothing is resized
+    vggish_channels=(16, 32, 64, 128),
+    audio_heads=4,
+    audio_ffn=128,
+    ffn_channels=(16, 32, 64, 128),
+    beca_channels=(32, 64, 128, 128),
+    beca_heads=(1, 2, 4, 4),
+    gate_channels=(16, 32, 64, 128),
+    noise_channels=(16, 32, 64, 128),
+    step_channels=64,
+    decoder_channels=(24, 48, 64, 96),
+    decoder_heads=(1, 2, 2, 3),
+)
+CONFIGS = {c.name: c for c in (FULL, DEMO)}
+
+
+def get_config(name: str, variant: str = "full") -> Config:
+    """The named configuration in the given variant. UserError for an unknown name."""
+    if name not in CONFIGS:
+        raise UserError(f"unknown config {name!r}: choose one of {', '.join(CONFIGS)}")
+    return replace(CONFIGS[name], variant=variant)

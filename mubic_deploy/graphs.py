@@ -1,0 +1,133 @@
+"""The signatures of the four graphs: the one source for names, shapes and types of every tensor.
+
+Export, engines, Triton configurations, clients and checks read them here. A tensor has the same name everywhere.
+Shapes leave out the batch axis, which is the first and the only dynamic one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mubic_deploy.config import AUDIO_SAMPLES, AUDIO_SLICES, Config
+from mubic_deploy.errors import UserError
+
+GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    dtype: str  # NumPy's name
+    shape: tuple[int, ...]  # without the batch axis
+
+    def check(self, array: np.ndarray) -> np.ndarray:
+        """`array` if it is [B, *shape] of this dtype, else UserError."""
+        if array.dtype != self.dtype or array.ndim != len(self.shape) + 1 or array.shape[1:] != self.shape:
+            want = ", ".join(str(n) for n in ("batch", *self.shape))
+            raise UserError(
+                f"tensor {self.name} must be {self.dtype} [{want}], not {array.dtype} {list(array.shape)}: "
+                f"send clips of the served configuration"
+            )
+        return array
+
+
+@dataclass(frozen=True)
+class Signature:
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def input_names(self) -> list[str]:
+        return [t.name for t in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        return [t.name for t in self.outputs]
+
+
+def video(c: Config) -> Tensor:
+    """RGB frames in display order, 0..255."""
+    return Tensor("VIDEO", "uint8", (c.frames, c.height, c.width, 3))
+
+
+def audio() -> Tensor:
+    """16 kHz mono in [-1, 1], centred on the clip's middle frame (eq. 3.2 to 3.4)."""
+    return Tensor("AUDIO", "float32", (AUDIO_SAMPLES,))
+
+
+def visual_features(c: Config) -> tuple[Tensor, ...]:
+    """V1..V4, f_v of eq. 3.13, channels first."""
+    pairs = zip(c.visual_channels, c.grids, strict=True)
+    return tuple(Tensor(f"V{i}", "float32", (n, c.time, *grid)) for i, (n, grid) in enumerate(pairs, 1))
+
+
+def audio_features(c: Config) -> Tensor:
+    """A, f_a of eq. 3.8, channels first: [C_a, T_a, h_a, w_a]."""
+    return Tensor("A", "float32", (c.vggish_channels[-1], AUDIO_SLICES, *c.audio_grid))
+
+
+def conditioning(c: Config) -> tuple[Tensor, ...]:
+    """COND: what the decoder uses at every step. CONTEXT1..3 are A_i of eq. 3.44, CONTEXT4 is f_con_4 (eq. 3.42)
+    in the decoder's width, KEYS4 and VALUES4 its compressed keys and values (eq. 3.47)."""
+    pairs = list(zip(c.decoder_channels, c.grids, strict=True))
+    contexts = [Tensor(f"CONTEXT{i}", "float32", (n, c.time, *grid)) for i, (n, grid) in enumerate(pairs, 1)]
+    if c.variant == "no_diffusion":
+        return tuple(contexts)
+    h, w = c.grids[-1]
+    tokens = c.time * -(-h // 2) * -(-w // 2)
+    keys = [Tensor(name, "float32", (tokens, c.decoder_channels[-1])) for name in ("KEYS4", "VALUES4")]
+    return (*contexts, *keys)
+
+
+def step_inputs(c: Config) -> tuple[Tensor, ...]:
+    """The noisy map in [-1, 1]'s scale, its step t, and alpha-bar of this step and of the next, per sample."""
+    return (
+        Tensor("S_T", "float32", (1, *c.map_size)),
+        Tensor("STEP", "int32", (1,)),
+        Tensor("ALPHA_NOW", "float32", (1,)),
+        Tensor("ALPHA_NEXT", "float32", (1,)),
+    )
+
+
+ENTROPY = Tensor("ENTROPY", "float32", (1,))  # of f_av_1, in [0, 1]
+ADAPTIVE_STEPS = Tensor("ADAPTIVE_STEPS", "int32", (1,))  # N of section 3.2.6, 1..12
+
+
+def signatures(c: Config) -> dict[str, Signature]:
+    """The graphs of a configuration by name, in the order they run. `visual_only` has no audio_encoder."""
+    encoded = (*visual_features(c), audio_features(c)) if c.has_audio else visual_features(c)
+    saliency = Tensor("S_0", "float32", (1, *c.map_size))  # in [0, 1]
+    graphs = [
+        Signature("visual_encoder", (video(c),), visual_features(c)),
+        Signature("audio_encoder", (audio(),), (audio_features(c),)),
+        Signature("fusion", encoded, (*conditioning(c), ENTROPY, ADAPTIVE_STEPS)),
+        Signature(
+            "denoiser",
+            (*conditioning(c), *step_inputs(c)),
+            (saliency, Tensor("S_NEXT", "float32", (1, *c.map_size))),
+        ),
+    ]
+    return {g.name: g for g in graphs if c.has_audio or g.name != "audio_encoder"}
+
+
+def ddim(c: Config) -> Signature:
+    """The sampling loop around `denoiser`: COND and a request's settings in, the map out."""
+    return Signature("ddim", (*conditioning(c), ADAPTIVE_STEPS, *settings()), results(c))
+
+
+def pipeline(c: Config) -> Signature:
+    """The whole chain, in process and as Triton's ensemble `mubic`."""
+    media = (video(c), audio()) if c.has_audio else (video(c),)
+    return Signature("mubic", (*media, *settings()), results(c))
+
+
+def settings() -> tuple[Tensor, ...]:
+    """SEED keys the noise (>= 0); STEPS is N, or 0 for adaptive N."""
+    return Tensor("SEED", "int64", (1,)), Tensor("STEPS", "int32", (1,))
+
+
+def results(c: Config) -> tuple[Tensor, ...]:
+    """The map in [0, 1] for the clip's middle frame, and how many steps made it."""
+    return Tensor("SALIENCY", "float32", c.map_size), Tensor("STEPS_USED", "int32", (1,))

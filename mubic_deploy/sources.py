@@ -1,0 +1,26 @@
+"""Where `export/` and `triton_models/` are: beside the package in a checkout, inside it when installed as a wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+_PACKAGE = Path(__file__).parent
+
+
+def source_dir(name: str) -> Path:
+    """The folder `name` ("export" or "triton_models") of the sources."""
+    for parent in (_PACKAGE.parent, _PACKAGE / "_sources"):
+        if (parent / name).is_dir():
+            return parent / name
+    raise FileNotFoundError(f"{name}/ is missing beside {_PACKAGE}: install mubic-deploy again")
+
+
+def load_script(path: Path) -> ModuleType:
+    """The script at `path` as a module, without running its `main`."""
+    spec = importlib.util.spec_from_file_location(f"mubic_deploy_{path.parent.name}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
