@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def step_pairs(n: int) -> list[tuple[int, int]]:
 
     Points between integers are cut towards zero, as DiffSal's sampler does."""
     times = [int(t) for t in reversed(np.linspace(-1, LAST_STEP, n + 1))]
-    return list(zip(times[:-1], times[1:], strict=True))
+    return list(itertools.pairwise(times))
 
 
 class Schedule(NamedTuple):

@@ -20,7 +20,8 @@ def source_dir(name: str) -> Path:
 def load_script(path: Path) -> ModuleType:
     """The script at `path` as a module, without running its `main`."""
     spec = importlib.util.spec_from_file_location(f"mubic_deploy_{path.parent.name}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,0 +1,37 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.graphs import Signature, signatures
+
+
+class OnnxRuntimeEngine:
+    """A session over one ONNX file. `threads` 0 means one a core; `spin` keeps idle threads awake, which is faster
+    where nothing else runs and slower where other processes want the cores."""
+
+    def __init__(self, path: Path, signature: Signature, threads: int = 0, spin: bool = True) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        self.signature = signature
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        feed = {t.name: t.check(inputs[t.name]) for t in self.signature.inputs}
+        names = self.signature.output_names
+        return dict(zip(names, self.session.run(names, feed), strict=True))
+
+
+def load_engines(artifacts: Artifacts, threads: int = 0, spin: bool = True) -> dict[str, Engine]:
+    """An engine for each graph of the artefacts."""
+    return {
+        name: OnnxRuntimeEngine(artifacts.graph(name), signature, threads, spin)
+        for name, signature in signatures(artifacts.config).items()
+    }

@@ -1,0 +1,76 @@
+"""The chain of the four graphs with the DDIM loop around the denoiser, in process (thesis, Algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from mubic_deploy import graphs
+from mubic_deploy.config import Config
+from mubic_deploy.diffusion import noise, schedule
+from mubic_deploy.engines import Arrays, Engine
+
+
+class Predictor(Protocol):
+    """Anything that turns clips into maps: the pipeline here, or a Triton server far away."""
+
+    config: Config
+
+    def predict(
+        self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Pipeline.predict`."""
+        ...
+
+
+def request(
+    config: Config, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int, steps: np.ndarray | int | None
+) -> Arrays:
+    """The arrays of one call, checked: VIDEO, AUDIO (if the variant hears), SEED and STEPS, all [B, ...]."""
+    batch = len(video)
+    seed = np.broadcast_to(np.asarray(seed, np.int64), batch)[:, None]
+    steps = np.broadcast_to(np.asarray(config.default_steps if steps is None else steps, np.int32), batch)[:, None]
+    for n in np.unique(steps):
+        config.check_steps(int(n))
+    arrays = {"VIDEO": video, "AUDIO": audio, "SEED": seed, "STEPS": steps}
+    return {t.name: t.check(arrays[t.name]) for t in graphs.pipeline(config).inputs}
+
+
+def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> Arrays:
+    """The DDIM loop. cond: COND and ADAPTIVE_STEPS [B, 1]; seed int64 [B, 1]; steps int32 [B, 1], 0 for adaptive
+    -> SALIENCY float32 [B, h, w] and STEPS_USED int32 [B, 1]."""
+    used = np.where(steps > 0, steps, cond["ADAPTIVE_STEPS"]).astype(np.int32)
+    inputs = {t.name: cond[t.name] for t in graphs.conditioning(config)}
+    inputs["S_T"] = noise(seed[:, 0], config.map_size)
+    for step, alpha_now, alpha_next in zip(*schedule(used[:, 0]), strict=True):
+        outputs = denoiser({**inputs, "STEP": step, "ALPHA_NOW": alpha_now, "ALPHA_NEXT": alpha_next})
+        inputs["S_T"] = outputs["S_NEXT"]
+    return {"SALIENCY": outputs["S_0"][:, 0], "STEPS_USED": used}
+
+
+class Pipeline:
+    """Clips in, saliency maps out. `engines` holds one engine for each graph of `config`."""
+
+    def __init__(self, config: Config, engines: dict[str, Engine]) -> None:
+        self.config = config
+        self.engines = engines
+
+    def predict(
+        self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """video uint8 [B, 16, H, W, 3], RGB; audio float32 [B, 16608], 16 kHz in [-1, 1] (ignored by visual_only);
+        seed [B] or one for all; steps 1 to 12, or 0 for adaptive, [B] or one for all, None for the default
+        -> saliency float32 [B, h, w] in [0, 1] for the middle frame, and the steps used, int32 [B, 1].
+
+        The same clip and seed give the same map in every engine. UserError for a wrong shape, dtype, seed or step."""
+        arrays = request(self.config, video, audio, seed, steps)
+        results = sample(self.config, self.engines["denoiser"], self.condition(arrays), arrays["SEED"], arrays["STEPS"])
+        return results["SALIENCY"], results["STEPS_USED"]
+
+    def condition(self, arrays: Arrays) -> Arrays:
+        """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip."""
+        features = self.engines["visual_encoder"](arrays)
+        if self.config.has_audio:
+            features |= self.engines["audio_encoder"](arrays)
+        return self.engines["fusion"](features)
