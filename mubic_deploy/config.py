@@ -40,16 +40,16 @@ class Config:
     audio_patch: tuple[int, int] = (112, 192)
     vggish_channels: tuple[int, int, int, int] = (64, 128, 256, 512)
     audio_heads: int = 8
-    audio_ffn: int = 512
+    audio_ffn: int = 2048
     # fusion: widths are narrow where tokens are many and wide where they are few
-    ffn_channels: tuple[int, int, int, int] = (24, 64, 192, 1024)
-    beca_channels: tuple[int, int, int, int] = (64, 192, 384, 1024)
-    beca_heads: tuple[int, int, int, int] = (1, 3, 6, 16)
-    gate_channels: tuple[int, int, int, int] = (24, 48, 192, 1664)
+    ffn_channels: tuple[int, int, int, int] = (16, 32, 96, 784)
+    beca_channels: tuple[int, int, int, int] = (32, 96, 192, 1152)
+    beca_heads: tuple[int, int, int, int] = (1, 3, 6, 18)
+    gate_channels: tuple[int, int, int, int] = (16, 32, 96, 1760)
     # denoiser
     noise_channels: tuple[int, int, int, int] = (64, 128, 256, 512)
-    step_channels: int = 256
-    decoder_channels: tuple[int, int, int, int] = (32, 64, 128, 256)
+    step_channels: int = 512
+    decoder_channels: tuple[int, int, int, int] = (24, 48, 128, 256)
     decoder_heads: tuple[int, int, int, int] = (1, 2, 4, 8)
 
     def __post_init__(self) -> None:
@@ -122,18 +122,19 @@ DEMO = Config(
     "demo",
     height=112,
     width=192,
-    visual_channels=(32, 64, 128, 256),
+    visual_channels=(32, 64, 128, 192),
+    visual_heads=(1, 2, 4, 6),
     visual_depths=(1, 2, 3, 1),
     audio_patch=(64, 96),  # VGGish's native patch, so that nothing is resized
-    vggish_channels=(16, 32, 64, 128),
-    audio_heads=4,
-    audio_ffn=128,
+    vggish_channels=(16, 32, 64, 96),
+    audio_heads=3,
+    audio_ffn=192,
     ffn_channels=(16, 32, 64, 128),
     beca_channels=(32, 64, 128, 128),
     beca_heads=(1, 2, 4, 4),
     gate_channels=(16, 32, 64, 128),
     noise_channels=(16, 32, 64, 128),
-    step_channels=64,
+    step_channels=128,
     decoder_channels=(24, 48, 64, 96),
     decoder_heads=(1, 2, 2, 3),
 )

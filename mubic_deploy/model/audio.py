@@ -1,0 +1,121 @@
+"""Audio encoder: log-mel, VGGish's convolutions and temporal refinement (thesis 3.2.3.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mubic_deploy.config import AUDIO_SLICES, SAMPLE_RATE, SLICE_HOP, SLICE_SAMPLES, Config
+
+WINDOW, HOP, FFT = 400, 160, 512  # 25 ms, 10 ms
+MELS, MEL_LOW, MEL_HIGH = 64, 125.0, 7500.0  # Hz
+FRAMES = (SLICE_SAMPLES - WINDOW) // HOP + 1  # 96
+LOG_OFFSET = 0.01
+# [log 0.01, 5.5] goes to [0, 1]: silence is 0; a full-scale sine reaches about 5, white noise 4.6.
+LOG_LOW, LOG_HIGH = math.log(LOG_OFFSET), 5.5
+
+
+def fourier_filters() -> Tensor:
+    """Real and imaginary DFT filters under a periodic Hann window: [2 (FFT / 2 + 1), 1, WINDOW] for conv1d."""
+    n = torch.arange(WINDOW, dtype=torch.float64)
+    window = 0.5 - 0.5 * torch.cos(2 * math.pi * n / WINDOW)
+    phase = 2 * math.pi / FFT * torch.arange(FFT // 2 + 1, dtype=torch.float64)[:, None] * n
+    return torch.cat([phase.cos(), -phase.sin()]).mul(window)[:, None].float()
+
+
+def mel_filters() -> Tensor:
+    """Triangles, linear in Hz between centres spaced evenly on HTK's mel scale: [FFT / 2 + 1, MELS]."""
+
+    def mel(hz: float) -> float:
+        return 2595.0 * math.log10(1 + hz / 700.0)
+
+    mels = torch.linspace(mel(MEL_LOW), mel(MEL_HIGH), MELS + 2, dtype=torch.float64)
+    edges = 700.0 * (10 ** (mels / 2595.0) - 1)
+    bins = torch.linspace(0, SAMPLE_RATE / 2, FFT // 2 + 1, dtype=torch.float64)[:, None]
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    rising, falling = (bins - low) / (centre - low), (high - bins) / (high - centre)
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+class LogMel(nn.Module):
+    """AUDIO float32 [B, 16608], 16 kHz in [-1, 1] -> log-mel [B, T_a, 96, 64]: log(mel + 0.01) of T_a slices of
+    15 600 samples, one every 336. DFT and framing are one convolution: TensorRT has no STFT."""
+
+    fourier: Tensor
+    mel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fourier", fourier_filters(), persistent=False)
+        self.register_buffer("mel", mel_filters(), persistent=False)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        slices = [audio[:, i * SLICE_HOP : i * SLICE_HOP + SLICE_SAMPLES] for i in range(AUDIO_SLICES)]
+        x = torch.stack(slices, 1).flatten(0, 1)[:, None]  # [B T_a, 1, 15600]
+        real, imaginary = F.conv1d(x, self.fourier, stride=HOP).chunk(2, 1)  # [B T_a, 257, 96]
+        magnitude = (real.square() + imaginary.square()).sqrt()
+        mel = magnitude.transpose(1, 2) @ self.mel
+        return (mel + LOG_OFFSET).log().unflatten(0, (-1, AUDIO_SLICES))
+
+
+class TemporalRefinement(nn.Module):
+    """Self-attention over the T_a slices at each place and FFN, residual and LayerNorm after each (eq. 3.5 to 3.8).
+
+    [B, T_a, C, h_a, w_a] -> [B, C, T_a, h_a, w_a]."""
+
+    def __init__(self, channels: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.position = nn.Parameter(torch.empty(AUDIO_SLICES, channels))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.project = nn.Linear(channels, channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.ffn = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        self.norm2 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        x = x.permute(0, 3, 4, 1, 2) + self.position  # [B, h, w, T_a, C]
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(3, 4).chunk(3, 3)
+        )  # [B, h, w, heads, T_a, d]
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(3, 4).flatten(4)
+        x = self.norm1(x + self.project(attended))
+        x = self.norm2(x + self.ffn(x))
+        return x.permute(0, 4, 3, 1, 2)
+
+
+class AudioEncoder(nn.Module):
+    """AUDIO float32 [B, 16608] -> A float32 [B, C_a, T_a, h_a, w_a]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.patch = config.audio_patch
+        self.log_mel = LogMel()
+        c1, c2, c3, c4 = config.vggish_channels
+        layers: list[nn.Module] = []
+        previous = 1
+        for width in (c1, "pool", c2, "pool", c3, c3, "pool", c4, c4, "pool"):
+            if isinstance(width, int):
+                layers += [nn.Conv2d(previous, width, 3, padding=1), nn.ReLU()]
+                previous = width
+            else:
+                layers.append(nn.MaxPool2d(2))
+        self.vggish = nn.Sequential(*layers)
+        self.refine = TemporalRefinement(c4, config.audio_heads, config.audio_ffn)
+
+    def patches(self, audio: Tensor) -> Tensor:
+        """[B, 16608] -> [B T_a, 1, H_a, W_a] in [0, 1], the mel axis up, time across."""
+        x = self.log_mel(audio).flatten(0, 1).transpose(1, 2)[:, None]
+        x = ((x - LOG_LOW) / (LOG_HIGH - LOG_LOW)).clamp(0, 1)
+        if tuple(x.shape[-2:]) != self.patch:
+            x = F.interpolate(x, size=self.patch, mode="bilinear")
+        return x
+
+    def forward(self, AUDIO: Tensor) -> tuple[Tensor]:
+        features = self.vggish(self.patches(AUDIO)).unflatten(0, (-1, AUDIO_SLICES))
+        return (self.refine(features),)

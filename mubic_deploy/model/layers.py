@@ -1,0 +1,80 @@
+"""Layers that fusion and decoder share. Tokens are channels last: [B, T, h, w, C]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, T, h, w] -> [B, T, h, w, C]."""
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """[B, T, h, w, C] -> [B, C, T, h, w]."""
+    return x.permute(0, 4, 1, 2, 3)
+
+
+class FFN(nn.Sequential):
+    """C -> hidden -> C with ReLU (eq. 3.25)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+
+
+class STC(nn.Module):
+    """Spatio-temporal compression: a depth-wise convolution, kernel = stride = 2^j in space, and LayerNorm.
+
+    [B, T, h, w, C] -> [B, T ceil(h / 2^j) ceil(w / 2^j), C]. Zeros fill the last window where 2^j does not divide
+    a side, so that no row or column is dropped."""
+
+    def __init__(self, channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.conv = nn.Conv2d(channels, channels, factor, stride=factor, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, h, w, c = x.shape
+        x = x.permute(0, 1, 4, 2, 3).flatten(0, 1)  # [B T, C, h, w]
+        x = self.conv(F.pad(x, (0, -w % self.factor, 0, -h % self.factor)))
+        return self.norm(x.flatten(2).transpose(1, 2).reshape(b, -1, c))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, D] -> [B, heads, N, D / heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Scaled dot-product attention (eq. 3.31). q [B, N, D], k and v [B, M, D] -> [B, N, D]."""
+    out = F.scaled_dot_product_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))
+    return out.transpose(1, 2).flatten(2)
+
+
+class Keys(nn.Module):
+    """Compressed keys and values of a context (eq. 3.29, 3.30): [B, T, h, w, C] -> two [B, M, D]."""
+
+    def __init__(self, channels: int, width: int, factor: int) -> None:
+        super().__init__()
+        self.stc = STC(channels, factor)
+        self.k = nn.Linear(channels, width)
+        self.v = nn.Linear(channels, width)
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.stc(context)
+        return self.k(tokens), self.v(tokens)
+
+
+class TemporalEmbedding(nn.Module):
+    """Adds a learned vector a time step (eq. 3.27) to [B, T, h, w, C]."""
+
+    def __init__(self, time: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(time, 1, 1, channels))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight

@@ -1,0 +1,71 @@
+"""The whole model: its four graphs, how it is made, and what it costs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mubic_deploy.config import DEFAULT_STEPS, Config
+from mubic_deploy.graphs import Signature, signatures
+from mubic_deploy.model.audio import AudioEncoder
+from mubic_deploy.model.denoiser import Denoiser
+from mubic_deploy.model.fusion import Fusion
+from mubic_deploy.model.visual import VisualEncoder
+
+
+class MUBiC(nn.Module):
+    """One module a graph, named as the graphs; each takes and returns tensors in its signature's order.
+
+    `folded=False` builds the visual encoder with torchvision's attention, to compare."""
+
+    def __init__(self, config: Config, folded: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisualEncoder(config, folded)
+        if config.has_audio:
+            self.audio_encoder = AudioEncoder(config)
+        self.fusion = Fusion(config)
+        self.denoiser = Denoiser(config)
+
+    def graph(self, name: str) -> nn.Module:
+        """The module of a graph."""
+        return self.get_submodule(name)
+
+
+def random_model(config: Config, seed: int = 0, folded: bool = True) -> MUBiC:
+    """A model with seeded random weights, in eval mode. The global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MUBiC(config, folded).eval()
+
+
+class Cost(NamedTuple):
+    parameters: int
+    parameters_without_vggish: int
+    macs_4_steps: int  # of one clip: encoders and fusion once, 4 denoiser calls (1 without diffusion)
+    macs: dict[str, int]  # of each graph
+
+
+def empty_inputs(signature: Signature, batch: int, device: str = "cpu") -> tuple[Tensor, ...]:
+    """Zeros for each input of a graph."""
+    return tuple(torch.zeros((batch, *t.shape), dtype=getattr(torch, t.dtype), device=device) for t in signature.inputs)
+
+
+def cost(config: Config) -> Cost:
+    """Parameters and multiply-accumulates (torch.utils.flop_counter / 2) of a configuration, without computing."""
+    with torch.device("meta"):
+        model = MUBiC(config).eval()
+    macs = {}
+    with torch.no_grad():
+        for name, signature in signatures(config).items():
+            counter = FlopCounterMode(display=False)
+            with counter:
+                model.graph(name)(*empty_inputs(signature, 1, "meta"))
+            macs[name] = counter.get_total_flops() // 2
+    total = sum(p.numel() for p in model.parameters())
+    vggish = sum(p.numel() for p in model.audio_encoder.vggish.parameters()) if config.has_audio else 0
+    steps = min(DEFAULT_STEPS, config.max_steps)
+    return Cost(total, total - vggish, sum(macs.values()) + (steps - 1) * macs["denoiser"], macs)

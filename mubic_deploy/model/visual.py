@@ -1,0 +1,169 @@
+"""Visual encoder: torchvision's MViTv2 blocks with the relative position bias folded into the attention product."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.video.mvit import MSBlockConfig, MultiscaleAttention, MultiscaleBlock, PositionalEncoding
+
+from mubic_deploy.config import Config
+
+PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of the Kinetics-400 weights
+STRIDE_KV = (8, 4, 2, 1)  # keys and values are pooled to the coarsest grid at every scale
+STOCHASTIC_DEPTH = 0.2
+
+
+def relative_table(weight: Tensor, q_size: int, k_size: int) -> Tensor:
+    """R of eq. 3.10 along one axis. weight [L, d], a vector a distance -> [q, k, d].
+
+    The table is interpolated to the grid's 2 max(q, k) - 1 distances; q and k of different size are compared at the
+    scale of the larger."""
+    distances = 2 * max(q_size, k_size) - 1
+    if weight.shape[0] != distances:
+        weight = F.interpolate(weight.T[None], size=distances, mode="linear")[0].T
+    q = torch.arange(q_size, device=weight.device)[:, None] * max(k_size / q_size, 1.0)
+    k = torch.arange(k_size, device=weight.device)[None, :] * max(q_size / k_size, 1.0)
+    return weight[(q - k + (k_size - 1) * max(q_size / k_size, 1.0)).long()]
+
+
+def one_hot_positions(thw: tuple[int, int, int], like: Tensor) -> Tensor:
+    """Indicators of each key's (t, h, w), the class token's row zero: [1 + t h w, t + h + w]."""
+    t, h, w = thw
+    rows = [
+        torch.eye(t)[:, None, None].expand(t, h, w, t),
+        torch.eye(h)[None, :, None].expand(t, h, w, h),
+        torch.eye(w)[None, None, :].expand(t, h, w, w),
+    ]
+    return F.pad(torch.cat(rows, -1).flatten(0, 2), (0, 0, 1, 0)).to(like)
+
+
+class FoldedAttention(MultiscaleAttention):
+    """torchvision's pooling attention without its bias matrix; same weights, same result.
+
+    The bias of query i and key j is q_i . (Rt[t_i, t_j] + Rh[h_i, h_j] + Rw[w_i, w_j]) (eq. 3.9, 3.10): a sum over
+    one-hot indicators of the key's position. So [q scale, q.Rt, q.Rh, q.Rw] times [k, onehot_t, onehot_h, onehot_w]
+    gives scaled product and bias at once, and plain scaled dot-product attention does the rest."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._positions: tuple[tuple, list[Tensor], Tensor] | None = None
+
+    def train(self, mode: bool = True) -> FoldedAttention:
+        self._positions = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._positions = None  # another device or dtype
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._positions = None
+        super()._load_from_state_dict(*args)
+
+    def positions(self, q_thw: tuple[int, int, int], k_thw: tuple[int, int, int]) -> tuple[list[Tensor], Tensor]:
+        """Tables [q, k, d] of the three axes and the key indicators; in inference computed once."""
+        if self._positions is not None and self._positions[0] == (q_thw, k_thw):
+            return self._positions[1:]
+        weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        tables = [relative_table(r, q, k) for r, q, k in zip(weights, q_thw, k_thw, strict=True)]
+        indicators = one_hot_positions(k_thw, tables[0])
+        if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._positions = ((q_thw, k_thw), tables, indicators)
+        return tables, indicators
+
+    def forward(self, x: Tensor, thw: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        k, k_thw = self.pool_k(k, thw)
+        v, _ = self.pool_v(v, thw)
+        q, q_thw = self.pool_q(q, thw)
+
+        tables, indicators = self.positions(q_thw, k_thw)
+        bias = self._bias(q[:, :, 1:].unflatten(2, q_thw), tables).flatten(2, 4)
+        q_wide = torch.cat([q * self.scaler, F.pad(bias, (0, 0, 1, 0))], -1)  # the class token has no position
+        k_wide = torch.cat([k, indicators.expand(b, self.num_heads, -1, -1)], -1)
+        out = F.scaled_dot_product_attention(q_wide, k_wide, v, scale=1.0)
+
+        # residual pooling (eq. 3.11), not for the class token
+        out = torch.cat([out[:, :, :1], out[:, :, 1:] + q[:, :, 1:]], 2)
+        return self.project(out.transpose(1, 2).flatten(2)), q_thw
+
+    @staticmethod
+    def _bias(q: Tensor, tables: list[Tensor]) -> Tensor:
+        """q [B, heads, t, h, w, d] -> [q.Rt, q.Rh, q.Rw]: [B, heads, t, h, w, k_t + k_h + k_w]."""
+        r_t, r_h, r_w = (r.transpose(1, 2) for r in tables)  # [q, d, k]
+        by_t = (q.flatten(3, 4) @ r_t).unflatten(3, q.shape[3:5])
+        by_h = q @ r_h
+        by_w = (q.transpose(3, 4) @ r_w).transpose(3, 4)
+        return torch.cat([by_t, by_h, by_w], -1)
+
+
+def block_settings(c: Config) -> list[MSBlockConfig]:
+    """The blocks of all four scales; the first block of scales 2 to 4 halves the grid and widens."""
+    settings = []
+    channels = c.visual_channels[0]
+    for scale, depth in enumerate(c.visual_depths):
+        for block in range(depth):
+            stride = 2 if scale > 0 and block == 0 else 1
+            settings.append(
+                MSBlockConfig(
+                    num_heads=c.visual_heads[scale],
+                    input_channels=channels,
+                    output_channels=c.visual_channels[scale],
+                    kernel_q=[3, 3, 3],
+                    kernel_kv=[3, 3, 3],
+                    stride_q=[1, stride, stride],
+                    stride_kv=[1, STRIDE_KV[scale], STRIDE_KV[scale]],
+                )
+            )
+            channels = c.visual_channels[scale]
+    return settings
+
+
+class VisualEncoder(nn.Module):
+    """VIDEO uint8 [B, 16, H, W, 3] -> V1..V4 float32 [B, C_i, 8, h_i, w_i]: the last feature of each scale.
+
+    The weights are named as in torchvision's `mvit_v2_s`. `folded=False` keeps torchvision's attention, to compare."""
+
+    def __init__(self, config: Config, folded: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.conv_proj = nn.Conv3d(3, c.visual_channels[0], (3, 7, 7), stride=(2, 4, 4), padding=(1, 3, 3))
+        size = [c.time, *c.grids[0]]
+        self.pos_encoding = PositionalEncoding(c.visual_channels[0], (size[1], size[2]), size[0], rel_pos_embed=True)
+        nn.init.trunc_normal_(self.pos_encoding.class_token, std=0.02)
+        settings = block_settings(c)
+        self.blocks = nn.ModuleList()
+        for index, setting in enumerate(settings):
+            self.blocks.append(self._block(size, setting, folded, STOCHASTIC_DEPTH * index / (len(settings) - 1)))
+            size = [n // s for n, s in zip(size, setting.stride_q, strict=True)]
+
+    @staticmethod
+    def _block(size: list[int], setting: MSBlockConfig, folded: bool, drop: float) -> MultiscaleBlock:
+        def norm(channels: int) -> nn.LayerNorm:
+            return nn.LayerNorm(channels, eps=1e-6)
+
+        options = {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True}
+        block = MultiscaleBlock(
+            size, setting, proj_after_attn=True, stochastic_depth_prob=drop, norm_layer=norm, **options
+        )
+        if folded:
+            kernels = (setting.kernel_q, setting.kernel_kv, setting.stride_q, setting.stride_kv)
+            channels = (setting.input_channels, setting.output_channels)
+            block.attn = FoldedAttention(size, *channels, setting.num_heads, *kernels, norm_layer=norm, **options)
+        return block
+
+    def forward(self, VIDEO: Tensor) -> tuple[Tensor, ...]:
+        x = VIDEO.permute(0, 4, 1, 2, 3).float().div(255).sub(PIXEL_MEAN).div(PIXEL_STD)
+        x = self.conv_proj(x)
+        thw = (x.shape[2], x.shape[3], x.shape[4])
+        x = self.pos_encoding(x.flatten(2).transpose(1, 2))
+        features = []
+        lasts = [sum(self.config.visual_depths[: i + 1]) - 1 for i in range(4)]
+        for index, block in enumerate(self.blocks):
+            x, thw = block(x, thw)
+            if index in lasts:
+                features.append(x[:, 1:].transpose(1, 2).unflatten(2, thw))
+        return tuple(features)
