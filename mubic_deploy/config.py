@@ -114,7 +114,8 @@ class Config:
         if not isinstance(data, dict) or set(data) != known:
             odd = sorted(set(data) ^ known) if isinstance(data, dict) else [type(data).__name__]
             raise UserError(f"the configuration does not fit this version (fields {', '.join(odd)}): export it again")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 FULL = Config("full")

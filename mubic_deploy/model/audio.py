@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mubic_deploy.config import AUDIO_SLICES, SAMPLE_RATE, SLICE_HOP, SLICE_SAMPLES, Config
+from mubic_deploy.model.layers import FFN, attend
 
 WINDOW, HOP, FFT = 400, 160, 512  # 25 ms, 10 ms
 MELS, MEL_LOW, MEL_HIGH = 64, 125.0, 7500.0  # Hz
@@ -74,19 +75,16 @@ class TemporalRefinement(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.project = nn.Linear(channels, channels)
         self.norm1 = nn.LayerNorm(channels)
-        self.ffn = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        self.ffn = FFN(channels, hidden)
         self.norm2 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        x = x.permute(0, 3, 4, 1, 2) + self.position  # [B, h, w, T_a, C]
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(3, 4).chunk(3, 3)
-        )  # [B, h, w, heads, T_a, d]
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(3, 4).flatten(4)
-        x = self.norm1(x + self.project(attended))
+        x = (x.permute(0, 3, 4, 1, 2) + self.position).flatten(0, 2)  # [B h w, T_a, C]
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = self.norm1(x + self.project(attend(q, (k, v), self.heads)))
         x = self.norm2(x + self.ffn(x))
-        return x.permute(0, 4, 3, 1, 2)
+        return x.unflatten(0, (-1, h, w)).permute(0, 4, 3, 1, 2)
 
 
 class AudioEncoder(nn.Module):

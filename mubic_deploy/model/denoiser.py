@@ -110,7 +110,7 @@ class NoiseAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
         # the projection before the time axis: it is the same for all T, and T times fewer products
         q = self.time(self.q(x.permute(0, 2, 3, 1))[:, None])
-        attended = attend(q.flatten(1, 3), *keys, self.heads)
+        attended = attend(q.flatten(1, 3), keys, self.heads)
         return self.norm(context + self.project(attended).view(context.shape))
 
 

@@ -18,8 +18,8 @@ class AudioUpsample(nn.Module):
     def __init__(self, config: Config, scale: int) -> None:
         super().__init__()
         self.grid = config.grids[scale]
-        ratio = [-(-n // n_a) for n, n_a in zip(self.grid, config.audio_grid, strict=True)]
-        stride = (config.time // AUDIO_SLICES, *ratio)
+        rows, columns = (-(-n // n_a) for n, n_a in zip(self.grid, config.audio_grid, strict=True))
+        stride = (config.time // AUDIO_SLICES, rows, columns)
         self.conv = nn.ConvTranspose3d(config.vggish_channels[-1], config.visual_channels[scale], stride, stride)
 
     def forward(self, a: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        attended = attend(self.q(x.flatten(1, 3)), *self.keys(other), self.heads)
+        attended = attend(self.q(x.flatten(1, 3)), self.keys(other), self.heads)
         return self.norm(x + self.project(attended).view(x.shape))
 
 
@@ -131,9 +131,10 @@ class AdaptiveSteps(nn.Module):
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-        nn.init.zeros_(self.mlp[2].weight)
-        nn.init.constant_(self.mlp[2].bias, DEFAULT_STEPS)
+        last = nn.Linear(hidden, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, DEFAULT_STEPS)
+        self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), last)
 
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, h, w, C] -> entropy float32 [B, 1], N int32 [B, 1]."""

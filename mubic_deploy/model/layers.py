@@ -37,10 +37,10 @@ class STC(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, t, h, w, c = x.shape
+        batch, _, h, w, channels = x.shape
         x = x.permute(0, 1, 4, 2, 3).flatten(0, 1)  # [B T, C, h, w]
         x = self.conv(F.pad(x, (0, -w % self.factor, 0, -h % self.factor)))
-        return self.norm(x.flatten(2).transpose(1, 2).reshape(b, -1, c))
+        return self.norm(x.flatten(2).transpose(1, 2).reshape(batch, -1, channels))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -48,8 +48,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Scaled dot-product attention (eq. 3.31). q [B, N, D], k and v [B, M, D] -> [B, N, D]."""
+def attend(q: Tensor, keys: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    """Scaled dot-product attention (eq. 3.31). q [B, N, D], keys and values [B, M, D] each -> [B, N, D]."""
+    k, v = keys
     out = F.scaled_dot_product_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))
     return out.transpose(1, 2).flatten(2)
 

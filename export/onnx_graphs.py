@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Trace the four graphs of a checkpoint to ONNX, check each against eager PyTorch, write the manifest.
+
+    python export/onnx_graphs.py CHECKPOINT --out DIR        (the same as: mubic-deploy export CHECKPOINT --out DIR)
+
+Nothing is left behind unless every graph passes: all is written beside DIR and renamed at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
+from mubic_deploy.checkpoint import Source
+from mubic_deploy.engines import eager, onnxruntime
+from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import Signature, signatures
+from mubic_deploy.model.mubic import MUBiC, empty_inputs
+from mubic_deploy.parity import CLIPS, Parity, compare
+
+OPSET = 20
+MAX_BATCH = 64  # the batch axis is dynamic from 1 to this
+PACKAGES = ("mubic-deploy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
+
+
+def trace(module: torch.nn.Module, signature: Signature, path: Path) -> None:
+    """One graph as ONNX, weights inside, tensors named as in the signature, only the batch dynamic."""
+    inputs = empty_inputs(signature, batch=2)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    shapes: Any = tuple({0: batch} for _ in inputs)
+    if signature.name == "denoiser":
+        shapes = (shapes,)  # its forward takes *inputs
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=signature.input_names,
+            output_names=signature.output_names,
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=False)
+
+
+def export(model: MUBiC, source: Source, out: Path, progress: Progress = lambda *_: None) -> tuple[Artifacts, Parity]:
+    """All graphs of `model` and the manifest into `out`, which may hold an earlier export (it is replaced).
+
+    UserError if `out` is something else, cannot be written, or a graph differs from eager PyTorch."""
+    out = Path(out)
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an earlier export: choose another --out")
+    part = out.with_name(f"{out.name}.part-{os.getpid()}")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+        parity = _export_into(part, model, source, progress)
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Artifacts.open(out), parity
+
+
+def _export_into(folder: Path, model: MUBiC, source: Source, progress: Progress) -> Parity:
+    model.eval()
+    graphs = signatures(model.config)
+    total = len(graphs) + CLIPS
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": source.to_json(),
+        "config": model.config.to_json(),
+        "opset": OPSET,
+        "precision": "float32",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "graphs": {},
+    }
+    for done, (name, signature) in enumerate(graphs.items()):
+        progress(f"tracing {name}", done, total)
+        path = folder / f"{name}.onnx"
+        trace(model.graph(name), signature, path)
+        manifest["graphs"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
+
+    candidate = {n: onnxruntime.OnnxRuntimeEngine(folder / f"{n}.onnx", s) for n, s in graphs.items()}
+    done = len(graphs)
+
+    def checked() -> None:
+        nonlocal done
+        done += 1
+        progress("checking against eager PyTorch", done, total)
+
+    progress("checking against eager PyTorch", done, total)
+    parity = compare(model.config, eager.load_engines(model), dict(candidate), progress=checked)
+    parity.require()
+    manifest["parity"] = parity.to_json()
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return parity
+
+
+if __name__ == "__main__":
+    from mubic_deploy.cli import main
+
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,0 +1,98 @@
+"""Do other engines compute what eager PyTorch computes? The check behind `export` and `mubic-deploy parity`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mubic_deploy import graphs
+from mubic_deploy.config import Config
+from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.errors import UserError
+from mubic_deploy.metrics import cc
+from mubic_deploy.pipeline import Pipeline
+
+GRAPH_TOLERANCE = 1e-4  # largest difference of any output tensor of a graph, FP32
+MAP_TOLERANCE = 1e-3  # of the final map
+MAP_CC = 0.9999
+CLIPS = 3
+
+
+@dataclass
+class Parity:
+    """Differences of a candidate from the reference over some random clips."""
+
+    graphs: dict[str, dict[str, float]] = field(default_factory=dict)  # graph -> tensor -> largest difference
+    map_difference: float = 0.0
+    map_cc: float = 1.0  # the lowest
+    clips: int = 0
+
+    @property
+    def ok(self) -> bool:
+        worst = max(d for tensors in self.graphs.values() for d in tensors.values())
+        return worst <= GRAPH_TOLERANCE and self.map_difference <= MAP_TOLERANCE and self.map_cc >= MAP_CC
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "clips": self.clips,
+            "graphs": self.graphs,
+            "map_difference": self.map_difference,
+            "map_cc": self.map_cc,
+            "ok": self.ok,
+        }
+
+    def require(self) -> None:
+        """UserError that names the tensor furthest off, unless all is within tolerance."""
+        if self.ok:
+            return
+        flat = [(d, graph, tensor) for graph, tensors in self.graphs.items() for tensor, d in tensors.items()]
+        difference, graph, tensor = max(flat)
+        raise UserError(
+            f"the exported graphs differ from eager PyTorch: {tensor} of {graph} by {difference:.1e} (at most "
+            f"{GRAPH_TOLERANCE:.0e}), the map by {self.map_difference:.1e} (at most {MAP_TOLERANCE:.0e})"
+        )
+
+
+def random_clip(config: Config, seed: int, batch: int = 1) -> Arrays:
+    """VIDEO and AUDIO of uniform noise, seeded, as `graphs.pipeline` says."""
+    rng = np.random.default_rng(seed)
+    video, audio = graphs.video(config), graphs.audio()
+    return {
+        "VIDEO": rng.integers(0, 256, (batch, *video.shape), dtype=np.uint8),
+        "AUDIO": rng.uniform(-1, 1, (batch, *audio.shape)).astype(np.float32),
+    }
+
+
+def compare(
+    config: Config,
+    reference: dict[str, Engine],
+    candidate: dict[str, Engine],
+    clips: int = CLIPS,
+    progress: Callable[[], None] = lambda: None,
+) -> Parity:
+    """Each graph on the reference's own intermediate tensors, and the final map of the whole chain, for `clips`
+    random clips. `progress` is called after each clip."""
+    result = Parity(clips=clips)
+    for seed in range(clips):
+        clip = random_clip(config, seed)
+        tensors = dict(clip)
+        rng = np.random.default_rng(seed)
+        tensors["S_T"] = rng.standard_normal((1, 1, *config.map_size), np.float32)
+        tensors["STEP"] = np.full((1, 1), rng.integers(0, 1000), np.int32)
+        tensors["ALPHA_NOW"] = rng.uniform(0.01, 0.5, (1, 1)).astype(np.float32)
+        tensors["ALPHA_NEXT"] = rng.uniform(0.5, 1, (1, 1)).astype(np.float32)
+        for name, signature in graphs.signatures(config).items():
+            expected, got = reference[name](tensors), candidate[name](tensors)
+            worst = result.graphs.setdefault(name, {})
+            for tensor in signature.output_names:
+                difference = np.abs(expected[tensor].astype(np.float64) - got[tensor]).max()
+                worst[tensor] = max(worst.get(tensor, 0.0), float(difference))
+            tensors |= expected
+        maps = [Pipeline(config, e).predict(clip["VIDEO"], clip["AUDIO"], seed)[0][0] for e in (reference, candidate)]
+        result.map_difference = max(result.map_difference, float(np.abs(maps[0] - maps[1]).max()))
+        result.map_cc = min(result.map_cc, cc(*maps))
+        progress()
+    return result
