@@ -1,0 +1,268 @@
+"""A film's frames, upright and at their own times, read once from start to end in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.media.fit import map_shape
+from mubic_deploy.media.sound import Sound
+
+Source = str | os.PathLike[str]
+MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
+MISSING_S = 0.25  # an end this much too early is worth a warning
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Frame `index` (from 0) of a film. `image` is upright; its `pts` counts the film's `time_base`."""
+
+    index: int
+    time_s: float
+    image: av.VideoFrame
+
+
+class Film:
+    """An opened film: what is known before it is read, and its frames.
+
+    source: a path, or a URL that FFmpeg can read. UserError if there is nothing to predict in it.
+
+    display    (height, width) in square pixels, upright
+    rate       average frames per second, for encoders; the time stamps are what counts
+    expected   number of frames the container promises, None if it does not say
+    warnings   one line each for what was found missing or damaged, complete when the frames were read"""
+
+    def __init__(self, source: Source) -> None:
+        self.source = os.fspath(source)
+        self.name = self.source.rsplit("/", 1)[-1] or self.source
+        self.warnings: list[str] = []
+        self._upright = Upright()
+        self._damaged = 0
+        self._container, self._stream = _open(self.source, self.name)
+        sounds = self._container.streams.audio
+        self.has_sound = bool(sounds) and sounds[0].codec_context is not None
+        self.time_base = self._stream.time_base or Fraction(1, 90_000)
+        rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
+        self.rate = rate if 0 < rate <= MAX_RATE else Fraction(25)
+        self.expected = self._stream.frames or self._count()
+        self._decoded = self._decode()
+        first = next(self._decoded, None)
+        if first is None:
+            self.close()
+            raise UserError(f"{self.name}: no frame can be decoded: convert it to H.264 in MP4, or get it again")
+        self._first = self._upright(first)
+        self.display = self._display_size(first)
+
+    def __enter__(self) -> Film:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(height, width) of the film's maps."""
+        return map_shape(self.display)
+
+    def frames(self) -> Iterator[Frame]:
+        """All frames in display order, once. Times are seconds of the film's own clock, strictly increasing."""
+        previous: Frame | None = None
+        for index, image in enumerate(self._images()):
+            pts = image.pts
+            if previous is not None:
+                last = previous.image.pts
+                assert last is not None
+                step = max(1, round(1 / (self.rate * self.time_base)))
+                pts = last + step if pts is None else max(pts, last + 1)
+            image.pts, image.time_base = pts or 0, self.time_base
+            previous = Frame(index, float(image.pts * self.time_base), image)
+            yield previous
+        if previous is not None:
+            self._check_end(previous)
+
+    def sound(self) -> Sound | None:
+        """The film's sound through a handle of its own, so that it may lie anywhere in the file. None, with a
+        warning, if there is none."""
+        if not self.has_sound:
+            self.warnings.append(f"{self.name} has no sound: it is predicted as silent")
+            return None
+        return Sound(self.source, self.name)
+
+    def _images(self) -> Iterator[av.VideoFrame]:
+        yield self._first
+        for image in self._decoded:
+            yield self._upright(image)
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except av.FFmpegError:
+                self._damaged += 1
+                break
+            try:
+                yield from packet.decode()
+            except av.FFmpegError:
+                self._damaged += 1
+        try:
+            yield from self._stream.decode(None)
+        except av.FFmpegError:
+            self._damaged += 1
+
+    def _display_size(self, image: av.VideoFrame) -> tuple[int, int]:
+        width = round(image.width * (self._stream.sample_aspect_ratio or 1)) or image.width
+        return (width, image.height) if self._upright.turned else (image.height, width)
+
+    def _seconds(self) -> float | None:
+        """How long the container says the pictures last. None if it does not say."""
+        if self._stream.duration:
+            return float(self._stream.duration * self.time_base)
+        tag = self._stream.metadata.get("DURATION", "")  # Matroska: 00:01:02.5
+        try:
+            hours, minutes, seconds = (float(part) for part in tag.split(":"))
+        except ValueError:
+            return None
+        return hours * 3600 + minutes * 60 + seconds
+
+    def _count(self) -> int | None:
+        seconds = self._seconds() or (self._container.duration or 0) / av.time_base
+        return round(seconds * self.rate) or None
+
+    def _check_end(self, last: Frame) -> None:
+        end = last.time_s + float((last.image.duration or 0) * self.time_base or 1 / self.rate)
+        seconds = self._seconds()
+        if seconds is not None:
+            # Matroska's durations count from the film's zero, the others from the stream's first frame
+            start = 0 if "DURATION" in self._stream.metadata else (self._stream.start_time or 0) * self.time_base
+            missing = float(start + seconds) - end
+            if missing > max(MISSING_S, 2.5 / self.rate):
+                self.warnings.append(
+                    f"{self.name} is damaged or cut off: its last frame is at {last.time_s:.2f} s, "
+                    f"{missing:.2f} s before its end; what can be read is predicted"
+                )
+                return
+        if self._damaged:
+            self.warnings.append(
+                f"{self.name} is damaged: {self._damaged} part(s) of its pictures could not be decoded; "
+                f"the last frame read is at {last.time_s:.2f} s"
+            )
+
+
+class Upright:
+    """Turns and mirrors decoded frames as the container's display matrix says."""
+
+    def __init__(self) -> None:
+        self.turned = False  # by 90 or 270 degrees, so that width and height change places
+        self._graph: Any = None
+        self._key: object = None
+
+    def __call__(self, image: av.VideoFrame) -> av.VideoFrame:
+        """`image` itself where there is nothing to do."""
+        filters = orientation(image)
+        self.turned = "transpose" in filters
+        if not filters:
+            return image
+        key = (tuple(filters), image.format.name, image.width, image.height)
+        if key != self._key:
+            self._graph, self._key = _chain(filters, image), key
+        self._graph.vpush(image)
+        return self._graph.vpull()
+
+
+def orientation(image: av.VideoFrame) -> list[str]:
+    """The FFmpeg filters that make a decoded frame upright, by its display matrix."""
+    side_data: Any = image.side_data
+    matrix = side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return []
+    # x' = a x + c y and y' = b x + d y, in 16.16 fixed point
+    a, b, _, c, d = np.frombuffer(memoryview(matrix), np.int32)[:5].astype(int)
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return ["hflip"] * (a < 0) + ["vflip"] * (d < 0)
+    return ["transpose"] + ["hflip"] * (c < 0) + ["vflip"] * (b < 0)
+
+
+def _chain(filters: list[str], image: av.VideoFrame) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    time_base = image.time_base or Fraction(1, 90_000)
+    nodes = [graph.add_buffer(width=image.width, height=image.height, format=image.format, time_base=time_base)]
+    # FFmpeg's dir 0 is the plain transposition
+    nodes += [graph.add(name, "dir=0" if name == "transpose" else None) for name in filters]
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+class Resizer:
+    """Resizes frames and converts their pixels with swscale; keeps its tables between frames of one kind."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, image: av.VideoFrame, size: tuple[int, int], pixels: str) -> av.VideoFrame:
+        """`image` at `size` (height, width) as `pixels`, FFmpeg's name for the format. The image itself where
+        nothing changes. Averages where it shrinks, bicubic where it grows; video range for YUV."""
+        height, width = size
+        shrinks = height * width < image.height * image.width
+        full = image.color_range == ColorRange.JPEG or image.format.name.startswith("yuvj")
+        return self._reformatter.reformat(
+            image,
+            width,
+            height,
+            pixels,
+            interpolation=Interpolation.AREA if shrinks else Interpolation.BICUBIC,
+            src_color_range=ColorRange.JPEG if full else None,
+            dst_color_range=ColorRange.JPEG if pixels == "rgb24" else ColorRange.MPEG,
+        )
+
+
+def is_file(source: Source) -> bool:
+    """False for a URL."""
+    return "://" not in os.fspath(source)
+
+
+def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+    path = Path(source)
+    if is_file(source):
+        if not path.exists():
+            raise UserError(f"{source} does not exist: check the path")
+        if path.is_dir():
+            raise UserError(f"{source} is a folder: give a film file in it")
+        if not path.stat().st_size:
+            raise UserError(f"{name} is empty (0 bytes): get the film again")
+    try:
+        container = av.open(source)
+    except PermissionError as error:
+        raise UserError(f"{source} may not be read: change its permissions") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is not a film that FFmpeg can read ({_reason(error)}): check or convert it") from error
+    # cover pictures of sound files are streams too; "tty" shows any text file as a film
+    covers = av.stream.Disposition.attached_pic
+    films = [s for s in container.streams.video if not s.disposition & covers and container.format.name != "tty"]
+    if not films:
+        sound = " (sound only)" if container.streams.audio else ""
+        container.close()
+        raise UserError(f"{name} holds no video{sound}: give a file with pictures")
+    if films[0].codec_context is None:
+        container.close()
+        raise UserError(f"{name}: its video codec is unknown here: convert it to H.264 in MP4")
+    films[0].thread_type = "AUTO"
+    return container, films[0]
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]

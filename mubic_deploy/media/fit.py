@@ -1,0 +1,88 @@
+"""Geometry: how frames of any size are placed in the model's input, and how maps come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mubic_deploy.errors import UserError
+
+FITS = ("letterbox", "stretch", "crop")
+BAR = 115  # 255 * 0.45, the mean that the visual encoder subtracts: bars are zero to the model
+MAP_WIDTH = 384  # maps go back to the film's size, but are never wider than this
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Frames of `display` (height, width) in a model input of `size`, both in pixels.
+
+    The whole frame is resized to `scaled`; its top left corner then lies at `corner` of the input, which is negative
+    where a crop cuts off."""
+
+    display: tuple[int, int]
+    size: tuple[int, int]
+    scaled: tuple[int, int]
+    corner: tuple[int, int]
+
+    def place(self, frame: np.ndarray) -> np.ndarray:
+        """uint8 [*scaled, 3] -> uint8 [*size, 3], with bars of grey 115 where the frame does not reach."""
+        if self.scaled == self.size:
+            return frame
+        out = np.full((*self.size, frame.shape[2]), BAR, np.uint8)
+        y, x = self.corner
+        inside = frame[max(-y, 0) : self.size[0] - y, max(-x, 0) : self.size[1] - x]
+        out[max(y, 0) : max(y, 0) + inside.shape[0], max(x, 0) : max(x, 0) + inside.shape[1]] = inside
+        return out
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(height, width) of maps in the film's geometry: its display size, at most 384 wide."""
+        return map_shape(self.display)
+
+    def back(self, saliency: np.ndarray) -> np.ndarray:
+        """float32 [h, w] over the model's input, at any resolution, -> float32 [*map_shape] over the frame.
+
+        Bilinear, pixel centres at half integers. Bars are cut off; what a crop did not see is 0."""
+        rows = self._weights(0, saliency.shape[0])
+        columns = self._weights(1, saliency.shape[1])
+        return rows @ saliency.astype(np.float32, copy=False) @ columns.T
+
+    def _weights(self, axis: int, n: int) -> np.ndarray:
+        """float32 [map_shape[axis], n]: the bilinear weights of `n` map pixels in each pixel of the film's map."""
+        scale = n / self.size[axis]
+        top, extent = self.corner[axis] * scale, self.scaled[axis] * scale
+        centre = top + (np.arange(self.map_shape[axis]) + 0.5) * extent / self.map_shape[axis]
+        below = np.floor(centre - 0.5)
+        part = (centre - 0.5 - below).astype(np.float32)
+        # taps stay on the pixels that the frame touches, so that no bar bleeds into its edge
+        first, last = max(int(np.floor(top)), 0), min(int(np.ceil(top + extent)), n) - 1
+        weights = np.zeros((len(centre), n), np.float32)
+        rows = np.arange(len(centre))
+        np.add.at(weights, (rows, np.clip(below, first, last).astype(int)), 1 - part)
+        np.add.at(weights, (rows, np.clip(below + 1, first, last).astype(int)), part)
+        weights[(centre < 0) | (centre > n)] = 0
+        return weights
+
+
+def map_shape(display: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the maps of a film shown at `display`: the same, or 384 wide in the same shape."""
+    height, width = display
+    if width <= MAP_WIDTH:
+        return display
+    return max(1, round(height * MAP_WIDTH / width)), MAP_WIDTH
+
+
+def make_fit(name: str, display: tuple[int, int], size: tuple[int, int]) -> Fit:
+    """The fit `name` of frames of `display` (height, width) to a model input of `size`.
+
+    `letterbox` shows the whole frame between bars, `crop` fills the input with the frame's centre, `stretch` changes
+    the frame's shape. UserError for another name."""
+    if name not in FITS:
+        raise UserError(f"unknown fit {name!r}: choose one of {', '.join(FITS)}")
+    if name == "stretch":
+        return Fit(display, size, size, (0, 0))
+    ratios = [s / d for s, d in zip(size, display, strict=True)]
+    ratio = min(ratios) if name == "letterbox" else max(ratios)
+    height, width = (max(1, round(d * ratio)) for d in display)
+    return Fit(display, size, (height, width), ((size[0] - height) // 2, (size[1] - width) // 2))

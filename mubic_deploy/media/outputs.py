@@ -1,0 +1,55 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mubic_deploy.errors import UserError
+
+
+def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str, ...]], source: Path | None) -> None:
+    """UserError if a target cannot be written, has a suffix other than its kind's, or is the source or another one.
+
+    targets and suffixes: by kind ("overlay", ...)."""
+    seen: dict[Path, str] = {}
+    for kind, path in targets.items():
+        known = suffixes[kind]
+        if path.suffix.lower() not in known:
+            raise UserError(f"{kind} {path}: the name must end in {' or '.join(known)}")
+        if path.is_dir():
+            raise UserError(f"{kind} {path} is a folder: give a file name in it")
+        if not path.parent.is_dir():
+            raise UserError(f"{kind} {path}: the folder {path.parent} does not exist: create it first")
+        if source is not None and path.exists() and path.samefile(source):
+            raise UserError(f"{kind} {path} is the film itself: choose another name")
+        real = path.resolve()
+        if real in seen:
+            raise UserError(f"{kind} and {seen[real]} are the same file {path}: choose two names")
+        seen[real] = kind
+
+
+@contextmanager
+def replacing(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
+    """Temporary files beside the targets, by the same keys and with the same suffix. At the end of the block they are
+    renamed to the targets; if it is left by an exception they are removed and the targets stay as they were.
+
+    UserError if a folder cannot be written."""
+    real = {kind: path.resolve() for kind, path in targets.items()}  # a link stays a link
+    staged: dict[str, Path] = {}
+    try:
+        for kind, path in real.items():
+            temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+            try:
+                temporary.touch(exist_ok=False)
+            except OSError as error:
+                raise UserError(f"{kind} {path} cannot be written ({error.strerror}): choose another folder") from error
+            staged[kind] = temporary
+        yield dict(staged)
+        for kind, path in real.items():
+            staged[kind].replace(path)
+    finally:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""The film's sound track in another file: its packets as they are, or AAC where the container cannot hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import av
+
+AAC_RATES = (32_000, 44_100, 48_000)
+
+
+class SoundTrack:
+    """The first sound track of `source`, muxed into `output` step by step beside the pictures."""
+
+    def __init__(self, source: str, output: av.container.OutputContainer) -> None:
+        self._output = output
+        self._container = av.open(source)
+        self._template = self._container.streams.audio[0]
+        self.copied = self._template.codec_context.codec.canonical_name in output.supported_codecs
+        if self.copied:
+            self._stream = output.add_stream_from_template(self._template)
+            self._packets = self._copy()
+        else:
+            context = self._template.codec_context
+            rate = context.sample_rate if context.sample_rate in AAC_RATES else 48_000
+            self._stream = output.add_stream("aac", rate=rate)
+            self._stream.layout = "mono" if context.layout.nb_channels == 1 else "stereo"
+            self._packets = self._encode()
+        self._next: av.Packet | None = None
+        self._last_dts: int | None = None
+
+    def close(self) -> None:
+        self._container.close()
+
+    def mux_until(self, time_s: float | None) -> None:
+        """Writes the packets up to `time_s` of the film, or all that are left."""
+        while True:
+            packet = self._next or next(self._packets, None)
+            self._next = packet
+            if packet is None or (time_s is not None and (packet.dts or 0) * packet.time_base > time_s):
+                return
+            self._output.mux(packet)
+            self._next = None
+
+    def _demux(self) -> Iterator[av.Packet[av.AudioStream]]:
+        try:
+            yield from self._container.demux(self._template)
+        except av.FFmpegError:  # the file is damaged from here on; the prediction warns of it
+            return
+
+    def _copy(self) -> Iterator[av.Packet]:
+        for packet in self._demux():
+            # containers refuse time stamps that do not grow, as damaged files have them
+            if packet.dts is None or (self._last_dts is not None and packet.dts <= self._last_dts):
+                continue
+            self._last_dts = packet.dts
+            packet.stream = self._stream
+            yield packet
+
+    def _encode(self) -> Iterator[av.Packet]:
+        for packet in self._demux():
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                continue
+            for frame in frames:
+                yield from self._stream.encode(frame)
+        yield from self._stream.encode(None)

@@ -1,0 +1,185 @@
+"""From a film to its saliency maps, an overlay and a contact sheet, in one pass and bounded memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import av
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.media.clips import Clip, Clipper
+from mubic_deploy.media.film import Film, Frame, Source, is_file
+from mubic_deploy.media.fit import FITS
+from mubic_deploy.media.maps import FilmMap, MapsWriter
+from mubic_deploy.media.outputs import check_targets, replacing
+from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
+from mubic_deploy.media.sheet import ContactSheet
+from mubic_deploy.pipeline import Predictor
+
+Target = str | os.PathLike[str]
+Progress = Callable[[int, int | None], None]
+KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "contact sheet": (".png",)}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `predict_film` did.
+
+    steps_used   how many maps took how many denoising steps
+    seconds      wall time
+    warnings     what the film lacked, one line each"""
+
+    maps: int
+    frames: int
+    steps_used: dict[int, int]
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Sink(Protocol):
+    """Where a film's frames and maps go. `finish` completes the file, `close` lets go of it at any time."""
+
+    def add_frame(self, frame: Frame) -> None: ...
+    def add_map(self, item: FilmMap) -> None: ...
+    def finish(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def predict_film(
+    predictor: Predictor,
+    source: Source,
+    *,
+    overlay: Target | None = None,
+    maps: Target | None = None,
+    contact_sheet: Target | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    stride: int = 4,
+    fit: str = "letterbox",
+    progress: Progress | None = None,
+) -> Prediction:
+    """Predicts frames 8, 8 + stride, 8 + 2 * stride .. of a film, each from the 16 frames and the sound around it.
+
+    source         a path, or a URL that FFmpeg can read
+    overlay        .mp4, .m4v, .mov or .mkv: the film with its saliency over it (see `OverlayWriter`)
+    maps           .npz: every map, in the film's geometry (see `MapsWriter`)
+    contact_sheet  .png: eight frames and their overlays
+    steps          1 to 12, 0 for adaptive, None for the default
+    seed           of the noise; the same for every clip, so that maps do not flicker
+    fit            letterbox, stretch or crop (see `make_fit`)
+    progress       called with the frames done and, if the container says it, their number
+
+    The outputs appear together at the end; after any error or interrupt the targets are as they were. UserError for
+    a film, an output or a setting that cannot work, mostly before anything is predicted."""
+    began = time.monotonic()
+    given = {"overlay": overlay, "maps": maps, "contact sheet": contact_sheet}
+    targets = {kind: Path(path) for kind, path in given.items() if path is not None}
+    if not targets.keys() & {"overlay", "maps"}:
+        raise UserError("nothing to write: ask for an overlay, for maps, or for both")
+    _check_settings(predictor, steps, seed, stride, fit)
+    with Film(source) as film:
+        check_targets(targets, KINDS, Path(source) if is_file(source) else None)
+        counts: Counter[int] = Counter()
+        frames = 0
+        with replacing(targets) as staged, ExitStack() as stack:
+            sinks = {}
+            for kind, path in staged.items():
+                with _naming(kind, targets[kind]):
+                    sinks[kind] = _sink(kind, path, film)
+                stack.callback(sinks[kind].close)
+            for item in _run(predictor, film, steps, seed, stride, fit):
+                for kind, sink in sinks.items():
+                    with _naming(kind, targets[kind]):
+                        sink.add_frame(item) if isinstance(item, Frame) else sink.add_map(item)
+                if isinstance(item, FilmMap):
+                    counts[item.steps_used] += 1
+                    continue
+                frames += 1
+                if progress is not None:
+                    progress(frames, film.expected)
+            for kind, sink in sinks.items():
+                with _naming(kind, targets[kind]):
+                    sink.finish()
+        seconds = time.monotonic() - began
+        return Prediction(counts.total(), frames, dict(sorted(counts.items())), seconds, film.warnings)
+
+
+def predict_clips(
+    predictor: Predictor,
+    source: Source,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    stride: int = 4,
+    fit: str = "letterbox",
+    warnings: list[str] | None = None,
+) -> Iterator[FilmMap]:
+    """The maps of a film as they are predicted, without writing anything. Settings as in `predict_film`.
+
+    warnings: a list that is filled with what the film lacks."""
+    _check_settings(predictor, steps, seed, stride, fit)
+    with Film(source) as film:
+        if warnings is not None:
+            film.warnings = warnings
+        for item in _run(predictor, film, steps, seed, stride, fit):
+            if isinstance(item, FilmMap):
+                yield item
+
+
+def _run(
+    predictor: Predictor, film: Film, steps: int | None, seed: int, stride: int, fit: str
+) -> Iterator[Frame | FilmMap]:
+    """Every frame, and every map after the last frame of its clip."""
+    clipper = Clipper(film, predictor.config, stride, fit)
+
+    def predict(clip: Clip) -> FilmMap:
+        saliency, used = predictor.predict(clip.video[None], clip.audio[None], seed, steps)
+        return FilmMap(clip.frame_index, clip.time_s, clipper.fit.back(saliency[0]), int(used[0, 0]))
+
+    try:
+        for frame in film.frames():
+            yield frame
+            clip = clipper.push(frame)
+            if clip is not None:
+                yield predict(clip)
+        clip = clipper.finish()
+        if clip is not None:
+            yield predict(clip)
+    finally:
+        clipper.close()
+
+
+def _check_settings(predictor: Predictor, steps: int | None, seed: int, stride: int, fit: str) -> None:
+    if steps is not None:
+        predictor.config.check_steps(steps)
+    if seed < 0:
+        raise UserError(f"seed {seed} is negative: use 0 or more")
+    if stride < 1:
+        raise UserError(f"stride {stride} is out of range: use 1 or more frames")
+    if fit not in FITS:
+        raise UserError(f"unknown fit {fit!r}: choose one of {', '.join(FITS)}")
+
+
+def _sink(kind: str, path: Path, film: Film) -> _Sink:
+    if kind == "overlay":
+        return OverlayWriter(path, film)
+    if kind == "maps":
+        return MapsWriter(path, film.map_shape)
+    return ContactSheet(path, film.name)
+
+
+@contextmanager
+def _naming(kind: str, target: Path) -> Iterator[None]:
+    """Errors of writing name the output."""
+    try:
+        yield
+    except (OSError, av.FFmpegError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise UserError(f"{kind} {target} cannot be written ({reason}): check the disk") from error
