@@ -1,0 +1,68 @@
+"""A model of Triton's Python backend around an ONNX Runtime session. Runs inside the server's stub processes only."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # a module of the server
+
+from mubic_deploy.engines import Arrays
+from mubic_deploy.engines.onnxruntime import OnnxRuntimeEngine
+from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import signatures
+from mubic_deploy.triton import parameters
+from mubic_deploy.triton.parameters import OnnxSettings
+
+
+def load_engine(graph: str, values: dict[str, str]) -> OnnxRuntimeEngine:
+    """The engine of a graph from the parameters of a model. UserError if its file is missing or another."""
+    settings = OnnxSettings.from_strings(values)
+    if settings is None:
+        raise UserError(f"the configuration of {graph} names no ONNX file: write the model repository again")
+    signature = signatures(parameters.config_from_string(values[parameters.CONFIG]))[graph]
+    return OnnxRuntimeEngine(settings.check_file(), signature, settings.threads, settings.spin)
+
+
+def error_response(error: UserError) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+
+
+class GraphModel:
+    """One graph. The requests of a batch become one run along the batch axis."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.engine = load_engine(args["model_name"], parameters.from_model_config(args["model_config"]))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request. A request with a wrong tensor gets an error and the others their results.
+
+        If the session fails, Triton answers the whole batch with its error and goes on."""
+        responses: list[Any] = [None] * len(requests)
+        feeds: dict[int, Arrays] = {}
+        for i, request in enumerate(requests):
+            try:
+                feeds[i] = self._feed(request)
+            except UserError as error:
+                responses[i] = error_response(error)
+        if feeds:
+            for i, outputs in zip(feeds, self._run(list(feeds.values())), strict=True):
+                tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
+                responses[i] = pb_utils.InferenceResponse(tensors)
+        return responses
+
+    def _feed(self, request: Any) -> Arrays:
+        inputs = self.engine.signature.inputs
+        feed = {t.name: t.check(pb_utils.get_input_tensor_by_name(request, t.name).as_numpy()) for t in inputs}
+        if len({len(array) for array in feed.values()}) > 1:
+            raise UserError("the tensors of a request must have the same batch size")
+        return feed
+
+    def _run(self, feeds: list[Arrays]) -> list[Arrays]:
+        if len(feeds) == 1:  # the usual case with one client: nothing is copied
+            return [self.engine(feeds[0])]
+        merged = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+        outputs = self.engine(merged)
+        ends = accumulate((len(next(iter(feed.values()))) for feed in feeds), initial=0)
+        return [{name: array[a:b] for name, array in outputs.items()} for a, b in pairwise(ends)]

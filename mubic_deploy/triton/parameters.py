@@ -1,0 +1,65 @@
+"""What `repository` writes into the `parameters` of a config.pbtxt, and the models and clients read there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mubic_deploy.artifacts import sha256
+from mubic_deploy.config import Config
+from mubic_deploy.errors import UserError
+
+CONFIG = "CONFIG"  # the Config as JSON: every model has it, the ensemble too, so that a client knows what is served
+_ONNX, _SHA256, _THREADS, _SPIN = "ONNX", "SHA256", "THREADS", "SPIN"
+
+
+@dataclass(frozen=True)
+class OnnxSettings:
+    """A graph to run with ONNX Runtime. `threads` 0 means one a core; `spin` see `OnnxRuntimeEngine`."""
+
+    file: Path
+    sha256: str
+    threads: int
+    spin: bool
+
+    def to_strings(self) -> dict[str, str]:
+        return {
+            _ONNX: str(self.file),
+            _SHA256: self.sha256,
+            _THREADS: str(self.threads),
+            _SPIN: str(int(self.spin)),
+        }
+
+    @classmethod
+    def from_strings(cls, values: Mapping[str, str]) -> OnnxSettings | None:
+        """Inverse of `to_strings`; None if the values name no graph."""
+        if _ONNX not in values:
+            return None
+        return cls(Path(values[_ONNX]), values[_SHA256], int(values[_THREADS]), values[_SPIN] == "1")
+
+    def check_file(self) -> Path:
+        """The graph's file. UserError if it is missing or not the one for which the repository was written."""
+        if not self.file.is_file():
+            raise UserError(f"{self.file} is missing: export again, then write the model repository again")
+        if sha256(self.file) != self.sha256:
+            raise UserError(
+                f"{self.file} is not the file that this model repository was written for (SHA-256 differs): "
+                f"write the model repository again"
+            )
+        return self.file
+
+
+def config_to_string(config: Config) -> str:
+    return json.dumps(config.to_json())
+
+
+def config_from_string(text: str) -> Config:
+    return Config.from_json(json.loads(text))
+
+
+def from_model_config(model_config: str) -> dict[str, str]:
+    """The parameters in the JSON that Triton gives to `initialize`."""
+    entries = json.loads(model_config)["parameters"]
+    return {key: value["string_value"] for key, value in entries.items()}

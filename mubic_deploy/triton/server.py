@@ -1,0 +1,292 @@
+"""Triton's server from the wheel nvidia-pytriton, as a child process: no container, no root."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import copy2, copytree, rmtree
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.triton import watchdog
+
+HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 8001, 8002
+_GRACE = 10.0  # s for requests in flight and for the models to end
+_POLL = 0.05  # s
+_SHM_BYTES = 16 << 20  # of each model process at the start; it grows as needed
+_INSTALL = "install it with: pip install 'mubic-deploy[serve]'"
+
+
+class TritonServer:
+    """A running server: `with TritonServer(repository) as server:`, or `start` and `stop`.
+
+    repository: a folder that `write_repository` made. host: the address to listen on. Ports: 0 picks a free one.
+    log: the file for the server's output; without one a temporary file, which stays only if the server failed.
+    timeout: seconds until every model must be ready.
+
+    UserError when starting: the wheel is missing, a port is in use, or the server ends or is not ready in time, with
+    the cause from its log."""
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        host: str = "127.0.0.1",
+        http_port: int = HTTP_PORT,
+        grpc_port: int = GRPC_PORT,
+        metrics_port: int = METRICS_PORT,
+        log: Path | None = None,
+        timeout: float = 120.0,
+    ) -> None:
+        self.repository = Path(repository).resolve()
+        self.host = host
+        self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
+        self.timeout = timeout
+        self.log = log
+        self.shm_prefix = f"mubic_{uuid.uuid4().hex[:12]}_"  # of its files in /dev/shm
+        self._keep_log = log is not None
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients connect: "HOST:PORT" of gRPC."""
+        return f"{_reachable(self.host)}:{self.grpc_port}"
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, wanted: Callable[[], bool] = lambda: True) -> bool:
+        """Returns True when every model is ready; stops and returns False as soon as `wanted()` is false."""
+        if not self.repository.is_dir():
+            raise UserError(f"there is no model repository {self.repository}: make it with mubic-deploy repository")
+        self.http_port, self.grpc_port, self.metrics_port = _ports(
+            self.host, {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
+        )
+        package = _package()
+        folder = Path(tempfile.mkdtemp(prefix="mubic-triton-"))
+        try:
+            self._launch(package, folder)
+            ready = self._wait(wanted)
+        except BaseException:
+            self.stop(failed=True)
+            rmtree(folder, ignore_errors=True)
+            raise
+        if not ready:
+            self.stop()
+        return ready
+
+    def stop(self, failed: bool = False) -> None:
+        """Ends the server and its model processes and removes what they left; harmless if there is none."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(_GRACE + 5)
+        except subprocess.TimeoutExpired:
+            process.kill()  # the server dies with it
+            process.wait()
+        if not self._keep_log and not failed and self.log is not None:
+            self.log.unlink(missing_ok=True)
+            self.log = None
+
+    def check(self) -> None:
+        """UserError, with the cause from the log, if the server is not running any more."""
+        if self._process is None:
+            raise UserError("the Triton server is not started")
+        status = self._process.poll()
+        if status is not None:
+            raise UserError(f"the Triton server ended by itself (status {status}): {self._cause()}")
+
+    def _launch(self, package: Path, folder: Path) -> None:
+        if self.log is None:
+            handle, name = tempfile.mkstemp(prefix="mubic-triton-", suffix=".log")
+            os.close(handle)
+            self.log = Path(name)
+        prefix = self.shm_prefix
+        job = {
+            "command": self._command(package, _backends(package, folder), prefix),
+            "env": _environment(package),
+            "grace": _GRACE,
+            "shm_prefix": prefix,
+            "remove": [str(folder)],
+        }
+        try:
+            with self.log.open("wb") as log:
+                # a session of its own: an interrupt from the terminal reaches this process only, which ends the server
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", watchdog.__file__, json.dumps(job)],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise UserError(f"the Triton server cannot be started: {error}") from None
+
+    def _command(self, package: Path, backends: Path, shm_prefix: str) -> list[str]:
+        options = {
+            "model-repository": self.repository,
+            "backend-directory": backends,
+            "strict-readiness": "true",
+            "exit-timeout-secs": int(_GRACE) - 2,
+            "http-address": self.host,
+            "http-port": self.http_port,
+            "grpc-address": self.host,
+            "grpc-port": self.grpc_port,
+            "metrics-address": self.host,
+            "metrics-port": self.metrics_port,
+            "allow-gpu-metrics": "false",
+        }
+        python = {
+            "shm-region-prefix-name": shm_prefix,
+            "shm-default-byte-size": _SHM_BYTES,
+            "stub-timeout-seconds": int(self.timeout),
+        }
+        # the configurations are complete; completing them would start every model process twice
+        command = [str(package / "tritonserver" / "bin" / "tritonserver"), "--disable-auto-complete-config"]
+        command += [f"--{key}={value}" for key, value in options.items()]
+        return command + [f"--backend-config=python,{key}={value}" for key, value in python.items()]
+
+    def _wait(self, wanted: Callable[[], bool]) -> bool:
+        end = time.monotonic() + self.timeout
+        while wanted():
+            self.check()
+            if self._is_ready():
+                return True
+            if time.monotonic() > end:
+                raise UserError(f"the Triton server is not ready after {self.timeout:g} s: see its log {self.log}")
+            time.sleep(_POLL)
+        return False
+
+    def _is_ready(self) -> bool:
+        """Health, which with strict readiness says that all the models are ready too."""
+        connection = http.client.HTTPConnection(_reachable(self.host), self.http_port, timeout=5)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _cause(self) -> str:
+        assert self.log is not None
+        return f"{_cause(self.log.read_text(errors='replace'))} (log: {self.log})"
+
+
+def serve(repository: Path, *, on_ready: Callable[[TritonServer], None] | None = None, **options: object) -> None:
+    """Serves until SIGINT or SIGTERM; call it from the main thread. `on_ready` gets the server when it is ready;
+    options: those of `TritonServer`. UserError if the server cannot start or ends by itself."""
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    server = TritonServer(repository, **options)  # type: ignore[arg-type]
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if server.start(lambda: not stopped) and on_ready is not None:
+            on_ready(server)
+        while not stopped:
+            server.check()
+            time.sleep(_POLL)
+        server.stop()
+    finally:
+        server.stop(failed=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _package() -> Path:
+    """The folder of pytriton, which is not imported: that takes a second and starts things."""
+    spec = find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"nvidia-pytriton, which holds the Triton server, is missing: {_INSTALL}")
+    package = Path(spec.submodule_search_locations[0])
+    if not (package / "tritonserver" / "bin" / "tritonserver").is_file():
+        raise UserError(f"{package} holds no tritonserver (it exists for Linux on x86-64): {_INSTALL}")
+    return package
+
+
+def _backends(package: Path, folder: Path) -> Path:
+    """A copy of the wheel's backends with the stub of this Python in it."""
+    version = sysconfig.get_python_version()
+    stubs = package / "tritonserver" / "python_backend_stubs"
+    stub = stubs / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        known = ", ".join(sorted(p.name for p in stubs.iterdir()))
+        raise UserError(f"the Triton server of the wheel has no stub for Python {version}: use one of {known}")
+    backends = folder / "backends"
+    copytree(package / "tritonserver" / "backends", backends)
+    copy2(stub, backends / "python" / stub.name)
+    return backends
+
+
+def _environment(package: Path) -> dict[str, str]:
+    """The server's environment: its model processes shall find this Python, its libraries and its packages."""
+    site = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    libraries = [package.parent / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
+
+    def joined(name: str, *first: object) -> str:
+        return os.pathsep.join([str(p) for p in first if p] + [p for p in [os.environ.get(name)] if p])
+
+    return os.environ | {
+        "PATH": joined("PATH", Path(sys.executable).parent),
+        "LD_LIBRARY_PATH": joined("LD_LIBRARY_PATH", *libraries),
+        "PYTHONPATH": joined("PYTHONPATH", Path(__file__).parents[2], *site),
+    }
+
+
+def _reachable(host: str) -> str:
+    """An address at which a server that listens on `host` answers."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _ports(host: str, ports: dict[str, int]) -> list[int]:
+    """The ports with free ones for 0, all of them tried out. UserError names a port that cannot be had."""
+    with contextlib.ExitStack() as held:
+        found = []
+        for use, port in ports.items():
+            try:
+                family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+                listener = held.enter_context(socket.socket(family, kind))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen()
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{use} port {port} of {host} cannot be used ({reason}): choose another") from None
+            found.append(listener.getsockname()[1])
+    return found
+
+
+def _cause(log: str) -> str:
+    """The most telling line of the log of a server that ended."""
+    models = re.findall(r"\"failed to load '(\S+)' version \d+: \w+: (.*?)(?:\\n|\"$)", log, re.M)
+    if models:
+        name, reason = models[0]
+        return f"the model {name} cannot be loaded: {reason.removeprefix('UserError: ')}"
+    errors = re.findall(r"^E\d{4} [^\]]*\] \"(.*)\"$", log, re.M)
+    errors = [line for line in errors if not re.search("cuda", line, re.I)]  # said on every machine without a GPU
+    lines = errors or log.strip().splitlines() or ["it wrote nothing"]
+    return lines[0].split("\\n")[0]

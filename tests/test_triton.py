@@ -1,0 +1,181 @@
+"""The ensemble on a real server against the same graphs in process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_graphs
+import tritonclient.grpc as triton
+from triton_serving import clips, serving
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import ADAPTIVE, get_config
+from mubic_deploy.engines.onnxruntime import load_engines
+from mubic_deploy.errors import UserError
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.triton.client import ENSEMBLE, TritonPredictor
+from mubic_deploy.triton.server import TritonServer
+
+pytest_plugins = ("triton_fixtures",)
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["denoiser in ddim", "denoiser called"])
+def server(
+    request: pytest.FixtureRequest, toy_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    if not request.param:
+        yield request.getfixturevalue("toy_server")
+        return
+    with serving(toy_artifacts, tmp_path_factory.mktemp("called"), call_denoiser=True) as server:
+        yield server
+
+
+@pytest.fixture
+def predictor(server: TritonServer) -> Iterator[TritonPredictor]:
+    with TritonPredictor(f"triton://{server.url}") as predictor:
+        yield predictor
+
+
+def test_config_comes_from_the_server(predictor: TritonPredictor, toy_artifacts: Artifacts) -> None:
+    assert predictor.config == toy_artifacts.config
+
+
+@pytest.mark.parametrize("steps", [1, 4, 12, ADAPTIVE, None])
+def test_same_maps_as_in_process(predictor: TritonPredictor, toy_pipeline: Pipeline, steps: int | None) -> None:
+    video, audio = clips(toy_pipeline.config, 1)
+    for seed in (0, 7, 2**62):
+        saliency, used = predictor.predict(video, audio, seed, steps)
+        expected, expected_used = toy_pipeline.predict(video, audio, seed, steps)
+        np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(used, expected_used)
+    assert saliency.shape == (1, *toy_pipeline.config.map_size)
+    assert saliency.std() > 0.01  # there is something to compare
+
+
+def test_batch_of_different_steps_and_seeds(predictor: TritonPredictor, toy_pipeline: Pipeline) -> None:
+    count = predictor.max_batch + 3  # more than the server takes at once
+    video, audio = clips(toy_pipeline.config, count)
+    seeds, steps = np.arange(count) * 5, np.arange(count) % 13
+    saliency, used = predictor.predict(video, audio, seeds, steps)
+    expected, expected_used = toy_pipeline.predict(video, audio, seeds, steps)
+    np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(used, expected_used)
+
+
+def test_adaptive_steps_are_each_samples_own(predictor: TritonPredictor, toy_pipeline: Pipeline) -> None:
+    video, audio = clips(toy_pipeline.config, 6)
+    saliency, used = predictor.predict(video, audio, 1, ADAPTIVE)
+    assert len(np.unique(used)) > 1
+    for i in range(6):
+        expected, expected_used = toy_pipeline.predict(video[[i]], audio[[i]], 1, ADAPTIVE)
+        assert used[i] == expected_used[0]
+        np.testing.assert_allclose(saliency[i], expected[0], rtol=0, atol=TOLERANCE)
+
+
+def test_concurrent_clients(server: TritonServer, toy_pipeline: Pipeline) -> None:
+    video, audio = clips(toy_pipeline.config, 8)
+    steps = [1, 4, 12, ADAPTIVE, 2, 4, 12, 3]
+
+    def client(i: int) -> list[np.ndarray]:
+        with TritonPredictor(server.url) as predictor:
+            return [predictor.predict(video[[i]], audio[[i]], seed, steps[i])[0] for seed in range(6)]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(client, range(8)))
+    for i, maps in enumerate(answers):
+        for seed, saliency in enumerate(maps):
+            expected, _ = toy_pipeline.predict(video[[i]], audio[[i]], seed, steps[i])
+            np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
+
+
+def send(url: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """A request as any client could send it, without `TritonPredictor`'s checks."""
+    inputs = []
+    for name, array in arrays.items():
+        inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
+        inputs[-1].set_data_from_numpy(array)
+    with triton.InferenceServerClient(url) as client:
+        return client.infer(ENSEMBLE, inputs).as_numpy("SALIENCY")
+
+
+def good(pipeline: Pipeline) -> dict[str, np.ndarray]:
+    video, audio = clips(pipeline.config, 1)
+    return {"VIDEO": video, "AUDIO": audio, "SEED": np.array([[3]]), "STEPS": np.array([[4]], np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"VIDEO": np.zeros((1, 16, 10, 192, 3), np.uint8)}, "VIDEO"),
+        ({"VIDEO": np.zeros((1, 16, 112, 192, 3), np.float32)}, "VIDEO"),
+        ({"AUDIO": np.zeros((1, 100), np.float32)}, "AUDIO"),
+        ({"AUDIO": None}, "AUDIO"),
+        ({"STEPS": np.array([[99]], np.int32)}, "steps 99 is out of range: use 1 to 12"),
+        ({"STEPS": np.array([[-1]], np.int32)}, "steps -1 is out of range"),
+        ({"SEED": np.array([[-5]])}, "seed -5 is negative"),
+        ({"SEED": np.array([[1], [2]])}, "batch"),
+    ],
+)
+def test_wrong_request_gets_an_error_and_the_next_its_map(
+    server: TritonServer, toy_pipeline: Pipeline, change: dict[str, np.ndarray | None], message: str
+) -> None:
+    right = good(toy_pipeline)
+    with pytest.raises(InferenceServerException, match=message):
+        send(server.url, {name: array for name, array in (right | change).items() if array is not None})
+    expected, _ = toy_pipeline.predict(right["VIDEO"], right["AUDIO"], 3, 4)
+    np.testing.assert_allclose(send(server.url, right), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_wrong_request_among_right_ones(server: TritonServer, toy_pipeline: Pipeline) -> None:
+    """They reach ddim together: only the wrong ones fail."""
+    right = good(toy_pipeline)
+    wrong = right | {"STEPS": np.array([[50]], np.int32)}
+    expected, _ = toy_pipeline.predict(right["VIDEO"], right["AUDIO"], 3, 4)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(send, server.url, wrong if i % 3 == 0 else right) for i in range(16)]
+    for i, answer in enumerate(answers):
+        if i % 3 == 0:
+            with pytest.raises(InferenceServerException, match="steps 50 is out of range"):
+                answer.result()
+        else:
+            np.testing.assert_allclose(answer.result(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["visual_only", "no_diffusion"])
+def test_variants(variant: str, tmp_path: Path) -> None:
+    artifacts = toy_graphs.write(get_config("demo", variant), tmp_path / "toy")
+    pipeline = Pipeline(artifacts.config, load_engines(artifacts, spin=False))
+    video, audio = clips(artifacts.config, 2)
+    with serving(artifacts, tmp_path) as server, TritonPredictor(server.url) as predictor:
+        saliency, used = predictor.predict(video, audio, 5)
+        adaptive, _ = predictor.predict(video, audio, 5, ADAPTIVE)
+    expected, expected_used = pipeline.predict(video, audio, 5)
+    np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(used, expected_used)
+    np.testing.assert_allclose(adaptive, pipeline.predict(video, audio, 5, ADAPTIVE)[0], rtol=0, atol=TOLERANCE)
+
+
+def test_predictor_says_what_is_wrong(server: TritonServer, predictor: TritonPredictor) -> None:
+    video, audio = clips(predictor.config, 1)
+    with pytest.raises(UserError, match="VIDEO must be uint8"):
+        predictor.predict(video.astype(np.float32), audio)
+    with pytest.raises(UserError, match="steps 13 is out of range"):
+        predictor.predict(video, audio, steps=13)
+    with pytest.raises(UserError, match=f"{server.url} answered with an error: .*seed -1 is negative"):
+        predictor.predict(video, audio, seed=-1)
+    with TritonPredictor(server.url, timeout=0.001) as hasty, pytest.raises(UserError, match=r"within 0\.001 s"):
+        hasty.predict(video, audio)
+
+
+def test_no_server() -> None:
+    with pytest.raises(UserError, match=r"no Triton server answers at 127\.0\.0\.1:9: start one"):
+        TritonPredictor("triton://127.0.0.1:9")
+    with pytest.raises(UserError, match="'localhost' is no address of a Triton server"):
+        TritonPredictor("localhost")

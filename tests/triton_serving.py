@@ -1,0 +1,32 @@
+"""A Triton server and clips for tests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import AUDIO_SAMPLES, Config
+from mubic_deploy.triton.repository import write_repository
+from mubic_deploy.triton.server import TritonServer
+
+FREE_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+
+
+@contextlib.contextmanager
+def serving(artifacts: Artifacts, folder: Path, **options: Any) -> Iterator[TritonServer]:
+    """A server for the artefacts with its repository and log in `folder`; options: those of `write_repository`."""
+    write_repository(artifacts, folder / "repository", **options)
+    with TritonServer(folder / "repository", log=folder / "triton.log", **FREE_PORTS) as server:
+        yield server
+
+
+def clips(config: Config, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """VIDEO and AUDIO of random clips."""
+    rng = np.random.default_rng(seed)
+    video = rng.integers(0, 256, (count, config.frames, config.height, config.width, 3), np.uint8)
+    return video, rng.uniform(-1, 1, (count, AUDIO_SAMPLES)).astype(np.float32)

@@ -1,0 +1,81 @@
+"""Triton's Python backend: the DDIM loop around the denoiser (thesis, Algorithm 2).
+
+With an ONNX file among its parameters the model runs the denoiser itself; without one it calls the model `denoiser`
+(BLS). Then the loop passes opaque tensors: it reads SEED, STEPS and ADAPTIVE_STEPS, and what else lies on a device
+stays there."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # a module of the server
+
+from mubic_deploy import graphs
+from mubic_deploy.diffusion import noise, schedule
+from mubic_deploy.errors import UserError
+from mubic_deploy.pipeline import sample
+from mubic_deploy.triton import parameters
+
+
+class TritonPythonModel:
+    """COND, ADAPTIVE_STEPS, SEED and STEPS in; SALIENCY [B, 1, h, w] (config.pbtxt reshapes it) and STEPS_USED out."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        values = parameters.from_model_config(args["model_config"])
+        self.config = parameters.config_from_string(values[parameters.CONFIG])
+        self.denoiser = None
+        if parameters.OnnxSettings.from_strings(values):
+            # ONNX Runtime need not be installed where the denoiser is another model
+            from mubic_deploy.triton.graph_model import load_engine
+
+            self.denoiser = load_engine("denoiser", values)
+
+    async def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request. The requests step side by side, so that the denoiser's batcher can merge them."""
+        return await asyncio.gather(*(self.respond(request) for request in requests))
+
+    async def respond(self, request: Any) -> Any:
+        try:
+            outputs = self.run_here(request) if self.denoiser else await self.run_calls(request)
+        except UserError as error:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+        return pb_utils.InferenceResponse(outputs)
+
+    def settings(self, request: Any) -> tuple[np.ndarray, np.ndarray]:
+        """SEED int64 [B, 1], and the steps of each sample, int32 [B, 1]. UserError if one is out of range."""
+        seed, steps, adaptive = (
+            pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("SEED", "STEPS", "ADAPTIVE_STEPS")
+        )
+        for n in steps[:, 0]:
+            self.config.check_steps(int(n))
+        return seed, np.where(steps > 0, steps, adaptive).astype(np.int32)
+
+    def run_here(self, request: Any) -> list[Any]:
+        seed, steps = self.settings(request)
+        names = [t.name for t in (*graphs.conditioning(self.config), graphs.ADAPTIVE_STEPS)]
+        cond = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names}
+        results = sample(self.config, self.denoiser, cond, seed, steps)
+        return [
+            pb_utils.Tensor("SALIENCY", results["SALIENCY"][:, None]),
+            pb_utils.Tensor("STEPS_USED", results["STEPS_USED"]),
+        ]
+
+    async def run_calls(self, request: Any) -> list[Any]:
+        seed, steps = self.settings(request)
+        cond = [pb_utils.get_input_tensor_by_name(request, t.name) for t in graphs.conditioning(self.config)]
+        s_t = pb_utils.Tensor("S_T", noise(seed[:, 0], self.config.map_size))
+        calls = list(zip(*schedule(steps[:, 0]), strict=True))
+        for left, arrays in zip(reversed(range(len(calls))), calls, strict=True):
+            names = ("STEP", "ALPHA_NOW", "ALPHA_NEXT")
+            step = [pb_utils.Tensor(name, array) for name, array in zip(names, arrays, strict=True)]
+            # only the tensor that is needed comes back: the next S_T, at last the map
+            result = await self.call([*cond, s_t, *step], "S_NEXT" if left else "S_0")
+            s_t = pb_utils.Tensor.from_dlpack("S_T" if left else "SALIENCY", result)
+        return [s_t, pb_utils.Tensor("STEPS_USED", steps)]
+
+    async def call(self, inputs: list[Any], output: str) -> Any:
+        request = pb_utils.InferenceRequest(model_name="denoiser", requested_output_names=[output], inputs=inputs)
+        response = await request.async_exec()
+        if response.has_error():
+            raise UserError(f"denoiser: {response.error().message()}")
+        return pb_utils.get_output_tensor_by_name(response, output)
