@@ -193,8 +193,10 @@ def orientation(image: av.VideoFrame) -> list[str]:
     # x' = a x + c y and y' = b x + d y, in 16.16 fixed point
     a, b, _, c, d = np.frombuffer(memoryview(matrix), np.int32)[:5].astype(int)
     if abs(a) + abs(d) >= abs(b) + abs(c):
-        return ["hflip"] * (a < 0) + ["vflip"] * (d < 0)
-    return ["transpose"] + ["hflip"] * (c < 0) + ["vflip"] * (b < 0)
+        wanted = {"hflip": a < 0, "vflip": d < 0}
+    else:
+        wanted = {"transpose": True, "hflip": c < 0, "vflip": b < 0}
+    return [name for name, needed in wanted.items() if needed]
 
 
 def _chain(filters: list[str], image: av.VideoFrame) -> av.filter.Graph:
@@ -248,7 +250,7 @@ def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.Video
         container = av.open(source)
     except PermissionError as error:
         raise UserError(f"{source} may not be read: change its permissions") from error
-    except (OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{name} is not a film that FFmpeg can read ({_reason(error)}): check or convert it") from error
     # cover pictures of sound files are streams too; "tty" shows any text file as a film
     covers = av.stream.Disposition.attached_pic

@@ -38,12 +38,11 @@ def blend_rgb(image: np.ndarray, saliency: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def yuv_table(bt709: bool) -> np.ndarray:
-    """uint8 [4, 256]: Y, U, V times alpha, and alpha (of 256), in video range, for `Y - Y * alpha / 256 + YA`."""
+    """uint8 [4, 256]: Y, U and V in video range times alpha, and alpha, of 256."""
     rgb, alpha = table()
     red, blue = (0.2126, 0.0722) if bt709 else (0.299, 0.114)
     r, g, b = rgb.T / 255
     y = red * r + (1 - red - blue) * g + blue * b
     yuv = np.stack([16 + 219 * y, 128 + 112 * (b - y) / (1 - blue), 128 + 112 * (r - y) / (1 - red)])
-    cover = np.floor(256 * alpha)
-    # swscale may be one off in either: with colour <= alpha - 3 the blend of a 255 still does not overflow
-    return np.concatenate([np.minimum(np.floor(yuv * cover / 256), np.maximum(cover - 3, 0)), cover[None]]).astype("u1")
+    cover = np.rint(256 * alpha)
+    return np.rint(np.concatenate([yuv * cover / 256, cover[None]])).astype(np.uint8)

@@ -130,14 +130,16 @@ class HeatBlend:
         return out
 
     def _blend(self, below: np.ndarray, alpha: np.ndarray, colour: np.ndarray, out: np.ndarray) -> None:
-        """below - below * alpha / 256 + colour, all uint8 [h, w]."""
+        """below * (256 - alpha) / 256 + colour, all uint8 [h, w]. `below` itself where alpha is 0."""
         if self._product.size < below.size:
             self._product = np.empty(below.size, np.uint16)
         product = self._product[: below.size].reshape(below.shape)
-        np.multiply(below, alpha, out=product, dtype=np.uint16)
+        np.subtract(256, alpha, out=product, dtype=np.uint16)
+        np.multiply(product, below, out=product)
         np.right_shift(product, 8, out=product)
-        np.subtract(below, product, out=out, casting="unsafe")
-        np.add(out, colour, out=out)
+        np.add(product, colour, out=product)
+        np.minimum(product, 255, out=product)  # swscale rounds colour and alpha apart
+        np.copyto(out, product, casting="unsafe")
 
 
 def _touched(cover: np.ndarray, height: int) -> slice:

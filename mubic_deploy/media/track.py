@@ -23,7 +23,7 @@ class SoundTrack:
         else:
             context = self._template.codec_context
             rate = context.sample_rate if context.sample_rate in AAC_RATES else 48_000
-            self._stream = output.add_stream("aac", rate=rate)
+            self._stream = output.add_stream("aac", rate=rate, bit_rate=160_000)
             self._stream.layout = "mono" if context.layout.nb_channels == 1 else "stereo"
             self._packets = self._encode()
         self._next: av.Packet | None = None

@@ -1,0 +1,282 @@
+"""Frames and clips: orientation, geometry, time stamps, short and damaged films, bad input."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from films import COLOURS, bunny, corners, frame_times, quadrants, write_film
+
+from mubic_deploy.config import DEMO, FULL
+from mubic_deploy.errors import UserError
+from mubic_deploy.media.clips import read_clips
+from mubic_deploy.media.film import Film, Resizer
+from mubic_deploy.media.fit import BAR
+
+TIMES = frame_times(25, 20)
+UPRIGHT = [["red", "green"], ["blue", "yellow"]]
+
+
+def first_frame(path: Path) -> np.ndarray:
+    with Film(path) as film:
+        frame = next(film.frames())
+        return Resizer()(frame.image, film.display, "rgb24").to_ndarray()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotated_films_are_upright(tmp_path, rotation, suffix):
+    """np.rot90 turns counter-clockwise, as the metadata says here."""
+    path = write_film(tmp_path / f"film{suffix}", TIMES, quadrants(48, 80), rotation=rotation)
+    with av.open(path) as container:  # stored as it was drawn
+        assert corners(next(container.decode(video=0)).to_ndarray(format="rgb24")) == [*UPRIGHT[0], *UPRIGHT[1]]
+    image = first_frame(path)
+    assert image.shape == ((48, 80, 3) if rotation == 180 else (80, 48, 3))
+    assert corners(image) == np.rot90(UPRIGHT, rotation // 90).ravel().tolist()
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_mirrored_films_are_upright(tmp_path, rotation):
+    path = write_film(tmp_path / "film.mp4", TIMES, quadrants(48, 80), rotation=rotation, hflip=True)
+    assert corners(first_frame(path)) == np.fliplr(np.rot90(UPRIGHT, rotation // 90)).ravel().tolist()
+
+
+def test_a_phone_held_upright(tmp_path):
+    """QuickTime's own bytes: {0, 1, 0 / -1, 0, 0} turns clockwise, whatever the library that wrote the film thinks."""
+    path = write_film(tmp_path / "film.mp4", TIMES, quadrants(48, 80))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # the matrix of a version 0 track header
+    assert data[at : at + 4] == b"\0\1\0\0"
+    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+    path.write_bytes(data)
+    assert corners(first_frame(path)) == np.rot90(UPRIGHT, -1).ravel().tolist() == ["blue", "red", "yellow", "green"]
+
+
+def test_clips_of_a_rotated_film(tmp_path):
+    path = write_film(tmp_path / "film.mp4", TIMES, quadrants(64, 112), rotation=90)
+    with Film(path) as film:
+        clip = next(read_clips(film, DEMO))
+    # 112 high, 64 wide, and bars of 64 on both sides
+    picture = clip.video[8]
+    assert (picture[:, :62] == BAR).all()
+    assert (picture[:, 130:] == BAR).all()
+    assert corners(picture[:, 64:128]) == np.rot90(UPRIGHT).ravel().tolist()
+
+
+@pytest.mark.parametrize(
+    ("sar", "rotation", "display"),
+    [(Fraction(2), 0, (48, 160)), (Fraction(4, 3), 0, (48, 107)), (Fraction(1, 2), 0, (48, 40)), (2, 90, (160, 48))],
+)
+def test_non_square_pixels(tmp_path, sar, rotation, display):
+    path = write_film(tmp_path / "film.mp4", TIMES, quadrants(48, 80), sar=Fraction(sar), rotation=rotation)
+    with Film(path) as film:
+        assert film.display == display
+
+
+def test_frames_keep_their_own_times(tmp_path):
+    ticks = [0, 3003, 6006, 7000, 12_345, 20_000, 20_001, 50_000]
+    path = write_film(tmp_path / "film.mp4", [Fraction(t, 90_000) for t in ticks], quadrants(48, 80))
+    with Film(path) as film:
+        frames = list(film.frames())
+    assert [(f.image.pts or 0) * film.time_base for f in frames] == [Fraction(t, 90_000) for t in ticks]
+    assert [f.time_s for f in frames] == [t / 90_000 for t in ticks]
+    assert [f.index for f in frames] == list(range(8))
+
+
+@pytest.mark.parametrize(("stride", "first_frames"), [(1, 25), (4, 7), (15, 2), (16, 2), (20, 2), (30, 1)])
+def test_windows(tmp_path, stride, first_frames):
+    """Window k shows frames k * stride .. k * stride + 15: brightness counts the frames."""
+    path = write_film(
+        tmp_path / "film.mp4", frame_times(25, 40), lambda i: np.full((112, 192, 3), 16 + 5 * i, np.uint8)
+    )
+    with Film(path) as film:
+        clips = list(read_clips(film, DEMO, stride=stride))
+    assert len(clips) == first_frames
+    for k, clip in enumerate(clips):
+        assert clip.frame_index == k * stride + 8
+        assert clip.time_s == pytest.approx((k * stride + 8) / 25)
+        level = clip.video[:, 56, 96, 1].astype(int)
+        np.testing.assert_allclose(level, 16 + 5 * (k * stride + np.arange(16)), atol=2)
+
+
+def test_colours_of_the_model_input(tmp_path):
+    path = write_film(tmp_path / "film.mp4", TIMES, quadrants(112, 192))
+    with Film(path) as film:
+        picture = next(read_clips(film, DEMO)).video[8]
+    for (y, x), name in zip([(28, 48), (28, 144), (84, 48), (84, 144)], COLOURS, strict=True):
+        np.testing.assert_allclose(picture[y, x].astype(int), COLOURS[name], atol=5)
+
+
+@pytest.mark.parametrize(("count", "middle"), [(1, 0), (5, 4), (8, 7), (9, 8), (15, 8)])
+def test_short_films_repeat_the_last_frame(tmp_path, count, middle):
+    path = write_film(tmp_path / "short.mp4", frame_times(25, count), lambda i: np.full((48, 80, 3), 40 + 10 * i, "u1"))
+    with Film(path) as film:
+        (clip,) = read_clips(film, DEMO, fit="stretch")
+    assert film.warnings == [
+        "short.mp4 has no sound: it is predicted as silent",
+        f"short.mp4 has only {count} frame(s): the last one is repeated to make 16",
+    ]
+    assert clip.frame_index == middle
+    assert clip.time_s == pytest.approx(middle / 25)
+    level = clip.video[:, 50, 50, 1].astype(int)
+    np.testing.assert_allclose(level, 40 + 10 * np.minimum(np.arange(16), count - 1), atol=2)
+    assert not clip.audio.any()
+
+
+def test_sound_that_ends_early_is_said(tmp_path):
+    sound = np.full((1, 48_000), 0.5, np.float32)
+    path = write_film(tmp_path / "early.mov", frame_times(25, 60), quadrants(48, 80), sound=sound)
+    with Film(path) as film:
+        clips = list(read_clips(film, DEMO))
+    assert np.abs(clips[0].audio).max() > 0.4
+    assert np.abs(clips[-1].audio).max() == 0
+    assert film.warnings == ["the sound of early.mov ends at 1.00 s of 2.36 s: silence is used after"]
+
+
+def test_a_whole_film_has_no_warnings(tmp_path):
+    for suffix in (".mp4", ".mkv", ".ts"):
+        sound = np.zeros((1, 48_000 * 2), np.float32)
+        path = write_film(tmp_path / f"film{suffix}", frame_times(25, 50), quadrants(48, 80), sound=sound, codec="aac")
+        with Film(path) as film:
+            assert len(list(read_clips(film, DEMO))) == 9
+            assert film.warnings == []
+
+
+def test_a_badly_interleaved_film(tmp_path):
+    """All sound after all pictures: read the same as well interleaved."""
+    sound = np.sin(np.arange(48_000 * 4) * 0.05).astype(np.float32)[None]
+    audio = []
+    for interleave in (True, False):
+        path = write_film(
+            tmp_path / f"{interleave}.mkv", frame_times(25, 100), quadrants(48, 80), sound=sound, interleave=interleave
+        )
+        with av.open(path) as container:
+            order = [p.stream_index for p in container.demux() if p.dts is not None]
+        assert (order.index(1) > 90) is not interleave
+        with Film(path) as film:
+            audio.append(np.stack([clip.audio for clip in read_clips(film, DEMO)]))
+    np.testing.assert_array_equal(*audio)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".ts", ".mp4"])
+def test_truncated_films_are_predicted_as_far_as_they_go(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 255, (100, 48, 80, 3), np.uint8)
+    path = write_film(tmp_path / f"whole{suffix}", frame_times(25, 100), lambda i: noise[i])
+    if suffix == ".mp4":  # its index is at the end: a cut film has it in front
+        path = with_index_in_front(path, tmp_path / "front.mp4")
+    cut = tmp_path / f"cut{suffix}"
+    data = path.read_bytes()
+    cut.write_bytes(data[: int(len(data) * 0.6)])
+    with Film(cut) as film:
+        clips = list(read_clips(film, DEMO))
+    assert 8 <= len(clips) <= 14  # of 22
+    if suffix != ".ts":  # a transport stream does not say how long it is
+        assert len(film.warnings) == 2
+        assert "cut.m" in film.warnings[1]
+        assert "is damaged or cut off: its last frame is at 2." in film.warnings[1]
+
+
+def with_index_in_front(path: Path, target: Path) -> Path:
+    with av.open(path) as source, av.open(target, "w", container_options={"movflags": "faststart"}) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    return target
+
+
+def test_damage_inside_a_film_is_said(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 48, 80, 3), np.uint8)
+    path = write_film(tmp_path / "film.mp4", frame_times(25, 60), lambda i: noise[i])
+    with av.open(path) as container:
+        packet = [p for p in container.demux(video=0) if p.dts is not None][20]
+        position, size = packet.pos, packet.size
+    data = bytearray(path.read_bytes())
+    data[position : position + size] = bytes(size)
+    path.write_bytes(data)
+    with Film(path) as film:
+        frames = list(film.frames())
+    assert len(frames) >= 58
+    assert film.warnings == [
+        "film.mp4 is damaged: 1 part(s) of its pictures could not be decoded; the last frame read is at 2.36 s"
+    ]
+
+
+def test_memory_does_not_grow(tmp_path, monkeypatch):
+    """What a reader holds after 600 frames is what it held after 100: windows of small frames and a second of sound."""
+    from mubic_deploy.media.clips import Clipper
+
+    sound = np.zeros((1, 24 * 8000), np.float32)
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 600), quadrants(48, 80), sound=sound, rate=8000)
+    held: list[float] = []
+    with Film(path) as film:
+        clipper = Clipper(film, DEMO)
+        for frame in film.frames():
+            clipper.push(frame)
+            assert clipper._sound is not None
+            held.append(len(clipper._window) + sum(len(block) for _, block in clipper._sound._blocks) / 16_000)
+        clipper.close()
+    assert max(held) <= 16 + 2
+    assert len(held) == 600
+
+
+def test_the_real_clip():
+    with Film(bunny()) as film:
+        assert film.display == (720, 1280)
+        assert film.rate == 25
+        assert film.expected == 132
+        clips = list(read_clips(film, FULL))
+        assert film.warnings == []
+    assert [c.frame_index for c in clips] == list(range(8, 128, 4))
+    assert clips[0].video.shape == (16, 224, 384, 3)
+    assert (clips[0].video[:, :4] == BAR).all()
+    # the sound against FFmpeg's own mix of the whole track
+    resampler = av.AudioResampler("flt", "mono", 16_000, options={"rematrix_maxval": "1.0"})
+    with av.open(bunny()) as container:
+        parts = [r.to_ndarray()[0] for f in container.decode(audio=0) for r in resampler.resample(f)]
+    whole = np.concatenate(parts)
+    start = round(2.0 * 16_000) - 8304
+    clip = next(c for c in clips if c.time_s == 2.08)
+    np.testing.assert_allclose(clip.audio, whole[start + 1280 : start + 1280 + 16_608], atol=1e-6)
+
+
+def nothing(path: Path) -> None:
+    with av.open(path, "w") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width, stream.height = 64, 48
+        output.start_encoding()
+
+
+def sound_only(path: Path) -> None:
+    with av.open(path, "w") as output:
+        stream = output.add_stream("aac", rate=48_000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 4096), np.float32), "fltp", "stereo")
+        frame.sample_rate = 48_000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("missing.mp4", lambda path: None, "missing.mp4 does not exist: check the path"),
+        ("folder.mp4", lambda path: path.mkdir(), "folder.mp4 is a folder"),
+        ("empty.mp4", lambda path: path.touch(), "empty.mp4 is empty"),
+        ("text.mp4", lambda path: path.write_text("hello\n" * 500), "text.mp4 is not a film"),
+        ("text.txt", lambda path: path.write_text("hello\n" * 500), "text.txt holds no video"),
+        ("sound.m4a", sound_only, r"sound.m4a holds no video \(sound only\)"),
+        ("nothing.mp4", nothing, "nothing.mp4"),
+        ("nothing.mkv", nothing, "nothing.mkv"),
+    ],
+)
+def test_bad_input(tmp_path, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=message) as caught:
+        Film(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert ":" in str(caught.value)  # what is wrong: what to do

@@ -1,0 +1,170 @@
+"""`predict_film` from end to end: what is written, what is left after errors, what is refused."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from films import Brightness, frame_times, quadrants, write_film
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.predict import predict_clips, predict_film
+
+BRIGHT_RIGHT = np.zeros((90, 160, 3), np.uint8)
+BRIGHT_RIGHT[:, 80:] = 200
+
+
+@pytest.fixture
+def film(tmp_path):
+    (tmp_path / "in").mkdir()
+    return write_film(tmp_path / "in" / "film.mp4", frame_times(25, 40), BRIGHT_RIGHT)
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_everything(film, out):
+    calls = []
+    predictor = Brightness()
+    result = predict_film(
+        predictor,
+        film,
+        overlay=out / "o.mp4",
+        maps=out / "m.npz",
+        contact_sheet=out / "s.png",
+        steps=3,
+        seed=7,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert names(out) == ["m.npz", "o.mp4", "s.png"]
+    assert (result.maps, result.frames, result.steps_used) == (7, 40, {3: 7})
+    assert result.seconds > 0
+    assert result.warnings == ["film.mp4 has no sound: it is predicted as silent"]
+    assert predictor.calls == [(7, 3)] * 7  # the noise stays, so the maps do not flicker
+    assert calls == [(i, 40) for i in range(1, 41)]
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch", "crop"])
+def test_maps_lie_over_the_film(film, out, fit):
+    """The predictor's map is the frame's brightness: it must come back where the frame is bright."""
+    predict_film(Brightness(), film, maps=out / "m.npz", fit=fit)
+    with np.load(out / "m.npz") as archive:
+        maps, index, times = archive["maps"], archive["frame_index"], archive["time_s"]
+    np.testing.assert_array_equal(index, [8, 12, 16, 20, 24, 28, 32])
+    np.testing.assert_allclose(times, index / 25)
+    assert maps.shape == (7, 90, 160)
+    np.testing.assert_allclose(maps[:, 4:-4, 4:77], 0, atol=0.02)
+    np.testing.assert_allclose(maps[:, 4:-4, 83:-4], 200 / 255, atol=0.02)
+
+
+def test_predict_clips_yields_the_same(film, out):
+    predict_film(Brightness(), film, maps=out / "m.npz", stride=8)
+    warnings: list[str] = []
+    items = list(predict_clips(Brightness(), film, stride=8, warnings=warnings))
+    assert [i.frame_index for i in items] == [8, 16, 24, 32]
+    assert warnings == ["film.mp4 has no sound: it is predicted as silent"]
+    np.testing.assert_array_equal(np.stack([i.saliency for i in items]), np.load(out / "m.npz")["maps"])
+
+
+def test_a_short_film(tmp_path, out):
+    path = write_film(tmp_path / "short.mp4", frame_times(25, 3), quadrants(48, 80))
+    result = predict_film(Brightness(), path, overlay=out / "o.mp4", maps=out / "m.npz", contact_sheet=out / "s.png")
+    assert (result.maps, result.frames, len(result.warnings)) == (1, 3, 2)
+
+
+class Failing(Brightness):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def predict(self, *args, **kwargs):
+        if len(self.calls) == 3:
+            raise self.error
+        return super().predict(*args, **kwargs)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("engine"), UserError("server gone")])
+def test_nothing_half_written_stays(film, out, error):
+    (out / "o.mp4").write_bytes(b"old")
+    (out / "m.npz").write_bytes(b"old")
+    with pytest.raises(type(error)):
+        predict_film(
+            Failing(error), film, overlay=out / "o.mp4", maps=out / "m.npz", contact_sheet=out / "s.png", stride=1
+        )
+    assert names(out) == ["m.npz", "o.mp4"]
+    assert (out / "o.mp4").read_bytes() == (out / "m.npz").read_bytes() == b"old"
+
+
+def test_targets_are_replaced_and_links_kept(film, out, tmp_path):
+    (tmp_path / "real.npz").write_bytes(b"old")
+    (out / "m.npz").symlink_to(tmp_path / "real.npz")
+    predict_film(Brightness(), film, maps=out / "m.npz")
+    assert (out / "m.npz").is_symlink()
+    assert len(np.load(tmp_path / "real.npz")["maps"]) == 7
+
+
+class Untouched(Brightness):
+    def predict(self, *args, **kwargs):
+        raise AssertionError("refused too late")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing to write"),
+        ({"contact_sheet": "s.png"}, "nothing to write"),
+        ({"overlay": "gone/o.mp4"}, "the folder .*gone does not exist"),
+        ({"overlay": "dir.mp4"}, "dir.mp4 is a folder"),
+        ({"overlay": "o.webm"}, r"o.webm: the name must end in .mp4 or .m4v or .mov or .mkv"),
+        ({"overlay": "o"}, "the name must end in"),
+        ({"maps": "m.npy"}, "m.npy: the name must end in .npz"),
+        ({"maps": "m.npz", "contact_sheet": "s.pdf"}, "s.pdf: the name must end in .png"),
+        ({"overlay": "../in/film.mp4"}, "film.mp4 is the film itself"),
+        ({"overlay": "link.mp4"}, "link.mp4 is the film itself"),
+        ({"maps": "m.npz", "stride": 0}, "stride 0"),
+        ({"maps": "m.npz", "steps": 13}, "steps 13"),
+        ({"maps": "m.npz", "seed": -1}, "seed -1"),
+        ({"maps": "m.npz", "fit": "zoom"}, "'zoom'"),
+    ],
+)
+def test_refused_before_the_work(film, out, options, message):
+    (out / "dir.mp4").mkdir()
+    (out / "link.mp4").symlink_to(film)
+    before = film.read_bytes()
+    outputs = {k: out / v if isinstance(v, str) and k != "fit" else v for k, v in options.items()}
+    with pytest.raises(UserError, match=message) as caught:
+        predict_film(Untouched(), film, **outputs)
+    assert "\n" not in str(caught.value)
+    assert film.read_bytes() == before
+    assert names(out) == ["dir.mp4", "link.mp4"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(film, out):
+    out.chmod(0o500)
+    with pytest.raises(UserError, match=r"m\.npz cannot be written \(Permission denied\)"):
+        predict_film(Untouched(), film, maps=out / "m.npz")
+
+
+def test_a_folder_that_cannot_be_written(film):
+    """/proc takes no files, not even root's."""
+    with pytest.raises(UserError, match=r"cannot be written \(.+\): choose another folder"):
+        predict_film(Untouched(), film, maps="/proc/m.npz")
+
+
+def test_a_disk_that_fills_up(film, out, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mubic_deploy.media.maps.MapsWriter.add_map", full)
+    with pytest.raises(UserError, match=r"maps .*m\.npz cannot be written \(No space left on device\)"):
+        predict_film(Brightness(), film, maps=out / "m.npz", overlay=out / "o.mp4")
+    assert names(out) == []
