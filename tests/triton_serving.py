@@ -14,7 +14,7 @@ from mubic_deploy.config import AUDIO_SAMPLES, Config
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
 
-FREE_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+FREE_PORTS: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
 
 @contextlib.contextmanager

@@ -85,26 +85,34 @@ class TritonServer:
             self._launch(package, folder)
             ready = self._wait(wanted)
         except BaseException:
-            self.stop(failed=True)
+            self._end(kindly=False, keep_log=True)
             rmtree(folder, ignore_errors=True)
             raise
         if not ready:
-            self.stop()
+            self._end(kindly=False, keep_log=False)
         return ready
 
-    def stop(self, failed: bool = False) -> None:
-        """Ends the server and its model processes and removes what they left; harmless if there is none."""
+    def stop(self) -> None:
+        """Ends the server, after the requests in flight, and its model processes, and removes what they left. Harmless
+        if there is none."""
+        self._end(kindly=True, keep_log=False)
+
+    def _end(self, kindly: bool, keep_log: bool) -> None:
         process, self._process = self._process, None
         if process is None:
             return
+        keep_log = keep_log or process.poll() is not None  # it ended by itself: the log says why
         assert process.stdin is not None
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            if not kindly:
+                process.stdin.write(b"!")
+            process.stdin.close()
         try:
             process.wait(_GRACE + 5)
         except subprocess.TimeoutExpired:
             process.kill()  # the server dies with it
             process.wait()
-        if not self._keep_log and not failed and self.log is not None:
+        if not self._keep_log and not keep_log and self.log is not None:
             self.log.unlink(missing_ok=True)
             self.log = None
 
@@ -124,7 +132,7 @@ class TritonServer:
         prefix = self.shm_prefix
         job = {
             "command": self._command(package, _backends(package, folder), prefix),
-            "env": _environment(package),
+            "env": _environment(package) | {"TMPDIR": str(folder)},  # what the models leave there goes with it
             "grace": _GRACE,
             "shm_prefix": prefix,
             "remove": [str(folder)],
@@ -210,9 +218,8 @@ def serve(repository: Path, *, on_ready: Callable[[TritonServer], None] | None =
         while not stopped:
             server.check()
             time.sleep(_POLL)
-        server.stop()
     finally:
-        server.stop(failed=True)
+        server.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
 

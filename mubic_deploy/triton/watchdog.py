@@ -2,7 +2,8 @@
 
 A script of its own that imports nothing but the standard library. Its argument is JSON (see `server`). The parent
 holds the other end of its standard input: when that closes, on purpose or because the parent is gone, the server is
-shut down and what it left in shared memory and in its temporary folder is removed."""
+shut down and what it left in shared memory and in its temporary folder is removed. A byte before that means that
+nobody waits for an answer any more: the server is killed."""
 
 from __future__ import annotations
 
@@ -38,22 +39,23 @@ def _has_ended(process: subprocess.Popen, seconds: float) -> bool:
         time.sleep(_POLL)
 
 
-def _wait_for_end(process: subprocess.Popen) -> None:
-    """Returns when standard input closes or the process ends."""
+def _wait_for_end(process: subprocess.Popen) -> bool:
+    """Returns when the process ends or the parent wants it to; whether it may take its time."""
     while not _has_ended(process, 0):
         readable, _, _ = select.select([sys.stdin], [], [], _POLL)
-        if readable and not os.read(sys.stdin.fileno(), 64):
-            return
+        if readable:
+            return not os.read(sys.stdin.fileno(), 1)
+    return True
 
 
 def _stop(process: subprocess.Popen, grace: float) -> int:
-    """Ends the server, kindly at first, and then whatever is left in its process group. -> its exit status."""
-    for number, seconds in ((signal.SIGINT, grace), (signal.SIGTERM, 2.0)):
-        if _has_ended(process, 0):
-            break
-        process.send_signal(number)
-        if _has_ended(process, seconds):
-            break
+    """Ends the server, with `grace` seconds for what it is doing, and then whatever is left in its process group.
+    -> its exit status."""
+    if grace and not _has_ended(process, 0):
+        process.send_signal(signal.SIGINT)
+        if not _has_ended(process, grace):
+            process.terminate()
+            _has_ended(process, 2.0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.wait()
@@ -68,14 +70,15 @@ def main(argument: str) -> int:
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it came from a terminal: the parent decides
     try:
+        kindly = True
         process = subprocess.Popen(
             job["command"], env=job["env"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent, process_group=0
         )
         try:
-            _wait_for_end(process)
+            kindly = _wait_for_end(process)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            status = _stop(process, job["grace"])
+            status = _stop(process, job["grace"] if kindly else 0)
     finally:
         for region in Path("/dev/shm").glob(f"{job['shm_prefix']}*"):
             region.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""The model repository's files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy_graphs
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import get_config
+from mubic_deploy.errors import UserError
+from mubic_deploy.triton.repository import write_repository
+
+pytest_plugins = ("triton_fixtures",)
+
+
+def read(repository: Path, name: str) -> ModelConfig:
+    return text_format.Parse((repository / name / "config.pbtxt").read_text(), ModelConfig())
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_ensemble_runs_the_encoders_side_by_side(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    write_repository(toy_artifacts, tmp_path / "r", max_batch=4)
+    ensemble = read(tmp_path / "r", "mubic")
+    assert (ensemble.platform, ensemble.max_batch_size) == ("ensemble", 4)
+    assert {t.name: list(t.dims) for t in ensemble.input} == {
+        "VIDEO": [16, 112, 192, 3],
+        "AUDIO": [16608],
+        "SEED": [1],
+        "STEPS": [1],
+    }
+    assert {t.name: list(t.dims) for t in ensemble.output} == {"SALIENCY": [56, 96], "STEPS_USED": [1]}
+    needs = {s.model_name: set(s.input_map.values()) for s in ensemble.ensemble_scheduling.step}
+    makes = {s.model_name: set(s.output_map.values()) for s in ensemble.ensemble_scheduling.step}
+    assert needs["visual_encoder"] == {"VIDEO"}
+    assert needs["audio_encoder"] == {"AUDIO"}
+    assert needs["fusion"] == {"V1", "V2", "V3", "V4", "A"}
+    assert "ENTROPY" not in makes["fusion"]  # nobody reads it: it would only be copied
+    assert needs["ddim"] == makes["fusion"] | {"SEED", "STEPS"}
+
+
+def test_visual_only_has_no_audio(tmp_path: Path) -> None:
+    artifacts = toy_graphs.write(get_config("demo", "visual_only"), tmp_path / "toy")
+    write_repository(artifacts, tmp_path / "r")
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {"visual_encoder", "fusion", "denoiser", "ddim", "mubic"}
+    assert {t.name for t in read(tmp_path / "r", "mubic").input} == {"VIDEO", "SEED", "STEPS"}
+
+
+def test_instances(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    write_repository(toy_artifacts, tmp_path / "r", instances={"fusion": 3})
+    assert read(tmp_path / "r", "fusion").instance_group[0].count == 3
+    assert read(tmp_path / "r", "ddim").instance_group[0].count == 1
+
+
+def test_same_settings_same_files(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    write_repository(toy_artifacts, tmp_path / "a")
+    write_repository(toy_artifacts, tmp_path / "b", max_batch=2)
+    assert files(tmp_path / "a") != files(tmp_path / "b")
+    write_repository(toy_artifacts, tmp_path / "b")  # replaces the other one
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch": 0}, "max_batch 0 is out of range"),
+        ({"threads": -1}, "threads -1 is out of range"),
+        ({"instances": {"fusion": 0}}, "0 instances of fusion are out of range"),
+        (
+            {"instances": {"fuson": 1}},
+            "there is no model 'fuson' to give instances to: choose from audio",
+        ),
+    ],
+)
+def test_wrong_settings(toy_artifacts: Artifacts, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        write_repository(toy_artifacts, tmp_path / "r", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_folders_are_left_alone(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "one.txt").write_text("dear")
+    with pytest.raises(UserError, match="letters exists and is no model repository"):
+        write_repository(toy_artifacts, tmp_path / "letters")
+    assert files(tmp_path) == {"letters/one.txt": b"dear"}
+
+
+def test_nothing_half_written(toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device"):
+        write_repository(toy_artifacts, tmp_path / "r")
+    assert not list(tmp_path.iterdir())
+
+
+def test_shapes_follow_the_configuration(tmp_path: Path) -> None:
+    config = replace(get_config("demo"), name="small", height=64, width=96)
+    write_repository(toy_graphs.write(config, tmp_path / "toy"), tmp_path / "r")
+    ddim = read(tmp_path / "r", "ddim")
+    assert list(ddim.output[0].dims) == [32, 48]
+    assert list(ddim.output[0].reshape.shape) == [1, 32, 48]
