@@ -64,6 +64,7 @@ def test_matroska_is_within_its_rounding(tmp_path):
         ("film.mov", "pcm_s16le", "out.mkv", True),
         ("film.ts", "aac", "out.mp4", True),  # ADTS becomes raw AAC
         ("film.mkv", "aac", "out.mov", True),
+        ("film.mkv", "pcm_s16le", "out.mp4", True),  # unnamed channels, which MP4 wants named
         ("film.mkv", "wavpack", "out.mp4", False),
     ],
 )
@@ -78,6 +79,16 @@ def test_sound_is_copied_or_encoded(tmp_path, source, codec, target, copied):
     assert len(heard) / 2 / 48_000 == pytest.approx(2, abs=0.1)
     if copied and source != "film.ts":
         assert [data for _, data in sound(tmp_path / target)] == [data for _, data in sound(path)]
+
+
+def test_unnamed_channels_are_encoded_as_mono(tmp_path):
+    tone = np.repeat((0.5 * np.sin(np.arange(96_000) * 0.06)).astype(np.float32)[None], 7, 0)
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 50), GREY, sound=tone, layout="7 channels")
+    predict_film(Brightness(), path, overlay=tmp_path / "out.mp4")
+    with av.open(tmp_path / "out.mp4") as container:
+        heard = np.concatenate([f.to_ndarray() for f in container.decode(audio=0)], axis=1)
+    assert heard.shape[0] == 1
+    assert np.abs(heard[0, 24_000:72_000]).max() == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("size", [(48, 80), (49, 80), (48, 81), (49, 81), (33, 1001)])
@@ -130,6 +141,23 @@ def test_blend_never_wraps_around(pixels):
     for plane in HeatBlend(pixels)(image, saliency).planes:
         values = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
         assert values.min() > 70  # 255 * 0.35 is 89
+
+
+def test_rgb_films_get_yuv_tags(tmp_path):
+    """A matrix tag of RGB on a YUV film makes players show false colours."""
+    with av.open(tmp_path / "film.mov", "w") as output:
+        stream = output.add_stream("png", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 80, 48, "rgb24"
+        for i in range(20):
+            image = av.VideoFrame.from_ndarray(quadrants(48, 80) // 2, "rgb24")
+            image.pts, image.time_base = i, Fraction(1, 25)
+            output.mux(stream.encode(image))
+        output.mux(stream.encode(None))
+    predict_film(Brightness(), tmp_path / "film.mov", overlay=tmp_path / "out.mp4")
+    with av.open(tmp_path / "out.mp4") as container:
+        frame = next(container.decode(video=0))
+    assert (frame.format.name, frame.colorspace, frame.color_range) == ("yuv420p", 1, 1)
+    np.testing.assert_allclose(frame.to_ndarray(format="rgb24")[12, 20].astype(int), (110, 10, 10), atol=5)
 
 
 def test_low_saliency_is_transparent():

@@ -11,7 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import map_shape
@@ -217,7 +217,7 @@ class Resizer:
 
     def __call__(self, image: av.VideoFrame, size: tuple[int, int], pixels: str) -> av.VideoFrame:
         """`image` at `size` (height, width) as `pixels`, FFmpeg's name for the format. The image itself where
-        nothing changes. Averages where it shrinks, bicubic where it grows; video range for YUV."""
+        nothing changes. Averages where it shrinks, bicubic where it grows; YUV in video range, BT.709 if it was RGB."""
         height, width = size
         shrinks = height * width < image.height * image.width
         full = image.color_range == ColorRange.JPEG or image.format.name.startswith("yuvj")
@@ -226,6 +226,7 @@ class Resizer:
             width,
             height,
             pixels,
+            dst_colorspace=Colorspace.ITU709 if image.format.is_rgb and pixels != "rgb24" else None,
             interpolation=Interpolation.AREA if shrinks else Interpolation.BICUBIC,
             src_color_range=ColorRange.JPEG if full else None,
             dst_color_range=ColorRange.JPEG if pixels == "rgb24" else ColorRange.MPEG,
@@ -238,16 +239,14 @@ def is_file(source: Source) -> bool:
 
 
 def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.VideoStream]:
-    path = Path(source)
-    if is_file(source):
-        if not path.exists():
-            raise UserError(f"{source} does not exist: check the path")
-        if path.is_dir():
-            raise UserError(f"{source} is a folder: give a film file in it")
-        if not path.stat().st_size:
-            raise UserError(f"{name} is empty (0 bytes): get the film again")
     try:
+        if is_file(source) and Path(source).is_file() and not Path(source).stat().st_size:
+            raise UserError(f"{name} is empty (0 bytes): get the film again")
         container = av.open(source)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{source} does not exist: check the path") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{source} is a folder: give a film file in it") from error
     except PermissionError as error:
         raise UserError(f"{source} may not be read: change its permissions") from error
     except (av.FFmpegError, OSError, ValueError) as error:

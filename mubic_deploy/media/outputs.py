@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str,
         known = suffixes[kind]
         if path.suffix.lower() not in known:
             raise UserError(f"{kind} {path}: the name must end in {' or '.join(known)}")
+        if not os.access(path.parent, os.X_OK) and path.parent.exists():
+            raise UserError(f"{kind} {path}: the folder {path.parent} may not be entered: choose another one")
         if path.is_dir():
             raise UserError(f"{kind} {path} is a folder: give a file name in it")
         if not path.parent.is_dir():

@@ -108,7 +108,7 @@ class Sound:
         self.end_s = max(self.end_s, self._next_s)
         frame.pts = None  # placed here; the resampler must not compensate
         assert self._resampler is not None
-        self._append(self._resampler.resample(_known_layout(frame)))
+        self._append(self._resampler.resample(known_layout(frame)))
 
     def _flush(self) -> None:
         if self._resampler is not None:
@@ -130,14 +130,20 @@ def resampler() -> av.AudioResampler:
     return av.AudioResampler("fltp", "mono", SAMPLE_RATE, options={"rematrix_maxval": "1.0"})
 
 
-def _known_layout(frame: av.AudioFrame) -> av.AudioFrame:
-    """FFmpeg mixes only channels that it can name: unnamed ones ("6 channels") are averaged here."""
-    if not frame.layout.name.endswith(" channels"):
+def is_named(layout: av.AudioLayout) -> bool:
+    return not layout.name.endswith(" channels")
+
+
+def known_layout(frame: av.AudioFrame) -> av.AudioFrame:
+    """FFmpeg mixes only channels that it can name: unnamed ones ("6 channels") are averaged here, to mono."""
+    if is_named(frame.layout):
         return frame
     planar = av.AudioResampler(frame.format.planar).resample(frame)[0].to_ndarray()
     full = 1.0 if planar.dtype.kind == "f" else 2.0 ** (8 * planar.itemsize - 1)
     zero = 128 if planar.dtype == np.uint8 else 0
     mono = ((planar.astype(np.float64) - zero) / full).mean(axis=0, keepdims=True)
     out = av.AudioFrame.from_ndarray(mono.astype(np.float32), "fltp", "mono")
-    out.sample_rate = frame.sample_rate
+    out.sample_rate, out.pts = frame.sample_rate, frame.pts
+    if frame.time_base is not None:
+        out.time_base = frame.time_base
     return out

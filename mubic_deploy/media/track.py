@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import av
 
+from mubic_deploy.media.sound import is_named, known_layout
+
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # what unnamed channels are taken for
 AAC_RATES = (32_000, 44_100, 48_000)
 
 
@@ -16,15 +19,18 @@ class SoundTrack:
         self._output = output
         self._container = av.open(source)
         self._template = self._container.streams.audio[0]
-        self.copied = self._template.codec_context.codec.canonical_name in output.supported_codecs
+        context = self._template.codec_context
+        named, count = is_named(context.layout), context.layout.nb_channels
+        self.copied = context.codec.canonical_name in output.supported_codecs and (named or count in LAYOUTS)
         if self.copied:
             self._stream = output.add_stream_from_template(self._template)
+            if not named:  # MP4 refuses PCM without a layout
+                self._stream.layout = LAYOUTS[count]
             self._packets = self._copy()
         else:
-            context = self._template.codec_context
             rate = context.sample_rate if context.sample_rate in AAC_RATES else 48_000
             self._stream = output.add_stream("aac", rate=rate, bit_rate=160_000)
-            self._stream.layout = "mono" if context.layout.nb_channels == 1 else "stereo"
+            self._stream.layout = "stereo" if named and count > 1 else "mono"
             self._packets = self._encode()
         self._next: av.Packet | None = None
         self._last_dts: int | None = None
@@ -64,5 +70,5 @@ class SoundTrack:
             except av.FFmpegError:
                 continue
             for frame in frames:
-                yield from self._stream.encode(frame)
+                yield from self._stream.encode(known_layout(frame))
         yield from self._stream.encode(None)
