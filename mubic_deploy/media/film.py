@@ -53,7 +53,7 @@ class Film:
         self.time_base = self._stream.time_base or Fraction(1, 90_000)
         rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
         self.rate = rate if 0 < rate <= MAX_RATE else Fraction(25)
-        self.expected = self._stream.frames or self._count()
+        self.expected = self._count()
         self._decoded = self._decode()
         first = next(self._decoded, None)
         if first is None:
@@ -140,8 +140,11 @@ class Film:
         return hours * 3600 + minutes * 60 + seconds
 
     def _count(self) -> int | None:
+        stored = self._stream.frames
         seconds = self._seconds() or (self._container.duration or 0) / av.time_base
-        return round(seconds * self.rate) or None
+        shown = round(seconds * self.rate)
+        # MP4 counts the frames that an edit list cuts off, too
+        return shown or None if not stored or 0 < shown < 0.95 * stored else stored
 
     def _check_end(self, last: Frame) -> None:
         end = last.time_s + float((last.image.duration or 0) * self.time_base or 1 / self.rate)
