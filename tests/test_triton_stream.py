@@ -105,6 +105,33 @@ def test_an_answer_does_not_wait_for_the_next_clip() -> None:
     stream.close()  # type: ignore[attr-defined]
 
 
+def test_peak_in_the_film(toy_server: TritonServer, toy_pipeline: Pipeline) -> None:
+    (clip,) = windows(toy_pipeline, 1)
+    saliency, _ = toy_pipeline.predict(clip.video[None], clip.audio[None], 0)
+    with TritonPredictor(toy_server.url) as predictor:
+        (point,) = stream_clips([clip], predictor, lambda found: found[::-1])
+    x, y = peak(saliency[0])
+    assert (point.x, point.y) == pytest.approx((x, 1 - y))
+
+
+def test_reading_has_ended_when_the_stream_is_closed() -> None:
+    reading = []
+
+    def film() -> Iterator[Any]:
+        for clip in numbered(32):
+            reading.append(True)
+            time.sleep(0.05)
+            reading.pop()
+            yield clip
+
+    stream = stream_clips(film(), Slow(), in_flight=2)  # type: ignore[arg-type]
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert not reading
+    time.sleep(0.1)
+    assert not reading
+
+
 def test_errors_reach_the_reader(toy_server: TritonServer, toy_pipeline: Pipeline) -> None:
     def torn() -> Iterator[Clip]:
         yield from windows(toy_pipeline, 2)

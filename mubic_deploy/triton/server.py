@@ -125,10 +125,6 @@ class TritonServer:
             raise UserError(f"the Triton server ended by itself (status {status}): {self._cause()}")
 
     def _launch(self, package: Path, folder: Path) -> None:
-        if self.log is None:
-            handle, name = tempfile.mkstemp(prefix="mubic-triton-", suffix=".log")
-            os.close(handle)
-            self.log = Path(name)
         prefix = self.shm_prefix
         job = {
             "command": self._command(package, _backends(package, folder), prefix),
@@ -137,6 +133,10 @@ class TritonServer:
             "shm_prefix": prefix,
             "remove": [str(folder)],
         }
+        if self.log is None:
+            handle, name = tempfile.mkstemp(prefix="mubic-triton-", suffix=".log")
+            os.close(handle)
+            self.log = Path(name)
         try:
             with self.log.open("wb") as log:
                 # a session of its own: an interrupt from the terminal reaches this process only, which ends the server

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,6 +14,8 @@ import numpy as np
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.triton.client import Result, TritonPredictor
+
+_STOP_TIMEOUT = 10.0  # s
 
 
 class Window(Protocol):
@@ -27,9 +29,8 @@ class Window(Protocol):
 
 @dataclass(frozen=True)
 class Point:
-    """One map. x and y are the peak's position in the frame, 0..1 from the left and from the top, so that they hold
-    for the film's own size too. `latency_s` runs from sending the clip to its answer, `done_s` from the start of the
-    stream to the answer."""
+    """One map. x and y are the peak's position, 0..1 from the left and from the top. `latency_s` runs from sending the
+    clip to its answer, `done_s` from the start of the stream to the answer."""
 
     frame_index: int
     time_s: float
@@ -69,6 +70,7 @@ def peak(saliency: np.ndarray) -> tuple[float, float]:
 def stream_clips(
     clips: Iterable[Window],
     predictor: TritonPredictor,
+    back: Callable[[np.ndarray], np.ndarray] | None = None,
     *,
     seed: int = 0,
     steps: int | None = None,
@@ -77,9 +79,10 @@ def stream_clips(
     """A `Point` for each clip, in the order of the clips and as soon as it can be known.
 
     A thread reads `clips` and sends each one when there are less than `in_flight` (>= 1) unanswered, so a slow reader
-    delays no answer and a slow server holds the reader back. seed and steps: see `Pipeline.predict`; every clip starts
-    from the same noise, which keeps a still scene's maps still. UserError: see `TritonPredictor.predict`; errors of
-    `clips` pass through."""
+    delays no answer and a slow server holds the reader back. back: takes a map [h, w] of the model's input to one over
+    the film's frame, where its peak is looked for (`Fit.back`); without it the peak is one in the model's input. seed
+    and steps: see `Pipeline.predict`; every clip starts from the same noise, which keeps a still scene's maps still.
+    UserError: see `TritonPredictor.predict`; errors of `clips` pass through."""
     if in_flight < 1:
         raise UserError(f"{in_flight} requests in flight are too few: use 1 or more")
     sender = _Sender(clips, predictor, seed, steps, in_flight)
@@ -88,7 +91,7 @@ def stream_clips(
         while (sent := sender.sent.get()) is not None:
             if isinstance(sent, BaseException):
                 raise sent
-            yield sent.point(sender.start)
+            yield sent.point(sender.start, back)
     finally:
         sender.stop()
 
@@ -104,10 +107,11 @@ class _Sent:
     end: float = 0.0
     answered: threading.Event = field(default_factory=threading.Event)  # when `end` is known
 
-    def point(self, stream_start: float) -> Point:
+    def point(self, stream_start: float, back: Callable[[np.ndarray], np.ndarray] | None) -> Point:
         self.answered.wait()
-        saliency, used = self.future.result()
-        x, y = peak(saliency[0])
+        maps, used = self.future.result()
+        saliency = back(maps[0]) if back else maps[0]
+        x, y = peak(saliency)
         return Point(
             frame_index=self.frame_index,
             time_s=self.time_s,
@@ -135,8 +139,10 @@ class _Sender:
         self.thread = threading.Thread(target=self._run, name="mubic-stream", daemon=True)
 
     def stop(self) -> None:
+        """Waits for the thread, so that the film can be closed. One that waits for a live source is left to itself."""
         self.wanted = False
         self.slots.release()
+        self.thread.join(_STOP_TIMEOUT)
 
     def _run(self) -> None:
         try:

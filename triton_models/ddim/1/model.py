@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils  # a module of the server
 
 from mubic_deploy import graphs
 from mubic_deploy.diffusion import noise, schedule
+from mubic_deploy.engines import Engine
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import sample
 from mubic_deploy.triton import parameters
@@ -23,7 +24,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         values = parameters.from_model_config(args["model_config"])
         self.config = parameters.config_from_string(values[parameters.CONFIG])
-        self.denoiser = None
+        self.denoiser: Engine | None = None
         if parameters.OnnxSettings.from_strings(values):
             # ONNX Runtime need not be installed where the denoiser is another model
             from mubic_deploy.triton.graph_model import load_engine
@@ -31,12 +32,12 @@ class TritonPythonModel:
             self.denoiser = load_engine("denoiser", values)
 
     async def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request. The requests step side by side, so that the denoiser's batcher can merge them."""
+        """One response a request. Those that call step side by side, so that the denoiser's batcher can merge them."""
         return await asyncio.gather(*(self.respond(request) for request in requests))
 
     async def respond(self, request: Any) -> Any:
         try:
-            outputs = self.run_here(request) if self.denoiser else await self.run_calls(request)
+            outputs = self.run_here(request, self.denoiser) if self.denoiser else await self.run_calls(request)
         except UserError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         return pb_utils.InferenceResponse(outputs)
@@ -50,17 +51,19 @@ class TritonPythonModel:
             self.config.check_steps(int(n))
         return seed, np.where(steps > 0, steps, adaptive).astype(np.int32)
 
-    def run_here(self, request: Any) -> list[Any]:
+    def run_here(self, request: Any, denoiser: Engine) -> list[Any]:
+        """The loop of the in-process pipeline, with the graph in this process."""
         seed, steps = self.settings(request)
         names = [t.name for t in (*graphs.conditioning(self.config), graphs.ADAPTIVE_STEPS)]
         cond = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names}
-        results = sample(self.config, self.denoiser, cond, seed, steps)
+        results = sample(self.config, denoiser, cond, seed, steps)
         return [
             pb_utils.Tensor("SALIENCY", results["SALIENCY"][:, None]),
             pb_utils.Tensor("STEPS_USED", results["STEPS_USED"]),
         ]
 
     async def run_calls(self, request: Any) -> list[Any]:
+        """The same loop over calls of the model `denoiser`; its tensors are renamed, never read."""
         seed, steps = self.settings(request)
         cond = [pb_utils.get_input_tensor_by_name(request, t.name) for t in graphs.conditioning(self.config)]
         s_t = pb_utils.Tensor("S_T", noise(seed[:, 0], self.config.map_size))
