@@ -168,9 +168,7 @@ def ensemble(rounds: int) -> dict[str, Any]:
     from mubic_deploy.triton.server import TritonServer
 
     loaded = artifacts("demo")
-    # as a program that shares its machine would run it; its threads must not keep the server's from the cores
-    pipeline = Pipeline(loaded.config, onnxruntime.load_engines(loaded, spin=False))
-    spinning = Pipeline(loaded.config, onnxruntime.load_engines(loaded, spin=True))
+    pipeline = Pipeline(loaded.config, onnxruntime.load_engines(loaded))
     clips = [random_clip(loaded.config, seed) for seed in range(CLIPS)]
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "models"
@@ -185,13 +183,10 @@ def ensemble(rounds: int) -> dict[str, Any]:
 
             difference = max(float(np.abs(run(client)(i)[0] - run(pipeline)(i)[0]).max()) for i in range(CLIPS))
             times = interleave({"triton": run(client), "in_process": run(pipeline)}, rounds)
-    alone = interleave({"in_process_spinning": run(spinning)}, rounds)
-    best = min(median(times["in_process"]), median(alone["in_process_spinning"]))
     return {
-        "times": summary(times | alone),
+        "times": summary(times),
         "largest_difference": difference,
         "triton_over_in_process": median(times["triton"]) / median(times["in_process"]),
-        "triton_over_in_process_spinning_alone": median(times["triton"]) / best,
     }
 
 

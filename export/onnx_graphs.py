@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnxscript import optimizer
 
 from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
 from mubic_deploy.checkpoint import Source
@@ -32,6 +33,7 @@ from mubic_deploy.parity import CLIPS, Parity, compare
 
 OPSET = 20
 MAX_BATCH = 64  # the batch axis is dynamic from 1 to this
+FOLD_LIMIT = 1 << 26  # elements of a constant
 PACKAGES = ("mubic-deploy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
@@ -57,6 +59,8 @@ def trace(module: torch.nn.Module, signature: Signature, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    # again, without the limits that keep large tables from being folded: they are weights
+    optimizer.optimize(program.model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     program.save(path, external_data=False)
 
 

@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, VARIANTS
 from mubic_deploy.errors import UserError
+from mubic_deploy.media.fit import FITS
 
-FITS = ("letterbox", "stretch", "crop")
 CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"
 
 

@@ -196,16 +196,15 @@ def _predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
 
 def predict(arguments: Namespace) -> int:
     """A film to an overlay, maps, a contact sheet."""
-    from mubic_deploy.predict import check_film, predict_film
+    from mubic_deploy.predict import check, predict_film
 
-    check_film(arguments.video)  # before an export, which takes a minute
+    outputs = {"overlay": arguments.overlay, "maps": arguments.maps, "contact_sheet": arguments.contact_sheet}
+    check(arguments.video, **outputs)  # before an export, which takes a minute
     with _predictor(arguments) as (predictor, warnings), bar("predicting") as progress:
         result = predict_film(
             predictor,
             arguments.video,
-            overlay=arguments.overlay,
-            maps=arguments.maps,
-            contact_sheet=arguments.contact_sheet,
+            **outputs,
             steps=arguments.steps,
             seed=arguments.seed,
             stride=arguments.stride,
@@ -228,7 +227,7 @@ def predict(arguments: Namespace) -> int:
         messages.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     steps = ", ".join(f"{count} with {n} steps" for n, count in result.steps_used.items())
     screen.print(f"{result.maps} maps ({steps}) of {result.frames} frames in {result.seconds:.1f} s")
-    for path in (arguments.overlay, arguments.maps, arguments.contact_sheet):
+    for path in outputs.values():
         if path is not None:
             screen.print(f"  {path}", soft_wrap=True)
     return 0
@@ -267,21 +266,29 @@ def serve(arguments: Namespace) -> int:
 
 def stream(arguments: Namespace) -> int:
     """Windows of a film to a server as they come; each map's time, peak and latency."""
-    from mubic_deploy.media.clips import clips_of
+    from mubic_deploy.media.clips import read_clips
+    from mubic_deploy.media.film import Film
+    from mubic_deploy.media.fit import make_fit
     from mubic_deploy.triton.client import TritonPredictor
     from mubic_deploy.triton.stream import stream_clips, summarize
 
     points = []
-    with TritonPredictor(arguments.url) as predictor:
-        clips = clips_of(arguments.source, predictor.config, arguments.stride, arguments.fit)
-        for point in stream_clips(clips, predictor, seed=arguments.seed, steps=arguments.steps):
+    with Film(arguments.source) as film, TritonPredictor(arguments.url) as predictor:
+        config = predictor.config
+        if arguments.steps is not None:
+            config.check_steps(arguments.steps)
+        clips = read_clips(film, config, arguments.stride, arguments.fit)
+        fit = make_fit(arguments.fit, film.display, (config.height, config.width))
+        for point in stream_clips(clips, predictor, fit.back, seed=arguments.seed, steps=arguments.steps):
             points.append(point)
             if not arguments.json:
                 place = f"peak at {point.x:.3f}, {point.y:.3f}"
                 screen.print(f"{point.time_s:8.3f} s  {place}  {1000 * point.latency_s:6.0f} ms", highlight=False)
+    for warning in film.warnings:
+        messages.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     summary = summarize(points)
     if arguments.json:
-        print_json({"maps": [vars(p) for p in points], "summary": vars(summary)})
+        print_json({"maps": [vars(p) for p in points], "summary": vars(summary), "warnings": film.warnings})
         return 0
     median, p95 = 1000 * summary.median_s, 1000 * summary.p95_s
     screen.print(

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import av
 
+from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.clips import Clip, Clipper
 from mubic_deploy.media.film import Film, Frame, Source, is_file
@@ -79,11 +80,8 @@ def predict_film(
     The outputs appear together at the end; after any error or interrupt the targets are as they were. UserError for
     a film, an output or a setting that cannot work, mostly before anything is predicted."""
     began = time.monotonic()
-    given = {"overlay": overlay, "maps": maps, "contact sheet": contact_sheet}
-    targets = {kind: Path(path) for kind, path in given.items() if path is not None}
-    if not targets.keys() & {"overlay", "maps"}:
-        raise UserError("nothing to write: ask for an overlay, for maps, or for both")
-    _check_settings(predictor, steps, seed, stride, fit)
+    targets = _targets(overlay, maps, contact_sheet)
+    _check_settings(predictor.config, steps, seed, stride, fit)
     with Film(source) as film:
         check_targets(targets, KINDS, Path(source) if is_file(source) else None)
         counts: Counter[int] = Counter()
@@ -111,6 +109,16 @@ def predict_film(
         return Prediction(counts.total(), frames, dict(sorted(counts.items())), seconds, film.warnings)
 
 
+def check(
+    source: Source, *, overlay: Target | None = None, maps: Target | None = None, contact_sheet: Target | None = None
+) -> None:
+    """UserError if `predict_film` could not read this film or write these outputs. Takes no time, so it can come
+    before whatever takes some to get ready."""
+    targets = _targets(overlay, maps, contact_sheet)
+    with Film(source):
+        check_targets(targets, KINDS, Path(source) if is_file(source) else None)
+
+
 def predict_clips(
     predictor: Predictor,
     source: Source,
@@ -124,7 +132,7 @@ def predict_clips(
     """The maps of a film as they are predicted, without writing anything. Settings as in `predict_film`.
 
     warnings: a list that is filled with what the film lacks."""
-    _check_settings(predictor, steps, seed, stride, fit)
+    _check_settings(predictor.config, steps, seed, stride, fit)
     with Film(source) as film:
         if warnings is not None:
             film.warnings = warnings
@@ -156,9 +164,18 @@ def _run(
         clipper.close()
 
 
-def _check_settings(predictor: Predictor, steps: int | None, seed: int, stride: int, fit: str) -> None:
+def _targets(overlay: Target | None, maps: Target | None, contact_sheet: Target | None) -> dict[str, Path]:
+    """The outputs that are wanted, by kind."""
+    given = {"overlay": overlay, "maps": maps, "contact sheet": contact_sheet}
+    targets = {kind: Path(path) for kind, path in given.items() if path is not None}
+    if not targets.keys() & {"overlay", "maps"}:
+        raise UserError("nothing to write: ask for an overlay, for maps, or for both")
+    return targets
+
+
+def _check_settings(config: Config, steps: int | None, seed: int, stride: int, fit: str) -> None:
     if steps is not None:
-        predictor.config.check_steps(steps)
+        config.check_steps(steps)
     if seed < 0:
         raise UserError(f"seed {seed} is negative: use 0 or more")
     if stride < 1:

@@ -151,7 +151,7 @@ def test_wrong_request_among_right_ones(server: TritonServer, toy_pipeline: Pipe
 @pytest.mark.parametrize("variant", ["visual_only", "no_diffusion"])
 def test_variants(variant: str, tmp_path: Path) -> None:
     artifacts = toy_graphs.write(get_config("demo", variant), tmp_path / "toy")
-    pipeline = Pipeline(artifacts.config, load_engines(artifacts, spin=False))
+    pipeline = Pipeline(artifacts.config, load_engines(artifacts))
     video, audio = clips(artifacts.config, 2)
     with serving(artifacts, tmp_path) as server, TritonPredictor(server.url) as predictor:
         saliency, used = predictor.predict(video, audio, 5)

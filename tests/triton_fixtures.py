@@ -27,7 +27,7 @@ def toy_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 @pytest.fixture(scope="session")
 def toy_pipeline(toy_artifacts: Artifacts) -> Pipeline:
     """The same graphs in process: what the server's answers are held against."""
-    return Pipeline(toy_artifacts.config, load_engines(toy_artifacts, spin=False))
+    return Pipeline(toy_artifacts.config, load_engines(toy_artifacts))
 
 
 @pytest.fixture(scope="session")

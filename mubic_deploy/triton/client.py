@@ -53,8 +53,7 @@ class TritonPredictor:
             answer = self._client.get_model_config(ENSEMBLE, client_timeout=min(timeout, _CONNECT_TIMEOUT)).config
             if parameters.CONFIG not in answer.parameters:
                 raise UserError(
-                    f"the model {ENSEMBLE} on {self.address} names no configuration: "
-                    f"write its repository with mubic-deploy repository"
+                    f"the model {ENSEMBLE} on {self.address} names no configuration: start it with mubic-deploy serve"
                 )
             self.config = parameters.config_from_string(answer.parameters[parameters.CONFIG].string_value)
         except InferenceServerException as error:

@@ -12,24 +12,22 @@ from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
 
 CONFIG = "CONFIG"  # the Config as JSON: every model has it, the ensemble too, so that a client knows what is served
-_ONNX, _SHA256, _THREADS, _SPIN = "ONNX", "SHA256", "THREADS", "SPIN"
+_ONNX, _SHA256, _THREADS = "ONNX", "SHA256", "THREADS"
 
 
 @dataclass(frozen=True)
 class OnnxSettings:
-    """A graph to run with ONNX Runtime. `threads` 0 means one a core; `spin` see `OnnxRuntimeEngine`."""
+    """A graph to run with ONNX Runtime. `threads` 0 means one a core."""
 
     file: Path
     sha256: str
     threads: int
-    spin: bool
 
     def to_strings(self) -> dict[str, str]:
         return {
             _ONNX: str(self.file),
             _SHA256: self.sha256,
             _THREADS: str(self.threads),
-            _SPIN: str(int(self.spin)),
         }
 
     @classmethod
@@ -37,7 +35,7 @@ class OnnxSettings:
         """Inverse of `to_strings`; None if the values name no graph."""
         if _ONNX not in values:
             return None
-        return cls(Path(values[_ONNX]), values[_SHA256], int(values[_THREADS]), values[_SPIN] == "1")
+        return cls(Path(values[_ONNX]), values[_SHA256], int(values[_THREADS]))
 
     def check_file(self) -> Path:
         """The graph's file. UserError if it is missing or not the one for which the repository was written."""

@@ -31,23 +31,21 @@ def write_repository(
     out: Path,
     *,
     threads: int = 0,
-    spin: bool = False,
     max_batch: int = 8,
     instances: Mapping[str, int] | None = None,
     call_denoiser: bool = False,
 ) -> None:
     """Writes the model repository for the CPU into the folder `out`, which is replaced if it is such a repository.
 
-    threads: of each graph, 0 for one a core; spin: see `OnnxRuntimeEngine`; max_batch: samples that a model merges
-    into one run, >= 1; instances: processes a model, by name, 1 where none is given; call_denoiser: `ddim` calls the
-    model `denoiser` at every step, as it does on a GPU, instead of running the graph itself, which saves about
-    1 ms a step. Only with calls are requests batched for `ddim`: by itself it runs one after the other.
+    threads: of each graph, 0 for one a core; max_batch: samples that a model merges into one run, >= 1; instances:
+    processes a model, by name, 1 where none is given; call_denoiser: `ddim` calls the model `denoiser` at every step,
+    as it does on a GPU, instead of running the graph itself, which saves about 1 ms a step. Only with calls are requests batched for `ddim`: by itself it runs one after the other.
 
     The repository names the ONNX files by absolute path and SHA-256: it serves these artefacts where they are.
     UserError if a setting is out of range or `out` holds something else."""
     config = artifacts.config
     instances = dict(instances or {})
-    models = {name: _settings(artifacts, name, threads, spin) for name in graphs.signatures(config)}
+    models = {name: _settings(artifacts, name, threads) for name in graphs.signatures(config)}
     _check(max_batch, threads, instances, {*models, "ddim"})
     configs = [_onnx_model(config, name, settings) for name, settings in models.items()]
     configs.append(_ddim(config, None if call_denoiser else models["denoiser"]))
@@ -61,9 +59,9 @@ def write_repository(
     _write(configs, Path(out))
 
 
-def _settings(artifacts: Artifacts, graph: str, threads: int, spin: bool) -> OnnxSettings:
+def _settings(artifacts: Artifacts, graph: str, threads: int) -> OnnxSettings:
     file = artifacts.graph(graph).resolve()
-    return OnnxSettings(file, artifacts.manifest["graphs"][graph]["sha256"], threads, spin)
+    return OnnxSettings(file, artifacts.manifest["graphs"][graph]["sha256"], threads)
 
 
 def _check(max_batch: int, threads: int, instances: Mapping[str, int], names: set[str]) -> None:

@@ -75,7 +75,7 @@ class TritonServer:
     def start(self, wanted: Callable[[], bool] = lambda: True) -> bool:
         """Returns True when every model is ready; stops and returns False as soon as `wanted()` is false."""
         if not self.repository.is_dir():
-            raise UserError(f"there is no model repository {self.repository}: make it with mubic-deploy repository")
+            raise UserError(f"there is no model repository {self.repository}: make it with write_repository")
         self.http_port, self.grpc_port, self.metrics_port = _ports(
             self.host, {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
         )

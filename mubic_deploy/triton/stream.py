@@ -21,10 +21,14 @@ _STOP_TIMEOUT = 10.0  # s
 class Window(Protocol):
     """A clip of a film: what `stream_clips` reads of it."""
 
-    video: np.ndarray  # uint8 [16, H, W, 3]
-    audio: np.ndarray  # float32 [16608]
-    frame_index: int  # of the film's frame that the map belongs to
-    time_s: float  # of that frame
+    @property
+    def video(self) -> np.ndarray: ...  # uint8 [16, H, W, 3]
+    @property
+    def audio(self) -> np.ndarray: ...  # float32 [16608]
+    @property
+    def frame_index(self) -> int: ...  # of the film's frame that the map belongs to
+    @property
+    def time_s(self) -> float: ...  # of that frame
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,255 @@
+"""The command line as a user meets it: the whole way through a real server, and what is said to wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import films
+import numpy as np
+import pytest
+from triton_serving import serving
+
+from mubic_deploy import checkpoint
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import DEMO, VARIANTS
+from mubic_deploy.model.mubic import random_model
+from mubic_deploy.triton.server import TritonServer
+
+Run = Callable[..., "object"]
+
+
+@pytest.fixture(scope="session")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 30 frames of the real clip would do, but it is short: all 132 frames of it, with sound."""
+    return films.bunny()
+
+
+@pytest.fixture(scope="module")
+def server(demo_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory):
+    with serving(demo_artifacts, tmp_path_factory.mktemp("triton")) as running:
+        yield running
+
+
+def test_a_film_through_triton_is_the_film_in_process(
+    run, film: Path, demo_artifacts: Artifacts, server: TritonServer, tmp_path: Path
+) -> None:
+    common = ("predict", film, "--stride", 16, "--seed", 5, "--json")
+    here = run(*common, "--artifacts", demo_artifacts.path, "--maps", tmp_path / "here.npz", "-o", tmp_path / "o.mp4")
+    there = run(*common, "--engine", f"triton://{server.url}", "--maps", tmp_path / "there.npz")
+    eager = run(*common, "--engine", "eager", "--checkpoint", "random:demo", "--maps", tmp_path / "eager.npz")
+    assert here.code == there.code == 0, here.err + there.err
+    # --seed is the noise's and the random weights'; those of the artefacts have seed 0
+    assert eager.code == 0
+
+    report = json.loads(here.out)
+    assert set(report) == {"maps", "frames", "steps", "seconds", "warnings"}
+    assert (report["maps"], report["frames"], report["steps"]) == (8, 132, {"4": 8})
+    assert any("random" in warning for warning in report["warnings"])
+
+    a, b, c = (np.load(tmp_path / f"{name}.npz") for name in ("here", "there", "eager"))
+    assert a["maps"].shape == (8, 216, 384)
+    assert a["maps"].dtype == np.float32
+    assert a["frame_index"].tolist() == list(range(8, 132 - 8 + 1, 16))
+    assert a["time_s"] == pytest.approx(a["frame_index"] / 25, abs=1e-3)
+    assert np.abs(a["maps"] - b["maps"]).max() < 1e-5
+    assert np.abs(a["maps"] - c["maps"]).max() > 1e-3  # other weights
+
+    with av.open(str(film)) as source, av.open(str(tmp_path / "o.mp4")) as overlay:
+        times = [[f.time for f in c.decode(video=0)] for c in (source, overlay)]
+        assert times[0] == pytest.approx(times[1], abs=1e-6)
+        size = [(c.streams.video[0].width, c.streams.video[0].height) for c in (source, overlay)]
+        assert size == [(1280, 720)] * 2
+        assert overlay.streams.audio[0].codec_context.name == source.streams.audio[0].codec_context.name
+
+
+def test_stream_prints_each_map_and_a_summary(run, film: Path, server: TritonServer) -> None:
+    ran = run("stream", film, "--url", server.url, "--stride", 16, "--steps", 1, "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert [m["frame_index"] for m in report["maps"]] == list(range(8, 125, 16))
+    assert all(0 < m["x"] < 1 and 0 < m["y"] < 1 and m["latency_s"] > 0 for m in report["maps"])
+    assert report["summary"]["maps"] == 8
+    lines = run("stream", film, "--url", server.url, "--stride", 32, "--steps", 1).out.splitlines()
+    assert len(lines) == 5  # four maps and the summary
+    assert "0.320 s  peak at" in lines[0]
+
+
+def test_demo_leaves_a_film_a_sheet_and_maps_and_no_server(tmp_path: Path) -> None:
+    """As `make demo` does, in a process of its own, on a short film."""
+    times = films.frame_times(25, 20)
+    film = films.write_film(tmp_path / "short.mp4", times, lambda i: np.full((72, 128, 3), 10 * i, np.uint8))
+    command = [sys.executable, "-m", "mubic_deploy.cli", "demo", "--video", str(film), "--out", str(tmp_path / "out")]
+    ran = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["maps"] == 2
+    for name in ("overlay", "contact_sheet", "maps", "log"):
+        assert Path(report["files"][name]).stat().st_size > 0
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path / "out")], capture_output=True, check=False).stdout
+
+
+def test_info_is_an_array_of_every_variant(run) -> None:
+    ran = run("info", "--config", "demo", "--json")
+    rows = json.loads(ran.out)
+    assert [row["variant"] for row in rows] == list(VARIANTS)
+    for row in rows:
+        assert set(row) == {"config", "variant", "parameters", "parameters_without_vggish", "macs_4_steps"}
+    model = random_model(DEMO)
+    assert rows[0]["parameters"] == sum(p.numel() for p in model.parameters())
+    table = run("info", "--config", "full", "--variant", "concat").out
+    assert "77.00" in table  # the thesis's figure beside ours
+    assert "184.3" in table
+
+
+def test_parity_is_a_table_or_json(run, demo_artifacts: Artifacts) -> None:
+    ran = run("parity", demo_artifacts.path, "--clips", 1)
+    assert ran.code == 0
+    assert "SALIENCY" in ran.out
+    assert json.loads(run("parity", demo_artifacts.path, "--clips", 1, "--json").out)["ok"] is True
+
+
+def test_export_is_kept_and_used_again(run, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is exported when it is first wanted; a damaged export is made again."""
+    monkeypatch.setenv("MUBIC_CACHE", str(tmp_path / "cache"))
+    weights = tmp_path / "small.safetensors"
+    from dataclasses import replace
+
+    config = replace(DEMO, height=64, width=96, visual_depths=(1, 1, 1, 1), audio_patch=(32, 48))
+    checkpoint.save(random_model(config), weights)
+    command = ("predict", film, "--checkpoint", weights, "--stride", 64, "--maps", tmp_path / "m.npz")
+    assert run(*command).code == 0
+    (export,) = (tmp_path / "cache").iterdir()
+    made = (export / "manifest.json").stat().st_mtime_ns
+    assert run(*command).code == 0
+    assert (export / "manifest.json").stat().st_mtime_ns == made
+    (export / "fusion.onnx").write_bytes(b"")
+    assert run(*command).code == 0
+    assert (export / "manifest.json").stat().st_mtime_ns > made
+
+
+def wrong(*arguments: object, says: str) -> object:
+    return pytest.param(arguments, says, id=says)
+
+
+@pytest.fixture
+def bad(tmp_path: Path, demo_artifacts: Artifacts) -> dict[str, Path]:
+    """A folder of things that cannot work, by name."""
+    text = tmp_path / "text.mp4"
+    text.write_text("this is no film")
+    sound = tmp_path / "sound.mp4"
+    with av.open(str(sound), "w") as out:
+        stream = out.add_stream("aac", 16_000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.float32), "fltp", "mono")
+        frame.sample_rate = 16_000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    for file in demo_artifacts.path.iterdir():
+        (edited / file.name).write_bytes(file.read_bytes())
+    (edited / "fusion.onnx").write_bytes((edited / "fusion.onnx").read_bytes()[:-1] + b"x")
+    other = tmp_path / "visual_only.safetensors"
+    checkpoint.save(random_model(DEMO), other)
+    return {
+        "film": films.bunny(),
+        "folder": tmp_path,
+        "text": text,
+        "sound": sound,
+        "edited": edited,
+        "checkpoint": other,
+        "graphs": demo_artifacts.path,
+        "out": tmp_path / "out.mp4",
+        "nowhere": tmp_path / "nowhere" / "out.mp4",
+        "missing": tmp_path / "missing.mp4",
+    }
+
+
+PREDICT = ("predict", "{film}", "-o", "{out}", "--artifacts", "{graphs}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        wrong("predict", "{missing}", "-o", "{out}", says="missing.mp4"),
+        wrong("predict", "{folder}", "-o", "{out}", says="folder"),
+        wrong("predict", "{text}", "-o", "{out}", says="text.mp4"),
+        wrong("predict", "{sound}", "-o", "{out}", says="sound.mp4"),
+        wrong("predict", "{film}", says="nothing to write"),
+        wrong("predict", "{film}", "-o", "{nowhere}", says="does not exist: create it first"),
+        wrong("predict", "{film}", "-o", "{folder}/out.txt", says="must end in .mp4"),
+        wrong("predict", "{film}", "-o", "{film}", says="is the film itself"),
+        wrong(*PREDICT, "--steps", 0, says="0 is no number of steps: use 1 to 12, or adaptive"),
+        wrong(*PREDICT, "--steps", 99, says="99 is no number of steps"),
+        wrong(*PREDICT, "--steps", "many", says="many is no number of steps"),
+        wrong(*PREDICT, "--stride", 0, says="argument --stride: 0 is too small"),
+        wrong(*PREDICT, "--seed", -1, says="--seed: expected one argument"),
+        wrong(*PREDICT, "--fit", "squeeze", says="--fit"),
+        wrong(*PREDICT, "--variant", "concat", says="holds the variant 'full', not 'concat'"),
+        wrong(*PREDICT, "--engine", "tensorflow", says="unknown engine 'tensorflow'"),
+        wrong(*PREDICT, "--engine", "eager", says="give --checkpoint instead of --artifacts"),
+        wrong("predict", "{film}", "-o", "{out}", "--artifacts", "{edited}", says="SHA-256 differs"),
+        wrong("predict", "{film}", "-o", "{out}", "--artifacts", "{folder}", says="holds no manifest.json"),
+        wrong(
+            "predict", "{film}", "-o", "{out}", "--checkpoint", "{checkpoint}", "--variant", "visual_only",
+            says="holds the variant 'full', not 'visual_only'",
+        ),
+        wrong("predict", "{film}", "-o", "{out}", "--checkpoint", "{text}", says="is not a MUBiC checkpoint"),
+        wrong("predict", "{film}", "-o", "{out}", "--engine", "triton://127.0.0.1:9", says="no Triton server answers"),
+        wrong("predict", "{film}", "-o", "{out}", "--engine", "triton://x", says="is no address of a Triton server"),
+        wrong("stream", "{film}", "--url", "127.0.0.1:9", says="no Triton server answers"),
+        wrong("serve", "--artifacts", "{edited}", says="SHA-256 differs"),
+        wrong("export", "random:huge", "--out", "{folder}/x", says="unknown checkpoint 'random:huge'"),
+        wrong("export", "random:demo", "--out", "{text}", says="is not an earlier export"),
+        wrong("parity", "{folder}", says="holds no manifest.json"),
+        wrong("info", "--config", "huge", says="invalid choice: 'huge'"),
+        wrong("prophesy", says="invalid choice: 'prophesy'"),
+        wrong(says="COMMAND"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_leaves_nothing(run, bad: dict[str, Path], arguments: tuple, says: str) -> None:
+    before = sorted(bad["folder"].rglob("*"))
+    ran = run(*[str(a).format(**bad) for a in arguments])
+    assert ran.code == 2
+    assert ran.out == ""
+    assert says in ran.err
+    assert ran.err.startswith("mubic-deploy: ")
+    assert ran.err.count("\n") == 1, ran.err
+    assert sorted(bad["folder"].rglob("*")) == before
+
+
+def test_a_port_in_use_is_named(run, demo_artifacts: Artifacts) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        free = ("--http-port", 0, "--metrics-port", 0, "--log", os.devnull)
+        ran = run("serve", "--artifacts", demo_artifacts.path, "--grpc-port", port, *free)
+    assert ran.code == 2
+    assert f"gRPC port {port} of 127.0.0.1 cannot be used" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_serving_and_clients_need_no_torch(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    """Everything but eager, model, checkpoint and export imports and predicts where torch cannot be imported."""
+    program = """
+import sys
+sys.modules.update({name: None for name in ("torch", "torchvision", "torchaudio", "onnx", "safetensors")})
+import mubic_deploy.parity, mubic_deploy.metrics, mubic_deploy.triton.repository, mubic_deploy.triton.server
+import mubic_deploy.triton.client, mubic_deploy.triton.stream
+from mubic_deploy.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    arguments = ["predict", films.bunny(), "--artifacts", demo_artifacts.path, "--maps", tmp_path / "m.npz"]
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments), "--stride", "64"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert np.load(tmp_path / "m.npz")["maps"].shape == (2, 216, 384)

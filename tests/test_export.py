@@ -1,0 +1,188 @@
+"""The exported graphs: what they are, that they are checked, and that nothing unchecked is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from mubic_deploy import checkpoint
+from mubic_deploy.artifacts import MANIFEST, Artifacts
+from mubic_deploy.config import DEMO, get_config
+from mubic_deploy.engines import eager, onnxruntime
+from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import signatures
+from mubic_deploy.metrics import cc
+from mubic_deploy.model.mubic import random_model
+from mubic_deploy.parity import compare, random_clip
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.sources import load_script, source_dir
+
+onnx_graphs = load_script(source_dir("export") / "onnx_graphs.py")
+
+
+def types(graph: onnx.GraphProto, values: list) -> list[tuple]:
+    names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.UINT8: "uint8", onnx.TensorProto.INT32: "int32"}
+    rows = []
+    for value in values:
+        tensor = value.type.tensor_type
+        rows.append((value.name, names[tensor.elem_type], [d.dim_value or d.dim_param for d in tensor.shape.dim]))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["visual_encoder", "audio_encoder", "fusion", "denoiser"])
+def test_graphs_are_as_their_signatures_say(demo_artifacts: Artifacts, name: str) -> None:
+    model = onnx.load(demo_artifacts.graph(name))
+    onnx.checker.check_model(model, full_check=True)
+    assert next(o.version for o in model.opset_import if o.domain == "") >= 20
+    signature = signatures(DEMO)[name]
+    for tensors, values in ((signature.inputs, model.graph.input), (signature.outputs, model.graph.output)):
+        expected = [(t.name, t.dtype, ["batch", *t.shape]) for t in tensors]
+        assert types(model.graph, list(values)) == expected
+    ops = {node.op_type for node in model.graph.node}
+    assert not ops & {"ScatterND", "ScatterElements", "STFT", "DFT", "Loop", "If", "Einsum"}
+    assert {o.domain for o in model.opset_import} == {""}
+
+
+def test_position_tables_are_weights(demo_artifacts: Artifacts) -> None:
+    """Nothing that depends on the weights alone is computed in the graph: every node needs an input."""
+    graph = onnx.load(demo_artifacts.graph("visual_encoder")).graph
+    known = {value.name for value in graph.input}
+    for node in graph.node:
+        depends = any(name in known for name in node.input)
+        if depends:
+            known.update(node.output)
+        else:
+            assert node.op_type == "Constant", f"{node.op_type} {node.name} is computed at every call"
+
+
+def test_batches_of_every_size(demo_artifacts: Artifacts) -> None:
+    """Only the batch is dynamic: eight clips in one call give what each gives alone."""
+    pipeline = Pipeline(DEMO, onnxruntime.load_engines(demo_artifacts))
+    clip = random_clip(DEMO, 0, batch=8)
+    together, _ = pipeline.predict(clip["VIDEO"], clip["AUDIO"], np.arange(8))
+    for i in (0, 3, 7):
+        alone, _ = pipeline.predict(clip["VIDEO"][i : i + 1], clip["AUDIO"][i : i + 1], i)
+        assert np.abs(together[i] - alone[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 4, 12, 0])
+def test_same_maps_as_eager(demo_artifacts: Artifacts, steps: int) -> None:
+    reference = Pipeline(DEMO, eager.load_engines(random_model(DEMO)))
+    candidate = Pipeline(DEMO, onnxruntime.load_engines(demo_artifacts))
+    clip = random_clip(DEMO, 11)
+    (expected, n), (got, m) = (p.predict(clip["VIDEO"], clip["AUDIO"], 3, steps) for p in (reference, candidate))
+    assert n.tolist() == m.tolist()
+    assert np.abs(expected - got).max() < 1e-3
+    assert cc(expected[0], got[0]) >= 0.9999
+
+
+def test_manifest_says_what_was_made(demo_artifacts: Artifacts) -> None:
+    manifest = demo_artifacts.manifest
+    assert manifest["source"] == {"name": "random:demo", "seed": 0, "sha256": None}
+    assert manifest["config"]["variant"] == "full"
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert list(manifest["graphs"]) == ["visual_encoder", "audio_encoder", "fusion", "denoiser"]
+    assert manifest["parity"]["clips"] == 3
+    assert 0 < max(manifest["parity"]["graphs"]["visual_encoder"].values()) < 1e-4
+
+
+CHANGED = {  # the graphs in which a variant differs from the full model
+    "no_beca": ["fusion"],
+    "no_skip": ["fusion"],
+    "concat": ["fusion", "denoiser"],
+    "no_diffusion": ["fusion", "denoiser"],
+    "visual_only": ["fusion"],
+}
+
+
+@pytest.mark.parametrize("variant", CHANGED)
+def test_every_variant_exports(variant: str, tmp_path: Path) -> None:
+    config = replace(get_config("demo", variant), height=64, width=96, audio_patch=(32, 48))
+    model = random_model(config)
+    reference = eager.load_engines(model)
+    tensors = random_clip(config, 0)
+    tensors |= {"S_T": np.ones((1, 1, 32, 48), np.float32), "STEP": np.full((1, 1), 499, np.int32)}
+    tensors |= {"ALPHA_NOW": np.full((1, 1), 0.5, np.float32), "ALPHA_NEXT": np.full((1, 1), 0.8, np.float32)}
+    for name, signature in signatures(config).items():
+        expected = reference[name](tensors)
+        if name in CHANGED[variant]:
+            onnx_graphs.trace(model.graph(name), signature, tmp_path / name)
+            got = onnxruntime.OnnxRuntimeEngine(tmp_path / name, signature)(tensors)
+            assert all(np.abs(got[t] - expected[t]).max() < 1e-4 for t in expected)
+        tensors |= expected
+
+
+def test_a_graph_that_differs_is_not_written(
+    demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tracer hands out the graphs of other weights, as a wrong rewrite would."""
+    monkeypatch.setattr(onnx_graphs, "trace", lambda _, s, path: shutil.copy(demo_artifacts.graph(s.name), path))
+    with pytest.raises(UserError, match="the exported graphs differ from eager PyTorch"):
+        onnx_graphs.export(random_model(DEMO, 1), checkpoint.Source("test", 1), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parity_sees_a_difference(demo_artifacts: Artifacts) -> None:
+    engines = onnxruntime.load_engines(demo_artifacts)
+    result = compare(DEMO, eager.load_engines(random_model(DEMO, 1)), engines, clips=1)
+    assert not result.ok
+    with pytest.raises(UserError, match="differ from eager PyTorch"):
+        result.require()
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not an earlier export"):
+        onnx_graphs.export(random_model(DEMO), checkpoint.Source("test", 0), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def damage(folder: Path, what: str) -> None:
+    manifest = folder / MANIFEST
+    data = json.loads(manifest.read_text())
+    if what == "edited":
+        graph = folder / "fusion.onnx"
+        content = bytearray(graph.read_bytes())
+        content[len(content) // 2] ^= 1
+        graph.write_bytes(content)
+    elif what == "missing":
+        (folder / "denoiser.onnx").unlink()
+    elif what == "unfinished":
+        manifest.unlink()
+    elif what == "no json":
+        manifest.write_text("{")
+    elif what == "other format":
+        manifest.write_text(json.dumps(data | {"format": 99}))
+    elif what == "no graphs":
+        manifest.write_text(json.dumps(data | {"graphs": {}}))
+    elif what == "other size":
+        data["config"]["height"] = 224
+        manifest.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("edited", r"fusion\.onnx is not the file that was exported"),
+        ("missing", r"denoiser\.onnx is missing"),
+        ("unfinished", r"holds no manifest\.json"),
+        ("no json", "cannot be read"),
+        ("other format", "is not of format 1"),
+        ("no graphs", "lacks 'visual_encoder'"),
+        ("other size", "the signature of visual_encoder is not this version's"),
+    ],
+)
+def test_damaged_artifacts_are_refused(demo_artifacts: Artifacts, tmp_path: Path, what: str, message: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(demo_artifacts.path, folder)
+    damage(folder, what)
+    with pytest.raises(UserError, match=message) as caught:
+        Artifacts.open(folder)
+    assert "\n" not in str(caught.value)
