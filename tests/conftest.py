@@ -1,24 +1,31 @@
-"""The real model in its `demo` size, exported once a run, and a command line to test."""
+"""The real model in its `demo` size, exported once a run, and the command line to test it with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
 
-from mubic_deploy import cli
+from mubic_deploy import cli, exported
 from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import DEMO_CHECKPOINT
 
 pytest_plugins = ("triton_fixtures",)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exports go to a folder of this run, not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MUBIC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def demo_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """`random:demo`, seed 0, as `mubic-deploy export` leaves it."""
-    out = tmp_path_factory.mktemp("export") / "demo"
-    assert cli.main(["export", "random:demo", "--out", str(out)]) == 0
-    return Artifacts.open(out)
+def demo_artifacts() -> Artifacts:
+    """What the command line uses where no checkpoint is named: `random:demo`, seed 0."""
+    return exported.cached(DEMO_CHECKPOINT)
 
 
 class Ran(NamedTuple):

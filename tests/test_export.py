@@ -85,7 +85,7 @@ def test_same_maps_as_eager(demo_artifacts: Artifacts, steps: int) -> None:
 
 def test_manifest_says_what_was_made(demo_artifacts: Artifacts) -> None:
     manifest = demo_artifacts.manifest
-    assert manifest["source"] == {"name": "random:demo", "seed": 0, "sha256": None}
+    assert manifest["source"] == {"name": "demo", "seed": 0, "sha256": None}
     assert manifest["config"]["variant"] == "full"
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
     assert list(manifest["graphs"]) == ["visual_encoder", "audio_encoder", "fusion", "denoiser"]
