@@ -4,6 +4,7 @@
     python bench/measure.py visual      visual encoder: ONNX Runtime against torchvision's eager attention
     python bench/measure.py whole       a whole inference: ONNX Runtime against eager with torchvision's attention
     python bench/measure.py steps       what 8 steps cost over 4: four denoiser calls and nothing else
+    python bench/measure.py logmel      the in-graph log-mel against torchaudio
     python bench/measure.py parity      every graph and the final map against eager PyTorch, both sizes
     python bench/measure.py ensemble    Triton's ensemble against the in-process pipeline: maps and latency
     python bench/measure.py memory      of `predict` over a 10-minute 720p film and over a 1-minute one
@@ -148,6 +149,36 @@ def steps(rounds: int) -> dict[str, Any]:
     return {"times": summary(times), "difference_s": difference, "four_calls_s": four, "ratio": difference / four}
 
 
+def logmel(rounds: int) -> dict[str, Any]:
+    """Largest difference from torchaudio (float64) of the exported log-mel, for noise, tones and silence."""
+    import torch
+    import torchaudio
+
+    from mubic_deploy.graphs import Signature, Tensor, audio
+    from mubic_deploy.model.audio import LogMel
+    from mubic_deploy.sources import load_script, source_dir
+
+    signature = Signature("log_mel", (audio(),), (Tensor("LOG_MEL", "float32", (4, 96, 64)),))
+    size = {"n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 64}
+    mel = torchaudio.transforms.MelSpectrogram(16_000, f_min=125, f_max=7500, power=1, center=False, **size).double()
+    rng = np.random.default_rng(0)
+    t = np.arange(16_608) / 16_000
+    sounds = {f"tone {f} Hz, amplitude {a}": a * np.sin(2 * np.pi * f * t) for f in (220, 1000, 5000) for a in (0.5, 1)}
+    sounds |= {"noise": rng.uniform(-1, 1, t.size), "quiet noise": 1e-4 * rng.normal(size=t.size), "silence": 0 * t}
+    differences = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log_mel.onnx"
+        load_script(source_dir("export") / "onnx_graphs.py").trace(LogMel(), signature, path)
+        engine = onnxruntime.OnnxRuntimeEngine(path, signature)
+        for name, sound in sounds.items():
+            x = torch.tensor(sound[None], dtype=torch.float32)
+            got = engine({"AUDIO": x.numpy()})["LOG_MEL"][0]
+            slices = torch.stack([x[0, 336 * i : 336 * i + 15_600] for i in range(4)])
+            expected = (mel(torch.nn.functional.pad(slices, (56, 56)).double()) + 0.01).log().mT
+            differences[name] = float(np.abs(got - expected.numpy()).max())
+    return {"largest_difference": max(differences.values()), "by_sound": differences}
+
+
 def parity(rounds: int) -> dict[str, Any]:
     """Three random clips through every graph and the whole chain."""
     from mubic_deploy.engines import eager
@@ -238,7 +269,7 @@ def memory(rounds: int) -> dict[str, Any]:
     return results
 
 
-MEASUREMENTS = {f.__name__: f for f in (visual, whole, steps, parity, ensemble, memory)}
+MEASUREMENTS = {f.__name__: f for f in (visual, whole, steps, logmel, parity, ensemble, memory)}
 ROUNDS = {"visual": 9, "whole": 7, "steps": 15, "ensemble": 100}
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from mubic_deploy import graphs
-from mubic_deploy.config import Config
+from mubic_deploy.config import DEMO_CHECKPOINT, Config
 from mubic_deploy.diffusion import noise, schedule
 from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.errors import UserError
 
 
 class Predictor(Protocol):
@@ -55,6 +57,33 @@ class Pipeline:
     def __init__(self, config: Config, engines: dict[str, Engine]) -> None:
         self.config = config
         self.engines = engines
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path = DEMO_CHECKPOINT,
+        engine: str = "onnxruntime",
+        variant: str | None = None,
+        seed: int = 0,
+    ) -> Pipeline:
+        """The pipeline of a folder of exported graphs or of a checkpoint (see `checkpoint.load`), which is exported
+        first if it was not before. engine: onnxruntime, or eager, which takes a checkpoint. variant and seed: of
+        random weights. UserError for a source or an engine that is none."""
+        if engine == "eager":
+            from mubic_deploy import checkpoint
+            from mubic_deploy.engines import eager
+
+            model, _ = checkpoint.load(str(source), variant, seed)
+            return cls(model.config, eager.load_engines(model))
+        if engine != "onnxruntime":
+            raise UserError(f"unknown engine {engine!r}: use onnxruntime or eager")
+        from mubic_deploy import exported
+        from mubic_deploy.artifacts import Artifacts
+        from mubic_deploy.engines import onnxruntime
+
+        folder = Path(source).is_dir()
+        artifacts = Artifacts.open(Path(source)) if folder else exported.cached(str(source), variant, seed)
+        return cls(artifacts.config, onnxruntime.load_engines(artifacts))
 
     def predict(
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None

@@ -75,7 +75,7 @@ def test_batches_of_every_size(demo_artifacts: Artifacts) -> None:
 @pytest.mark.parametrize("steps", [1, 4, 12, 0])
 def test_same_maps_as_eager(demo_artifacts: Artifacts, steps: int) -> None:
     reference = Pipeline(DEMO, eager.load_engines(random_model(DEMO)))
-    candidate = Pipeline(DEMO, onnxruntime.load_engines(demo_artifacts))
+    candidate = Pipeline.open(demo_artifacts.path)
     clip = random_clip(DEMO, 11)
     (expected, n), (got, m) = (p.predict(clip["VIDEO"], clip["AUDIO"], 3, steps) for p in (reference, candidate))
     assert n.tolist() == m.tolist()

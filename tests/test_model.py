@@ -267,6 +267,13 @@ def test_random_weights_are_the_seeds_and_leave_the_global_state():
     assert any((a[k] != c[k]).any() for k in a)
 
 
+def test_both_attentions_have_the_same_weights_and_maps():
+    clip = random_clip(DEMO, 0)
+    pipelines = [Pipeline(DEMO, eager.load_engines(random_model(DEMO, 2, folded))) for folded in (True, False)]
+    maps = [pipeline.predict(clip["VIDEO"], clip["AUDIO"])[0] for pipeline in pipelines]
+    assert np.abs(maps[0] - maps[1]).max() < 1e-5
+
+
 def test_checkpoint_round_trip(tmp_path):
     model = random_model(get_config("demo", "concat"), 3)
     file = tmp_path / "model.safetensors"
@@ -303,3 +310,17 @@ def test_config_survives_json_and_refuses_strangers():
     for broken in ({}, {**FULL.to_json(), "colour": 1}, [1]):
         with pytest.raises(UserError, match="does not fit this version"):
             Config.from_json(broken)  # type: ignore[arg-type]
+
+
+def test_pipelines_open_by_name(tmp_path):
+    """The same weights from a name and from a file."""
+    file = tmp_path / "model.safetensors"
+    checkpoint.save(random_model(DEMO, 4), file)
+    clip = random_clip(DEMO, 0)
+    maps = [
+        Pipeline.open(source, engine="eager", seed=seed).predict(clip["VIDEO"], clip["AUDIO"])[0]
+        for source, seed in (("random:demo", 4), (file, 0))
+    ]
+    assert (maps[0] == maps[1]).all()
+    with pytest.raises(UserError, match="unknown engine 'tpu'"):
+        Pipeline.open(engine="tpu")

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
 
 from mubic_deploy.config import AUDIO_SLICES, SAMPLE_RATE, SLICE_HOP, SLICE_SAMPLES, Config
 from mubic_deploy.model.layers import FFN, attend
@@ -29,16 +30,8 @@ def fourier_filters() -> Tensor:
 
 def mel_filters() -> Tensor:
     """Triangles, linear in Hz between centres spaced evenly on HTK's mel scale: [FFT / 2 + 1, MELS]."""
-
-    def mel(hz: float) -> float:
-        return 2595.0 * math.log10(1 + hz / 700.0)
-
-    mels = torch.linspace(mel(MEL_LOW), mel(MEL_HIGH), MELS + 2, dtype=torch.float64)
-    edges = 700.0 * (10 ** (mels / 2595.0) - 1)
-    bins = torch.linspace(0, SAMPLE_RATE / 2, FFT // 2 + 1, dtype=torch.float64)[:, None]
-    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
-    rising, falling = (bins - low) / (centre - low), (high - bins) / (high - centre)
-    return torch.minimum(rising, falling).clamp(min=0).float()
+    with torch.device("cpu"):  # it looks at its values, which the meta device has not
+        return melscale_fbanks(FFT // 2 + 1, MEL_LOW, MEL_HIGH, MELS, SAMPLE_RATE)
 
 
 class LogMel(nn.Module):

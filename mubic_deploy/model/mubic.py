@@ -36,10 +36,16 @@ class MUBiC(nn.Module):
 
 
 def random_model(config: Config, seed: int = 0, folded: bool = True) -> MUBiC:
-    """A model with seeded random weights, in eval mode. The global random state is left as it was."""
+    """A model with seeded random weights, in eval mode; the same weights with either attention. The global random
+    state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MUBiC(config, folded).eval()
+        model = MUBiC(config).eval()
+    if not folded:
+        weights = model.state_dict()
+        model = MUBiC(config, folded=False).eval()
+        model.load_state_dict(weights)
+    return model
 
 
 class Cost(NamedTuple):
