@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.engines import eager, onnxruntime
 from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing
 from mubic_deploy.graphs import Signature, signatures
 from mubic_deploy.model.mubic import MUBiC, empty_inputs
 from mubic_deploy.parity import CLIPS, Parity, compare
@@ -69,21 +68,14 @@ def export(model: MUBiC, source: Source, out: Path, progress: Progress = lambda 
 
     UserError if `out` is something else, cannot be written, or a graph differs from eager PyTorch."""
     out = Path(out)
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an earlier export: choose another --out")
-    part = out.with_name(f"{out.name}.part-{os.getpid()}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        parity = _export_into(part, model, source, progress)
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
+        if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} exists and is not an earlier export: choose another --out")
+        with replacing(out) as folder:
+            parity = _export_into(folder, model, source, progress)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
     return Artifacts.open(out), parity
 
 

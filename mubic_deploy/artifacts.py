@@ -59,6 +59,7 @@ class Artifacts:
             raise UserError(f"{path / MANIFEST} is not of format {FORMAT}: export again with this version")
         try:
             config = Config.from_json(manifest["config"])
+            manifest["source"]["seed"], manifest["parity"]  # read later
             for name, signature in signatures(config).items():
                 entry = manifest["graphs"][name]
                 if entry["signature"] != describe(signature):
@@ -70,4 +71,6 @@ class Artifacts:
                     raise UserError(f"{file} is not the file that was exported (SHA-256 differs): export again")
         except (KeyError, TypeError) as error:
             raise UserError(f"{path / MANIFEST} lacks {error}: export again") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be used ({error}): export again") from None
         return cls(path, config, manifest)

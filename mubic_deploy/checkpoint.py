@@ -66,8 +66,11 @@ def _load_file(path: Path, variant: str | None) -> MUBiC:
         with safe_open(path, "pt") as file:
             config = Config.from_json(json.loads((file.metadata() or {})["config"]))
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a MUBiC checkpoint ({str(error).splitlines()[0]})") from None
+    except KeyError:
+        raise UserError(f"{path} is not a MUBiC checkpoint: it holds no configuration") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a MUBiC checkpoint ({reason}): name another file") from None
     if variant is not None and variant != config.variant:
         raise UserError(f"{path} holds the variant {config.variant!r}, not {variant!r}: name another checkpoint")
     with torch.device("meta"):

@@ -6,6 +6,7 @@ goes to stdout and nothing else does; progress and messages go to stderr."""
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import NoReturn
 from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, VARIANTS
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import FITS
+from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT
 
+INSTALL = "install it with: pip install 'mubic-deploy[{}]'"
+EXTRAS = {"tritonclient": "client", "grpc": "client", "google": "client", "pytriton": "serve"}  # else torch's
 CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"
 
 
@@ -48,7 +52,10 @@ def positive(text: str) -> int:
 
 def _weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=VARIANTS, help="of random weights, or that the file must be of")
-    parser.add_argument("--seed", type=natural, default=0, help="of random weights and of the noise (default 0)")
+
+
+def _weights_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=natural, default=0, help="of random weights (default 0)")
 
 
 def _graphs(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +68,7 @@ def _graphs(parser: argparse.ArgumentParser) -> None:
 
 def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
     parser.add_argument("--steps", type=steps, metavar="N|adaptive", help="denoising steps, 1 to 12 (default 4)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
     parser.add_argument("--stride", type=positive, default=stride, help=f"frames between two maps (default {stride})")
     parser.add_argument("--fit", choices=FITS, default="letterbox", help="how frames meet the model's size")
 
@@ -84,6 +92,7 @@ def build_parser() -> Parser:
     export.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     export.add_argument("--out", metavar="DIR", type=Path, required=True)
     _weights(export)
+    _weights_seed(export)
     _json(export)
 
     predict = commands.add_parser("predict", help="a film in, its saliency out")
@@ -100,17 +109,17 @@ def build_parser() -> Parser:
 
     serve = commands.add_parser("serve", help="run a Triton server until Ctrl-C")
     _graphs(serve)
+    _weights_seed(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    serve.add_argument("--http-port", type=natural, default=8000)
-    serve.add_argument("--grpc-port", type=natural, default=8001)
-    serve.add_argument("--metrics-port", type=natural, default=8002)
+    serve.add_argument("--http-port", type=natural, default=HTTP_PORT, help=f"default {HTTP_PORT}; 0 picks a free one")
+    serve.add_argument("--grpc-port", type=natural, default=GRPC_PORT, help=f"default {GRPC_PORT}")
+    serve.add_argument("--metrics-port", type=natural, default=METRICS_PORT, help=f"default {METRICS_PORT}")
     serve.add_argument("--threads", type=natural, default=0, help="of each graph (default: one a core)")
     serve.add_argument("--log", type=Path, default=Path("tritonserver.log"), help="default tritonserver.log")
 
     stream = commands.add_parser("stream", help="send a film's windows to a running server as they come")
     stream.add_argument("source", metavar="SOURCE")
     stream.add_argument("--url", required=True, metavar="HOST:PORT", help="the server's gRPC address")
-    stream.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
     _prediction(stream, stride=4)
     _json(stream)
 
@@ -127,7 +136,12 @@ def build_parser() -> Parser:
     return parser
 
 
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)  # on the way out half-written outputs are removed
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         arguments = build_parser().parse_args(argv)
         from mubic_deploy import commands  # after --help, which shall be quick
@@ -137,9 +151,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mubic-deploy: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # importlib.metadata's error too
+        package = (error.name or "").split(".")[0]
+        if package == "mubic_deploy":
+            raise
+        print(f"mubic-deploy: {package} is missing: {INSTALL.format(EXTRAS.get(package, 'torch'))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mubic-deploy: interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -39,16 +39,24 @@ def bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
         yield lambda text, done, total: progress.update(task, description=text, completed=done, total=total)
 
 
+def say(text: str) -> None:
+    """One line on stdout, as it is."""
+    screen.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(texts: list[str]) -> None:
+    for text in texts:
+        messages.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
 def info(arguments: Namespace) -> int:
     """Parameters and MACs of every configuration asked for."""
-    try:
-        from mubic_deploy.model.mubic import cost
-    except ModuleNotFoundError as error:
-        raise UserError(f"info needs {error.name}: install mubic-deploy[torch]") from None
+    from mubic_deploy.model.mubic import cost
+
     names = [arguments.config] if arguments.config else list(CONFIGS)
     variants = [arguments.variant] if arguments.variant else list(VARIANTS)
     rows: list[dict[str, Any]] = []
@@ -91,18 +99,19 @@ def export(arguments: Namespace) -> int:
         print_json({"out": str(artifacts.path), "seconds": time.monotonic() - began, "parity": parity})
         return 0
     _parity_table(parity)
-    screen.print(f"exported to {artifacts.path} in {time.monotonic() - began:.0f} s")
+    say(f"exported to {artifacts.path} in {time.monotonic() - began:.0f} s")
     return 0
 
 
 def parity(arguments: Namespace) -> int:
     """Exported graphs against the eager model they came from."""
+    from mubic_deploy import checkpoint
     from mubic_deploy import parity as check
     from mubic_deploy.engines import eager, onnxruntime
 
     artifacts = Artifacts.open(arguments.artifacts)
     source = artifacts.manifest["source"]
-    model, _ = _eager_model(arguments.checkpoint or source["name"], artifacts.config.variant, source["seed"] or 0)
+    model, _ = checkpoint.load(arguments.checkpoint or source["name"], artifacts.config.variant, source["seed"] or 0)
     if model.config != artifacts.config:
         raise UserError(f"{arguments.artifacts} was not exported from this checkpoint: name it with --checkpoint")
     with bar("comparing") as progress:
@@ -138,22 +147,13 @@ def _parity_table(parity: dict[str, Any]) -> None:
     screen.print(table)
 
 
-def _eager_model(checkpoint: str, variant: str | None, seed: int) -> tuple[Any, Any]:
-    """The model and its source."""
-    try:
-        from mubic_deploy import checkpoint as checkpoints
-    except ModuleNotFoundError as error:
-        raise UserError(f"the eager engine needs {error.name}: install mubic-deploy[torch]") from None
-    return checkpoints.load(checkpoint, variant, seed)
-
-
 def _untrained(seed: int | None) -> list[str]:
     """The warning for random weights; `seed` is theirs, None for weights from a file."""
     return [] if seed is None else [UNTRAINED.format(seed=seed)]
 
 
-def _artifacts(arguments: Namespace) -> Artifacts:
-    """The folder that was named, or the cached export of the checkpoint."""
+def _artifacts(arguments: Namespace, seed: int = 0) -> Artifacts:
+    """The folder that was named, or the cached export of the checkpoint; seed: of random weights."""
     if arguments.artifacts is not None:
         artifacts = Artifacts.open(arguments.artifacts)
         if arguments.variant not in (None, artifacts.config.variant):
@@ -163,7 +163,7 @@ def _artifacts(arguments: Namespace) -> Artifacts:
             )
         return artifacts
     with bar("exporting") as progress:
-        return exported.cached(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant, arguments.seed, progress)
+        return exported.cached(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant, seed, progress)
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def _predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         from mubic_deploy.triton.client import TritonPredictor
 
         with TritonPredictor(engine) as predictor:
-            yield predictor, []
+            yield predictor, _untrained(predictor.source["seed"])
     elif engine == "onnxruntime":
         from mubic_deploy.engines import onnxruntime
 
@@ -186,8 +186,10 @@ def _predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
     elif engine == "eager":
         if arguments.artifacts:
             raise UserError("the eager engine runs a checkpoint: give --checkpoint instead of --artifacts")
-        model, source = _eager_model(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant, arguments.seed)
+        from mubic_deploy import checkpoint
         from mubic_deploy.engines import eager
+
+        model, source = checkpoint.load(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant)
 
         yield Pipeline(model.config, eager.load_engines(model)), _untrained(source.seed)
     else:
@@ -223,13 +225,12 @@ def predict(arguments: Namespace) -> int:
             }
         )
         return 0
-    for warning in warnings:
-        messages.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    warn(warnings)
     steps = ", ".join(f"{count} with {n} steps" for n, count in result.steps_used.items())
-    screen.print(f"{result.maps} maps ({steps}) of {result.frames} frames in {result.seconds:.1f} s")
+    say(f"{result.maps} maps ({steps}) of {result.frames} frames in {result.seconds:.1f} s")
     for path in outputs.values():
         if path is not None:
-            screen.print(f"  {path}", soft_wrap=True)
+            say(f"  {path}")
     return 0
 
 
@@ -241,14 +242,17 @@ def serve(arguments: Namespace) -> int:
     from mubic_deploy.triton.server import TritonServer
     from mubic_deploy.triton.server import serve as run_server
 
-    artifacts = _artifacts(arguments)
+    artifacts = _artifacts(arguments, arguments.seed)
+    with contextlib.ExitStack() as starting, tempfile.TemporaryDirectory(prefix="mubic-repository-") as folder:
 
-    def ready(server: TritonServer) -> None:
-        screen.print(f"serving {artifacts.config.name} ({artifacts.config.variant}): gRPC {server.url}", soft_wrap=True)
-        screen.print(f"  HTTP {server.host}:{server.http_port}, metrics {server.host}:{server.metrics_port}/metrics")
-        screen.print(f"  log {server.log}; stop with Ctrl-C", soft_wrap=True)
+        def ready(server: TritonServer) -> None:
+            starting.close()
+            warn(_untrained(artifacts.manifest["source"]["seed"]))
+            say(f"serving {artifacts.config.name} ({artifacts.config.variant}): gRPC {server.url}")
+            say(f"  HTTP {server.host}:{server.http_port}, metrics {server.host}:{server.metrics_port}/metrics")
+            say(f"  log {server.log}; stop with Ctrl-C")
 
-    with tempfile.TemporaryDirectory(prefix="mubic-repository-") as folder:
+        starting.enter_context(messages.status("starting Triton"))
         repository = Path(folder) / "models"
         write_repository(artifacts, repository, threads=arguments.threads)
         run_server(
@@ -260,7 +264,7 @@ def serve(arguments: Namespace) -> int:
             metrics_port=arguments.metrics_port,
             log=arguments.log,
         )
-    screen.print("stopped")
+    say("stopped")
     return 0
 
 
@@ -283,31 +287,33 @@ def stream(arguments: Namespace) -> int:
             points.append(point)
             if not arguments.json:
                 place = f"peak at {point.x:.3f}, {point.y:.3f}"
-                screen.print(f"{point.time_s:8.3f} s  {place}  {1000 * point.latency_s:6.0f} ms", highlight=False)
-    for warning in film.warnings:
-        messages.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+                say(f"{point.time_s:8.3f} s  {place}  {1000 * point.latency_s:6.0f} ms")
+    warnings = _untrained(predictor.source["seed"]) + film.warnings
     summary = summarize(points)
     if arguments.json:
-        print_json({"maps": [vars(p) for p in points], "summary": vars(summary), "warnings": film.warnings})
+        print_json({"maps": [vars(p) for p in points], "summary": vars(summary), "warnings": warnings})
         return 0
+    warn(warnings)
     median, p95 = 1000 * summary.median_s, 1000 * summary.p95_s
-    screen.print(
-        f"{summary.maps} maps, {summary.maps_per_s:.1f} a second; latency {median:.0f} ms median, {p95:.0f} ms p95"
-    )
+    say(f"{summary.maps} maps, {summary.maps_per_s:.1f} a second; latency {median:.0f} ms median, {p95:.0f} ms p95")
     return 0
 
 
 def demo(arguments: Namespace) -> int:
     """Export, serve, predict a real clip through the server, stop."""
-    from mubic_deploy.predict import predict_film
+    from mubic_deploy.predict import check, predict_film
     from mubic_deploy.triton.client import TritonPredictor
     from mubic_deploy.triton.repository import write_repository
     from mubic_deploy.triton.server import TritonServer
 
     film = arguments.video or str(sample_film())
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): choose another --out") from None
     files = {"overlay": out / "overlay.mp4", "contact_sheet": out / "contact_sheet.png", "maps": out / "maps.npz"}
+    check(film, **files)
     with bar("demo") as progress:
         artifacts = exported.export(DEMO_CHECKPOINT, out / "graphs", progress=progress)
         progress("starting Triton", 0, None)
@@ -329,11 +335,10 @@ def demo(arguments: Namespace) -> int:
     if arguments.json:
         print_json({"film": film, "maps": result.maps, "frames": result.frames, "warnings": warnings, "files": paths})
         return 0
-    for warning in warnings:
-        messages.print(f"note: {warning}", style="yellow", highlight=False, soft_wrap=True)
-    screen.print(f"{result.maps} maps of {result.frames} frames of {Path(film).name}, through Triton:")
+    warn(warnings)
+    say(f"{result.maps} maps of {result.frames} frames of {Path(film).name}, through Triton:")
     for name, path in paths.items():
-        screen.print(f"  {name.replace('_', ' '):14} {path}", soft_wrap=True)
+        say(f"  {name.replace('_', ' '):14} {path}")
     return 0
 
 

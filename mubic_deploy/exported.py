@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from mubic_deploy.artifacts import MANIFEST, Artifacts
+from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
 from mubic_deploy.errors import UserError
 from mubic_deploy.sources import load_script, source_dir
 
@@ -20,10 +20,8 @@ def export(
     checkpoint: str, out: Path, variant: str | None = None, seed: int = 0, progress: Progress = lambda *_: None
 ) -> Artifacts:
     """Trace the graphs of a checkpoint (see `checkpoint.load`) into `out`, checked against eager PyTorch."""
-    try:
-        from mubic_deploy import checkpoint as checkpoints
-    except ModuleNotFoundError as error:
-        raise UserError(f"export needs {error.name}: install mubic-deploy[torch]") from None
+    from mubic_deploy import checkpoint as checkpoints
+
     progress("loading weights", 0, 1)
     model, source = checkpoints.load(checkpoint, variant, seed)
     artifacts, _ = load_script(source_dir("export") / "onnx_graphs.py").export(model, source, out, progress)
@@ -40,7 +38,12 @@ def cached(
             return Artifacts.open(out)
         except UserError:
             progress("the cached export is damaged, exporting again", 0, 1)
-    return export(checkpoint, out, variant, seed, progress)
+    try:
+        return export(checkpoint, out, variant, seed, progress)
+    except UserError:
+        if not (out / MANIFEST).is_file():
+            raise
+        return Artifacts.open(out)  # another process was faster
 
 
 def cache_dir() -> Path:
@@ -52,13 +55,22 @@ def cache_dir() -> Path:
 
 def _key(checkpoint: str, variant: str | None, seed: int) -> str:
     """A name that changes with everything the graphs depend on: weights, model and export sources, tools."""
-    digest = hashlib.sha256()
     path = Path(checkpoint)
-    identity = [checkpoint, variant, seed, *(version(name) for name in ("torch", "onnxscript"))]
-    digest.update(json.dumps(identity).encode())
+    if path.is_file():
+        weights: list[object] = [_hash(path), variant]
+    else:
+        weights = [checkpoint, variant or "full", seed]
+    tools = [version(name) for name in ("torch", "torchvision", "onnxscript")]
     package = Path(__file__).parent
     sources = [*sorted((package / "model").glob("*.py")), package / "config.py", package / "graphs.py"]
-    for file in [*sources, source_dir("export") / "onnx_graphs.py", *([path] if path.is_file() else [])]:
-        digest.update(file.read_bytes())
+    sources.append(source_dir("export") / "onnx_graphs.py")
+    identity = json.dumps([weights, tools, [_hash(file) for file in sources]])
     name = "".join(c if c.isalnum() else "-" for c in path.stem)
-    return f"{name}-{digest.hexdigest()[:16]}"
+    return f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
+def _hash(file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): check the file") from None

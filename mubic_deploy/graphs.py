@@ -12,6 +12,7 @@ import numpy as np
 from mubic_deploy.config import AUDIO_SAMPLES, AUDIO_SLICES, Config
 from mubic_deploy.errors import UserError
 
+ENSEMBLE = "mubic"  # the whole chain as one model of Triton
 GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser")
 
 
@@ -118,9 +119,9 @@ def ddim(c: Config) -> Signature:
 
 
 def pipeline(c: Config) -> Signature:
-    """The whole chain, in process and as Triton's ensemble `mubic`."""
+    """The whole chain, in process and as Triton's ensemble."""
     media = (video(c), audio()) if c.has_audio else (video(c),)
-    return Signature("mubic", (*media, *settings()), results(c))
+    return Signature(ENSEMBLE, (*media, *settings()), results(c))
 
 
 def settings() -> tuple[Tensor, ...]:

@@ -32,8 +32,9 @@ class Parity:
 
     @property
     def ok(self) -> bool:
-        worst = max(d for tensors in self.graphs.values() for d in tensors.values())
-        return worst <= GRAPH_TOLERANCE and self.map_difference <= MAP_TOLERANCE and self.map_cc >= MAP_CC
+        # NumPy's, because NaN must not pass: max(0.0, nan) is 0.0
+        worst = np.max([d for tensors in self.graphs.values() for d in tensors.values()])
+        return bool(worst <= GRAPH_TOLERANCE and self.map_difference <= MAP_TOLERANCE and self.map_cc >= MAP_CC)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,7 +50,7 @@ class Parity:
         if self.ok:
             return
         flat = [(d, graph, tensor) for graph, tensors in self.graphs.items() for tensor, d in tensors.items()]
-        difference, graph, tensor = max(flat)
+        difference, graph, tensor = flat[np.argmax([d for d, _, _ in flat])]
         raise UserError(
             f"the exported graphs differ from eager PyTorch: {tensor} of {graph} by {difference:.1e} (at most "
             f"{GRAPH_TOLERANCE:.0e}), the map by {self.map_difference:.1e} (at most {MAP_TOLERANCE:.0e})"
@@ -89,10 +90,10 @@ def compare(
             worst = result.graphs.setdefault(name, {})
             for tensor in signature.output_names:
                 difference = np.abs(expected[tensor].astype(np.float64) - got[tensor]).max()
-                worst[tensor] = max(worst.get(tensor, 0.0), float(difference))
+                worst[tensor] = float(np.maximum(worst.get(tensor, 0.0), difference))
             tensors |= expected
         maps = [Pipeline(config, e).predict(clip["VIDEO"], clip["AUDIO"], seed)[0][0] for e in (reference, candidate)]
-        result.map_difference = max(result.map_difference, float(np.abs(maps[0] - maps[1]).max()))
-        result.map_cc = min(result.map_cc, cc(*maps))
+        result.map_difference = float(np.maximum(result.map_difference, np.abs(maps[0] - maps[1]).max()))
+        result.map_cc = float(np.minimum(result.map_cc, cc(*maps)))
         progress()
     return result

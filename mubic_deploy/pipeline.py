@@ -31,12 +31,22 @@ def request(
 ) -> Arrays:
     """The arrays of one call, checked: VIDEO, AUDIO (if the variant hears), SEED and STEPS, all [B, ...]."""
     batch = len(video)
-    seed = np.broadcast_to(np.asarray(seed, np.int64), batch)[:, None]
-    steps = np.broadcast_to(np.asarray(config.default_steps if steps is None else steps, np.int32), batch)[:, None]
-    for n in np.unique(steps):
+    if batch == 0:
+        raise UserError("there is no clip in the batch: give at least one")
+    given = {"SEED": seed, "STEPS": config.default_steps if steps is None else steps}
+    arrays = {"VIDEO": video, "AUDIO": audio}
+    for tensor in graphs.settings():
+        try:
+            values = np.broadcast_to(np.asarray(given[tensor.name], tensor.dtype), batch)
+        except (ValueError, OverflowError, TypeError):
+            raise UserError(f"{tensor.name} must be one {tensor.dtype} for all or {batch}, one a clip") from None
+        arrays[tensor.name] = values[:, None]
+    for n in np.unique(arrays["STEPS"]):
         config.check_steps(int(n))
-    arrays = {"VIDEO": video, "AUDIO": audio, "SEED": seed, "STEPS": steps}
-    return {t.name: t.check(arrays[t.name]) for t in graphs.pipeline(config).inputs}
+    arrays = {t.name: t.check(arrays[t.name]) for t in graphs.pipeline(config).inputs}
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise UserError(f"VIDEO has {batch} clips and AUDIO {len(audio)}: give as many of both")
+    return arrays
 
 
 def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> Arrays:

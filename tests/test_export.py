@@ -137,6 +137,22 @@ def test_parity_sees_a_difference(demo_artifacts: Artifacts) -> None:
         result.require()
 
 
+@pytest.mark.parametrize(("graph", "tensor"), [("fusion", "CONTEXT2"), ("denoiser", "S_0")])
+def test_nan_is_a_difference(graph: str, tensor: str) -> None:
+    engines = eager.load_engines(random_model(DEMO))
+
+    def broken(inputs):
+        outputs = dict(engines[graph](inputs))
+        outputs[tensor] = np.full_like(outputs[tensor], np.nan)
+        return outputs
+
+    candidate: dict = {**engines, graph: broken}
+    result = compare(DEMO, engines, candidate, clips=1)
+    assert not result.ok
+    with pytest.raises(UserError, match=f"{tensor} of {graph}"):
+        result.require()
+
+
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not an earlier export"):
@@ -162,6 +178,12 @@ def damage(folder: Path, what: str) -> None:
         manifest.write_text(json.dumps(data | {"format": 99}))
     elif what == "no graphs":
         manifest.write_text(json.dumps(data | {"graphs": {}}))
+    elif what == "no source":
+        del data["source"]
+        manifest.write_text(json.dumps(data))
+    elif what == "three scales":
+        data["config"]["visual_channels"] = [1, 2, 3]
+        manifest.write_text(json.dumps(data))
     elif what == "other size":
         data["config"]["height"] = 224
         manifest.write_text(json.dumps(data))
@@ -176,6 +198,8 @@ def damage(folder: Path, what: str) -> None:
         ("no json", "cannot be read"),
         ("other format", "is not of format 1"),
         ("no graphs", "lacks 'visual_encoder'"),
+        ("no source", "lacks 'source'"),
+        ("three scales", "cannot be used"),
         ("other size", "the signature of visual_encoder is not this version's"),
     ],
 )

@@ -64,6 +64,17 @@ def test_folded_attention_trains_as_torchvisions():
         assert torch.allclose(folded.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-3), name
 
 
+def test_kept_positions_follow_changes_in_place():
+    encoder = random_model(replace(DEMO, height=32, width=48)).visual_encoder
+    video = torch.randint(0, 256, (1, 16, 32, 48, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        before = encoder(video)[0]
+        for name, parameter in encoder.named_parameters():
+            if "rel_pos" in name:
+                parameter.add_(torch.randn_like(parameter))
+        assert (encoder(video)[0] - before).abs().max() > 1e-3
+
+
 def test_positions_follow_the_weights():
     """Tables kept from one checkpoint are not used with the next one's weights."""
     config = replace(DEMO, height=32, width=48)
@@ -209,6 +220,7 @@ def test_visual_only_is_deaf_and_no_diffusion_takes_one_step():
     config = get_config("demo", "no_diffusion")
     pipeline = Pipeline(config, eager.load_engines(random_model(config)))
     assert pipeline.predict(a["VIDEO"], a["AUDIO"])[1].tolist() == [[1]]
+    assert pipeline.predict(a["VIDEO"], a["AUDIO"], 0, 0)[1].tolist() == [[1]]
     with pytest.raises(UserError, match="steps 4 is out of range: use 1 to 1"):
         pipeline.predict(a["VIDEO"], a["AUDIO"], 0, 4)
 
@@ -257,6 +269,24 @@ def test_wrong_tensors_are_named(tensor, value, message):
     clip = random_clip(DEMO, 0) | {tensor: value}
     with pytest.raises(UserError, match=message):
         pipeline.predict(clip["VIDEO"], clip["AUDIO"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"audio": np.zeros((2, 16_608), np.float32)}, "VIDEO has 1 clips and AUDIO 2"),
+        ({"seed": [1, 2]}, "SEED must be one int64 for all or 1, one a clip"),
+        ({"seed": 2**63}, "SEED must be one int64"),
+        ({"seed": -1}, "seed -1 is negative"),
+        ({"steps": 13}, "steps 13 is out of range: use 1 to 12, or adaptive"),
+        ({"video": np.zeros((0, 16, 112, 192, 3), np.uint8)}, "no clip in the batch"),
+    ],
+)
+def test_wrong_settings_are_named(changes, message):
+    pipeline = Pipeline(DEMO, eager.load_engines(random_model(DEMO)))
+    clip = random_clip(DEMO, 0)
+    with pytest.raises(UserError, match=message):
+        pipeline.predict(**{"video": clip["VIDEO"], "audio": clip["AUDIO"]} | changes)
 
 
 def test_random_weights_are_the_seeds_and_leave_the_global_state():

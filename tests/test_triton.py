@@ -13,12 +13,13 @@ import tritonclient.grpc as triton
 from triton_serving import clips, serving
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import ADAPTIVE, get_config
 from mubic_deploy.engines.onnxruntime import load_engines
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline
-from mubic_deploy.triton.client import ENSEMBLE, TritonPredictor
+from mubic_deploy.triton.client import TritonPredictor
 from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("triton_fixtures",)
@@ -102,7 +103,7 @@ def send(url: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
         inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
         inputs[-1].set_data_from_numpy(array)
     with triton.InferenceServerClient(url) as client:
-        return client.infer(ENSEMBLE, inputs).as_numpy("SALIENCY")
+        return client.infer(graphs.ENSEMBLE, inputs).as_numpy("SALIENCY")
 
 
 def good(pipeline: Pipeline) -> dict[str, np.ndarray]:

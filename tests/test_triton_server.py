@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import toy_graphs
-from triton_serving import FREE_PORTS, clips, serving
+from triton_serving import FREE_PORTS, clips, processes, serving
 
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import get_config
@@ -46,18 +46,6 @@ def repository(toy_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("life") / "repository"
     write_repository(toy_artifacts, path)
     return path
-
-
-def processes(word: str) -> list[int]:
-    """The processes with this word on their command line: the server, its models, their watchdog."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and word.encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:  # it ended meanwhile
-            continue
-    return found
 
 
 def regions(prefix: str) -> list[Path]:

@@ -26,6 +26,8 @@ def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str,
             raise UserError(f"{kind} {path} is a folder: give a file name in it")
         if not path.parent.is_dir():
             raise UserError(f"{kind} {path}: the folder {path.parent} does not exist: create it first")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{kind} {path}: the folder {path.parent} may not be written: choose another one")
         if source is not None and path.exists() and path.samefile(source):
             raise UserError(f"{kind} {path} is the film itself: choose another name")
         real = path.resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ from mubic_deploy.media.maps import FilmMap
 from mubic_deploy.media.track import SoundTrack
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # hold H.264 with any time stamps
+MAX_WAITING = 64  # frames; 90 MB at 720p
 CRF, PRESET = "20", "superfast"
 
 
@@ -23,7 +25,8 @@ class OverlayWriter:
     """Frames and maps go in as they come, in order; a frame waits until the next map is there.
 
     Between two predicted frames the maps are interpolated linearly in time; before the first and after the last they
-    stand still."""
+    stand still. No more than MAX_WAITING frames wait: with a larger stride a map stands still first and then moves to
+    the next one."""
 
     def __init__(self, path: Path, film: Film) -> None:
         """path must end in one of `SUFFIXES`. OSError or ValueError if it cannot be written."""
@@ -45,6 +48,10 @@ class OverlayWriter:
 
     def add_frame(self, frame: Frame) -> None:
         self._waiting.append(frame)
+        if len(self._waiting) > MAX_WAITING and self._before is not None:
+            oldest = self._waiting.popleft()
+            self._write(oldest, self._before.saliency)
+            self._before = replace(self._before, time_s=oldest.time_s)
 
     def add_map(self, item: FilmMap) -> None:
         """Writes the frames up to this map's."""

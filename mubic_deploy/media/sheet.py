@@ -12,6 +12,7 @@ from mubic_deploy.media.film import Frame, Resizer
 from mubic_deploy.media.maps import FilmMap
 
 PAIRS = 8
+WINDOW = 16  # frames
 
 
 class ContactSheet:
@@ -21,7 +22,8 @@ class ContactSheet:
 
     def __init__(self, path: Path, name: str, pairs: int = PAIRS) -> None:
         self._path, self._name, self._pairs = path, name, pairs
-        self._waiting: deque[Frame] = deque()
+        # a map comes with the last frame of its window, at most 16 frames after its own
+        self._waiting: deque[Frame] = deque(maxlen=WINDOW)
         self._kept: list[tuple[float, np.ndarray, np.ndarray]] = []  # time, RGB, saliency
         self._every, self._maps = 1, 0
         self._resize = Resizer()

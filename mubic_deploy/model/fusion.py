@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mubic_deploy.config import AUDIO_SLICES, DEFAULT_STEPS, MAX_STEPS, Config
+from mubic_deploy.config import AUDIO_SLICES, Config
 from mubic_deploy.model.layers import FFN, Keys, TemporalEmbedding, attend, channels_first, channels_last
 
 
@@ -129,11 +129,12 @@ class AdaptiveSteps(nn.Module):
     The entropy is Shannon's, of the energy sum_c f^2 over all places and times as a distribution, divided by its
     largest value, so in [0, 1]. At the start the MLP says the default N for any entropy."""
 
-    def __init__(self, hidden: int = 16) -> None:
+    def __init__(self, config: Config, hidden: int = 16) -> None:
         super().__init__()
+        self.max_steps = config.max_steps
         last = nn.Linear(hidden, 1)
         nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, DEFAULT_STEPS)
+        nn.init.constant_(last.bias, config.default_steps)
         self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), last)
 
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ class AdaptiveSteps(nn.Module):
         energy = f.float().square().sum(-1).flatten(1)
         p = energy / energy.sum(1, keepdim=True)
         entropy = -(p * (p + 1e-12).log()).sum(1, keepdim=True) / math.log(p.shape[1])
-        return entropy, self.mlp(entropy).round().clamp(1, MAX_STEPS).to(torch.int32)
+        return entropy, self.mlp(entropy).round().clamp(1, self.max_steps).to(torch.int32)
 
 
 class Fusion(nn.Module):
@@ -156,7 +157,7 @@ class Fusion(nn.Module):
         self.contexts = nn.ModuleList(nn.Linear(n, width) for n, width in pairs)
         width = config.decoder_channels[-1]
         self.keys4 = Keys(width, width, 2) if config.variant != "no_diffusion" else None
-        self.adaptive = AdaptiveSteps()
+        self.adaptive = AdaptiveSteps(config)
 
     def forward(self, V1: Tensor, V2: Tensor, V3: Tensor, V4: Tensor, A: Tensor | None = None) -> tuple[Tensor, ...]:
         pairs = zip(self.blocks, (V1, V2, V3, V4), strict=True)

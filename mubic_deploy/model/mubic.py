@@ -41,10 +41,10 @@ def random_model(config: Config, seed: int = 0, folded: bool = True) -> MUBiC:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MUBiC(config).eval()
-    if not folded:
-        weights = model.state_dict()
-        model = MUBiC(config, folded=False).eval()
-        model.load_state_dict(weights)
+        if not folded:
+            weights = model.state_dict()
+            model = MUBiC(config, folded=False).eval()
+            model.load_state_dict(weights)
     return model
 
 
@@ -64,6 +64,7 @@ def cost(config: Config) -> Cost:
     """Parameters and multiply-accumulates (torch.utils.flop_counter / 2) of a configuration, without computing."""
     with torch.device("meta"):
         model = MUBiC(config).eval()
+    model.to("meta")  # the mel filters were made elsewhere
     macs = {}
     with torch.no_grad():
         for name, signature in signatures(config).items():

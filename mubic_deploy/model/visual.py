@@ -47,29 +47,20 @@ class FoldedAttention(MultiscaleAttention):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._positions: tuple[tuple, list[Tensor], Tensor] | None = None
-
-    def train(self, mode: bool = True) -> FoldedAttention:
-        self._positions = None
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._positions = None  # another device or dtype
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args) -> None:
-        self._positions = None
-        super()._load_from_state_dict(*args)
+        self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
 
     def positions(self, q_thw: tuple[int, int, int], k_thw: tuple[int, int, int]) -> tuple[list[Tensor], Tensor]:
-        """Tables [q, k, d] of the three axes and the key indicators; in inference computed once."""
-        if self._positions is not None and self._positions[0] == (q_thw, k_thw):
-            return self._positions[1:]
+        """Tables [q, k, d] of the three axes and the key indicators; without gradients computed once a weight."""
         weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # a tensor's version counts its changes in place
+        key = (q_thw, k_thw, *((w.data_ptr(), w._version, w.device, w.dtype) for w in weights)) if keep else ()
+        if keep and self._kept is not None and self._kept[0] == key:
+            return self._kept[1:]
         tables = [relative_table(r, q, k) for r, q, k in zip(weights, q_thw, k_thw, strict=True)]
         indicators = one_hot_positions(k_thw, tables[0])
-        if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._positions = ((q_thw, k_thw), tables, indicators)
+        if keep:
+            self._kept = (key, tables, indicators)
         return tables, indicators
 
     def forward(self, x: Tensor, thw: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:

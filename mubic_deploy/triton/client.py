@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from mubic_deploy import graphs
 from mubic_deploy.config import Config
@@ -15,14 +18,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import request
 from mubic_deploy.triton import parameters
 
-try:
-    import tritonclient.grpc as triton
-    from tritonclient.utils import InferenceServerException, np_to_triton_dtype
-except ImportError:
-    raise UserError("tritonclient is missing: install it with: pip install 'mubic-deploy[client]'") from None
-
 SCHEME = "triton://"
-ENSEMBLE = "mubic"
 _CONNECT_TIMEOUT = 10.0  # s, to learn what is served
 
 Result = tuple[np.ndarray, np.ndarray]  # saliency float32 [B, h, w], steps used int32 [B, 1]
@@ -44,18 +40,23 @@ class TritonPredictor:
     threads; close it, or use `with`."""
 
     config: Config
+    source: dict[str, Any]  # of the weights, as `checkpoint.Source.to_json` says it
 
     def __init__(self, url: str, timeout: float = 60.0) -> None:
         self.address = address(url)
         self.timeout = timeout
         self._client = triton.InferenceServerClient(self.address)
         try:
-            answer = self._client.get_model_config(ENSEMBLE, client_timeout=min(timeout, _CONNECT_TIMEOUT)).config
-            if parameters.CONFIG not in answer.parameters:
+            answer = self._client.get_model_config(
+                graphs.ENSEMBLE, client_timeout=min(timeout, _CONNECT_TIMEOUT)
+            ).config
+            if not {parameters.CONFIG, parameters.SOURCE} <= set(answer.parameters):
                 raise UserError(
-                    f"the model {ENSEMBLE} on {self.address} names no configuration: start it with mubic-deploy serve"
+                    f"the model {graphs.ENSEMBLE} on {self.address} is not this package's: start it with "
+                    f"mubic-deploy serve"
                 )
             self.config = parameters.config_from_string(answer.parameters[parameters.CONFIG].string_value)
+            self.source = json.loads(answer.parameters[parameters.SOURCE].string_value)
         except InferenceServerException as error:
             self.close()
             raise self._explained(error) from None
@@ -83,7 +84,7 @@ class TritonPredictor:
         arrays = request(self.config, video, audio, seed, steps)
         starts = range(0, len(video), self.max_batch)
         parts = [{name: array[i : i + self.max_batch] for name, array in arrays.items()} for i in starts]
-        results = [future.result() for future in [self._submit(part) for part in parts]]
+        results = [self._submit(part).result() for part in parts]  # at once the last would wait for the timeout
         saliency, used = zip(*results, strict=True)
         return np.concatenate(saliency), np.concatenate(used)
 
@@ -109,7 +110,7 @@ class TritonPredictor:
             inputs[-1].set_data_from_numpy(array)
         outputs = [triton.InferRequestedOutput(t.name) for t in graphs.results(self.config)]
         try:
-            self._client.async_infer(ENSEMBLE, inputs, done, outputs=outputs, client_timeout=self.timeout)
+            self._client.async_infer(graphs.ENSEMBLE, inputs, done, outputs=outputs, client_timeout=self.timeout)
         except InferenceServerException as error:
             raise self._explained(error) from None
         return future
@@ -129,6 +130,7 @@ class TritonPredictor:
             )
         if status == "NOT_FOUND" or "unknown model" in message:
             return UserError(
-                f"the Triton server at {self.address} serves no model {ENSEMBLE}: give it a repository of mubic-deploy"
+                f"the Triton server at {self.address} serves no model {graphs.ENSEMBLE}: start it with "
+                f"mubic-deploy serve"
             )
         return UserError(f"the Triton server at {self.address} answered with an error: {message}")

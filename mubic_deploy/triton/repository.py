@@ -4,7 +4,7 @@ Every config.pbtxt is made from `graphs` and written through the protobuf schema
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +16,12 @@ from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing
 from mubic_deploy.graphs import Signature
 from mubic_deploy.sources import source_dir
 from mubic_deploy.triton import parameters
 from mubic_deploy.triton.parameters import OnnxSettings
 
-ENSEMBLE = "mubic"
 CONFIG_FILE = "config.pbtxt"
 _TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 
@@ -56,7 +56,7 @@ def write_repository(
             # without a delay: what waits already is merged, nobody waits for company
             model.dynamic_batching.SetInParent()
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
-    configs.append(_ensemble(config, max_batch))
+    configs.append(_ensemble(config, max_batch, artifacts.manifest["source"]))
     _write(configs, Path(out))
 
 
@@ -105,9 +105,9 @@ def _ddim(config: Config, denoiser: OnnxSettings | None) -> ModelConfig:
     return model
 
 
-def _ensemble(config: Config, max_batch: int) -> ModelConfig:
+def _ensemble(config: Config, max_batch: int, source: dict) -> ModelConfig:
     """The chain. A tensor has one name everywhere, so every map of names is the identity."""
-    model = _model(graphs.pipeline(config), config)
+    model = _model(graphs.pipeline(config), config, **{parameters.SOURCE: json.dumps(source)})
     model.platform = "ensemble"
     model.max_batch_size = max_batch
     chain = [s for s in graphs.signatures(config).values() if s.name != "denoiser"]
@@ -121,24 +121,19 @@ def _ensemble(config: Config, max_batch: int) -> ModelConfig:
 
 def _write(configs: list[ModelConfig], out: Path) -> None:
     """Beside `out` first, then renamed: a repository is whole or not there."""
-    if out.exists() and not (out.is_dir() and (_is_repository(out) or not any(out.iterdir()))):
-        raise UserError(f"{out} exists and is no model repository: give another folder or remove it")
-    beside = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
-        for model in configs:
-            version = beside / model.name / "1"  # an ensemble needs the folder too, with nothing in it
-            version.mkdir(parents=True)
-            (beside / model.name / CONFIG_FILE).write_text(text_format.MessageToString(model))
-            if model.backend == "python":
-                shutil.copyfile(source_dir("triton_models") / model.name / "1" / "model.py", version / "model.py")
-        if out.exists():
-            shutil.rmtree(out)
-        beside.rename(out)
+        if out.exists() and not (out.is_dir() and (_is_repository(out) or not any(out.iterdir()))):
+            raise UserError(f"{out} exists and is no model repository: give another folder or remove it")
+        with replacing(out) as fresh:
+            for model in configs:
+                version = fresh / model.name / "1"  # an ensemble needs the folder too, with nothing in it
+                version.mkdir(parents=True)
+                (fresh / model.name / CONFIG_FILE).write_text(text_format.MessageToString(model))
+                if model.backend == "python":
+                    shutil.copyfile(source_dir("triton_models") / model.name / "1" / "model.py", version / "model.py")
     except OSError as error:
         raise UserError(f"the model repository {out} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _is_repository(path: Path) -> bool:
-    return (path / ENSEMBLE / CONFIG_FILE).is_file()
+    return (path / graphs.ENSEMBLE / CONFIG_FILE).is_file()

@@ -250,14 +250,15 @@ def _backends(package: Path, folder: Path) -> Path:
 
 
 def _environment(package: Path) -> dict[str, str]:
-    """The server's environment: its model processes shall find this Python, its libraries and its packages."""
+    """What the server's environment has besides ours: its model processes shall find this Python, its libraries and
+    its packages."""
     site = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     libraries = [package.parent / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
 
     def joined(name: str, *first: object) -> str:
         return os.pathsep.join([str(p) for p in first if p] + [p for p in [os.environ.get(name)] if p])
 
-    return os.environ | {
+    return {
         "PATH": joined("PATH", Path(sys.executable).parent),
         "LD_LIBRARY_PATH": joined("LD_LIBRARY_PATH", *libraries),
         "PYTHONPATH": joined("PYTHONPATH", Path(__file__).parents[2], *site),

@@ -72,7 +72,11 @@ def main(argument: str) -> int:
     try:
         kindly = True
         process = subprocess.Popen(
-            job["command"], env=job["env"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent, process_group=0
+            job["command"],
+            env=os.environ | job["env"],
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,
+            process_group=0,
         )
         try:
             kindly = _wait_for_end(process)

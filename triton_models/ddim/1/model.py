@@ -49,7 +49,10 @@ class TritonPythonModel:
         )
         for n in steps[:, 0]:
             self.config.check_steps(int(n))
-        return seed, np.where(steps > 0, steps, adaptive).astype(np.int32)
+        used = np.where(steps > 0, steps, adaptive).astype(np.int32)
+        if not ((used >= 1) & (used <= self.config.max_steps)).all():
+            raise UserError(f"ADAPTIVE_STEPS is out of range: it must be 1 to {self.config.max_steps}")
+        return seed, used
 
     def run_here(self, request: Any, denoiser: Engine) -> list[Any]:
         """The loop of the in-process pipeline, with the graph in this process."""

@@ -1,0 +1,29 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`. At the end of the block it takes the place of `out`, which may exist; if the block is
+    left by an exception it is removed and `out` stays as it was. OSError if that cannot be written."""
+    out = out.resolve()
+    fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fresh.mkdir()
+        yield fresh
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for folder in (fresh, old):
+            shutil.rmtree(folder, ignore_errors=True)
