@@ -225,6 +225,30 @@ def test_frames_wait_only_for_the_next_map(tmp_path, monkeypatch):
     assert len(waiting) == 300
 
 
+def test_a_large_stride_holds_the_map_and_then_moves_to_the_next(tmp_path, monkeypatch):
+    """Maps at frames 8 and 108, 64 frames wait: frame 30 stands still, frame 100 is on its way."""
+    monkeypatch.setattr(OverlayWriter, "_write", lambda self, frame, saliency: shown.append(saliency[0, 0]))
+    shown: list[float] = []
+    path = write_film(tmp_path / "film.mp4", frame_times(25, 120), GREY)
+    dark, bright = np.zeros((48, 80), np.float32), np.ones((48, 80), np.float32)
+    with Film(path) as film:
+        writer = OverlayWriter(tmp_path / "out.mp4", film)
+        for frame in film.frames():
+            writer.add_frame(frame)
+            assert len(writer._waiting) <= 64
+            if frame.index in (15, 115):
+                writer.add_map(
+                    FilmMap(frame.index - 7, (frame.index - 7) / 25, dark if frame.index == 15 else bright, 4)
+                )
+        writer.finish()
+        writer.close()
+    assert len(shown) == 120
+    assert shown[:52] == [0] * 52
+    # 115 is there, so 52 .. 115 waited; from the last one written, 51, to the map's own frame, 108
+    np.testing.assert_allclose(shown[52:109], np.arange(1, 58) / 57, atol=1e-5)
+    assert shown[109:] == [1] * 11
+
+
 def test_maps_file(tmp_path):
     writer = MapsWriter(tmp_path / "maps.npz", (6, 10))
     maps = np.random.default_rng(0).random((5, 6, 10), np.float32)

@@ -171,8 +171,10 @@ def test_predictor_says_what_is_wrong(server: TritonServer, predictor: TritonPre
         predictor.predict(video, audio, steps=13)
     with pytest.raises(UserError, match=f"{server.url} answered with an error: .*seed -1 is negative"):
         predictor.predict(video, audio, seed=-1)
-    with TritonPredictor(server.url, timeout=0.001) as hasty, pytest.raises(UserError, match=r"within 0\.001 s"):
-        hasty.predict(video, audio)
+    with TritonPredictor(server.url) as hasty:
+        hasty.timeout = 0.001
+        with pytest.raises(UserError, match=r"within 0\.001 s"):
+            hasty.predict(video, audio)
 
 
 def test_no_server() -> None:

@@ -126,6 +126,7 @@ def write(config: Config, path: Path) -> Artifacts:
         file = path / f"{name}.onnx"
         builder.save(file)
         entries[name] = {"file": file.name, "sha256": sha256(file), "signature": describe(signature)}
-    manifest = {"format": FORMAT, "config": config.to_json(), "graphs": entries}
+    source = {"name": "toy", "seed": None, "sha256": None}
+    manifest = {"format": FORMAT, "source": source, "config": config.to_json(), "graphs": entries, "parity": {}}
     (path / MANIFEST).write_text(json.dumps(manifest))
     return Artifacts.open(path)
