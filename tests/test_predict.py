@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -177,3 +178,18 @@ def test_needs_no_torch():
     """A client has neither PyTorch nor picture libraries; matplotlib is loaded only to draw."""
     code = "import sys, mubic_deploy.predict; print(sorted({'torch', 'cv2', 'PIL', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_frames_are_let_go_without_the_garbage_collector(tmp_path):
+    """Frames in cycles would wait for it by the hundred; at 720p that is gigabytes."""
+    path = write_film(tmp_path / "film.mp4", frame_times(25, 60), np.full((48, 80, 3), 90, np.uint8))
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        predict_film(Brightness(), path, overlay=tmp_path / "out.mp4", maps=tmp_path / "maps.npz")
+        gc.collect()
+        frames = [o for o in gc.garbage if isinstance(o, av.VideoFrame)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert len(frames) <= 2

@@ -167,22 +167,27 @@ class Film:
 
 
 class Upright:
-    """Turns and mirrors decoded frames as the container's display matrix says."""
+    """Turns and mirrors decoded frames as the display matrix of the first of them says: it is the stream's.
+
+    PyAV's side data and its frame hold each other until the garbage collector comes, so to ask each frame would keep
+    hundreds of them in memory."""
 
     def __init__(self) -> None:
         self.turned = False  # by 90 or 270 degrees, so that width and height change places
+        self._filters: list[str] | None = None
         self._graph: Any = None
         self._key: object = None
 
     def __call__(self, image: av.VideoFrame) -> av.VideoFrame:
         """`image` itself where there is nothing to do."""
-        filters = orientation(image)
-        self.turned = "transpose" in filters
-        if not filters:
+        if self._filters is None:
+            self._filters = orientation(image)
+            self.turned = "transpose" in self._filters
+        if not self._filters:
             return image
-        key = (tuple(filters), image.format.name, image.width, image.height)
+        key = (image.format.name, image.width, image.height)
         if key != self._key:
-            self._graph, self._key = _chain(filters, image), key
+            self._graph, self._key = _chain(self._filters, image), key
         self._graph.vpush(image)
         return self._graph.vpull()
 
