@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 from films import Brightness, frame_times, quadrants, write_film
