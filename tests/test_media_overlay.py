@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from films import Brightness, bunny, check_flash_and_click, corners, flash_and_click, frame_times, quadrants, write_film
 
+from mubic_deploy.errors import UserError
 from mubic_deploy.media import heat
 from mubic_deploy.media.film import Film, Frame
 from mubic_deploy.media.maps import FilmMap, MapsWriter
@@ -315,13 +316,12 @@ def test_picture_and_sound_stay_together(tmp_path, source, codec, target, within
     check_flash_and_click(tmp_path / target, within)
 
 
-def test_a_truncated_film_has_an_overlay(tmp_path):
+def test_a_truncated_film_leaves_nothing(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (100, 48, 80, 3), np.uint8)
     tone = np.repeat((0.5 * np.sin(np.arange(192_000) * 0.06)).astype(np.float32)[None], 2, 0)
     path = write_film(tmp_path / "film.mkv", frame_times(25, 100), lambda i: noise[i], sound=tone, codec="aac")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * 0.6)])
-    result = predict_film(Brightness(), path, overlay=tmp_path / "out.mp4")
-    assert 40 < result.frames < 80
-    assert len(times(tmp_path / "out.mp4")) == result.frames
-    assert any("film.mkv is damaged or cut off" in warning for warning in result.warnings)
+    with pytest.raises(UserError, match=r"film\.mkv is cut off"):
+        predict_film(Brightness(), path, overlay=tmp_path / "out.mp4", maps=tmp_path / "maps.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["film.mkv"]

@@ -77,7 +77,9 @@ class Film:
         return map_shape(self.display)
 
     def frames(self) -> Iterator[Frame]:
-        """All frames in display order, once. Times are seconds of the film's own clock, strictly increasing."""
+        """All frames in display order, once. Times are seconds of the film's own clock, strictly increasing.
+
+        UserError after the last one if the container promises more."""
         previous: Frame | None = None
         for index, image in enumerate(self._images()):
             pts = image.pts
@@ -154,11 +156,10 @@ class Film:
             start = 0 if "DURATION" in self._stream.metadata else (self._stream.start_time or 0) * self.time_base
             missing = float(start + seconds) - end
             if missing > max(MISSING_S, 2.5 / self.rate):
-                self.warnings.append(
-                    f"{self.name} is damaged or cut off: its last frame is at {last.time_s:.2f} s, "
-                    f"{missing:.2f} s before its end; what can be read is predicted"
+                raise UserError(
+                    f"{self.name} is cut off: its last frame is at {last.time_s:.2f} s, {missing:.2f} s before its "
+                    f"end: get it again, or keep what is there with ffmpeg -i {self.name} -c copy REPAIRED.mkv"
                 )
-                return
         if self._damaged:
             self.warnings.append(
                 f"{self.name} is damaged: {self._damaged} part(s) of its pictures could not be decoded; "
