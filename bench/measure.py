@@ -193,25 +193,33 @@ def parity(rounds: int) -> dict[str, Any]:
 
 
 def ensemble(rounds: int) -> dict[str, Any]:
-    """One client of the real server against the pipeline in this process, `demo`, 4 steps."""
+    """One client of the real server against the pipeline in this process, `demo`, 4 steps; the denoiser inside
+    `ddim`, as `serve` has it on a CPU, and called through BLS."""
+    loaded = artifacts("demo")
+    pipeline = Pipeline(loaded.config, onnxruntime.load_engines(loaded))
+    return {
+        "denoiser_in_ddim": _through_triton(loaded, pipeline, rounds, call_denoiser=False),
+        "denoiser_called": _through_triton(loaded, pipeline, rounds, call_denoiser=True),
+    }
+
+
+def _through_triton(loaded: Artifacts, pipeline: Pipeline, rounds: int, call_denoiser: bool) -> dict[str, Any]:
     from mubic_deploy.triton.client import TritonPredictor
     from mubic_deploy.triton.repository import write_repository
     from mubic_deploy.triton.server import TritonServer
 
-    loaded = artifacts("demo")
-    pipeline = Pipeline(loaded.config, onnxruntime.load_engines(loaded))
     clips = [random_clip(loaded.config, seed) for seed in range(CLIPS)]
+
+    def run(predictor: Any) -> Callable[[int], Any]:
+        return lambda i: predictor.predict(clips[i % CLIPS]["VIDEO"], clips[i % CLIPS]["AUDIO"], i)
+
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "models"
-        write_repository(loaded, repository)
+        write_repository(loaded, repository, call_denoiser=call_denoiser)
         with (
             TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server,
             TritonPredictor(server.url) as client,
         ):
-
-            def run(predictor: Any) -> Callable[[int], Any]:
-                return lambda i: predictor.predict(clips[i % CLIPS]["VIDEO"], clips[i % CLIPS]["AUDIO"], i)
-
             difference = max(float(np.abs(run(client)(i)[0] - run(pipeline)(i)[0]).max()) for i in range(CLIPS))
             times = interleave({"triton": run(client), "in_process": run(pipeline)}, rounds)
     return {
