@@ -40,8 +40,9 @@ def bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 def say(text: str) -> None:
-    """One line on stdout, as it is."""
+    """One line on stdout, as it is and at once, for whoever reads along through a pipe."""
     screen.print(text, markup=False, highlight=False, soft_wrap=True)
+    screen.file.flush()
 
 
 def warn(texts: list[str]) -> None:
