@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -35,17 +36,18 @@ from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import get_config
 from mubic_deploy.engines import onnxruntime
 from mubic_deploy.parity import compare, random_clip
-from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.pipeline import Pipeline, request, sample
 
 RESULTS = Path(__file__).parent / "results"
 CLIPS = 8  # random inputs that take turns
 
 
 def interleave(sides: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one of each side a round, in an order that alternates; the first round is warm-up."""
+    """Seconds of each call, one of each side a round, in random order; the first round is warm-up."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+    order = random.Random(0)
     for i in range(rounds + 1):
-        for name in list(sides)[:: 1 if i % 2 else -1]:
+        for name in order.sample(list(sides), len(sides)):
             began = time.perf_counter()
             sides[name](i)
             if i:
@@ -123,13 +125,15 @@ def whole(rounds: int) -> dict[str, Any]:
 
 
 def steps(rounds: int) -> dict[str, Any]:
-    """8 steps minus 4 steps against four denoiser calls, each timed alone, in one run."""
+    """8 steps minus 4 steps against the four denoiser calls between them, all timed inside the same runs: the loop
+    alone, and the whole inference, whose encoders wander by more than a call takes."""
     loaded = artifacts("full")
     engines = onnxruntime.load_engines(loaded)
     pipeline = Pipeline(loaded.config, engines)
     clips = [random_clip(loaded.config, seed) for seed in range(CLIPS)]
-    calls: list[float] = []
+    parts: dict[str, list[float]] = {f"{part} {n}": [] for part in ("loop", "calls", "whole") for n in (4, 8)}
     denoiser = engines["denoiser"]
+    calls: list[float] = []
 
     def timed(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         began = time.perf_counter()
@@ -137,16 +141,29 @@ def steps(rounds: int) -> dict[str, Any]:
         calls.append(time.perf_counter() - began)
         return outputs
 
-    engines["denoiser"] = timed  # type: ignore[assignment]
-
     def run(n: int) -> Callable[[int], Any]:
-        return lambda i: pipeline.predict(clips[i % CLIPS]["VIDEO"], clips[i % CLIPS]["AUDIO"], i, n)
+        def predict(i: int) -> None:  # what Pipeline.predict does, in two parts
+            calls.clear()
+            clip = clips[i % CLIPS]
+            began = time.perf_counter()
+            arrays = request(loaded.config, clip["VIDEO"], clip["AUDIO"], i, n)
+            cond = pipeline.condition(arrays)
+            middle = time.perf_counter()
+            sample(loaded.config, timed, cond, arrays["SEED"], arrays["STEPS"])  # type: ignore[arg-type]
+            end = time.perf_counter()
+            for part, seconds in (("loop", end - middle), ("calls", sum(calls)), ("whole", end - began)):
+                parts[f"{part} {n}"].append(seconds)
 
-    times = interleave({"4": run(4), "8": run(8)}, rounds)
-    # the whole wanders by more than four calls take, so the difference is of the pairs in a round
-    difference = median(b - a for a, b in zip(times["4"], times["8"], strict=True))
-    four = 4 * median(calls[12:])
-    return {"times": summary(times), "difference_s": difference, "four_calls_s": four, "ratio": difference / four}
+        return predict
+
+    interleave({"4": run(4), "8": run(8)}, rounds)
+    difference = {part: median(parts[f"{part} 8"]) - median(parts[f"{part} 4"]) for part in ("loop", "calls", "whole")}
+    return {
+        "times": summary(parts),
+        "difference_s": difference,
+        "loop_over_calls": difference["loop"] / difference["calls"],
+        "whole_over_calls": difference["whole"] / difference["calls"],
+    }
 
 
 def logmel(rounds: int) -> dict[str, Any]:
@@ -281,7 +298,7 @@ def memory(rounds: int) -> dict[str, Any]:
 
 
 MEASUREMENTS = {f.__name__: f for f in (visual, whole, steps, logmel, parity, ensemble, memory)}
-ROUNDS = {"visual": 9, "whole": 7, "steps": 15, "ensemble": 100}
+ROUNDS = {"visual": 9, "whole": 7, "steps": 25, "ensemble": 100}
 
 
 def main() -> None:
