@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
+from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline, Predictor
 from mubic_deploy.thesis import TABLE_4_3
@@ -191,7 +191,6 @@ def _predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         from mubic_deploy.engines import eager
 
         model, source = checkpoint.load(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant)
-
         yield Pipeline(model.config, eager.load_engines(model)), _untrained(source.seed)
     else:
         raise UserError(f"unknown engine {engine!r}: use onnxruntime, eager or triton://HOST:PORT")
@@ -214,13 +213,15 @@ def predict(arguments: Namespace) -> int:
             fit=arguments.fit,
             progress=lambda done, total: progress("predicting frames", done, total),
         )
+        asked = predictor.config.default_steps if arguments.steps is None else arguments.steps
     warnings = warnings + result.warnings
     if arguments.json:
         print_json(
             {
                 "maps": result.maps,
                 "frames": result.frames,
-                "steps": result.steps_used,
+                "steps": "adaptive" if asked == ADAPTIVE else asked,
+                "steps_used": result.steps_used,
                 "seconds": result.seconds,
                 "warnings": warnings,
             }
