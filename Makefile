@@ -19,7 +19,7 @@ lint: .venv/installed
 
 .venv/installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else "Python 3.11 is needed, not %d.%d: make PYTHON=..." % v)'
-	@echo "installing into .venv: 5 GB, some minutes"
+	@echo "installing into .venv: 5.6 GB, some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .

@@ -13,7 +13,6 @@ from mubic_deploy.config import AUDIO_SAMPLES, AUDIO_SLICES, Config
 from mubic_deploy.errors import UserError
 
 ENSEMBLE = "mubic"  # the whole chain as one model of Triton
-GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def write_repository(
 
     threads: of each graph, 0 for one a core; max_batch: samples that a model merges into one run, >= 1;
     instances: processes a model, by name, 1 where none is given; call_denoiser: `ddim` calls the model `denoiser` at
-    every step, as it does on a GPU, instead of running the graph itself, which saves about 1 ms a step. Only with
+    every step, as it does on a GPU, instead of running the graph itself, which is faster there. Only with
     calls are requests batched for `ddim`: by itself it runs one after the other.
 
     The repository names the ONNX files by absolute path and SHA-256: it serves these artefacts where they are.
