@@ -25,11 +25,11 @@ class Fit:
     scaled: tuple[int, int]
     corner: tuple[int, int]
 
-    def place(self, frame: np.ndarray) -> np.ndarray:
-        """uint8 [*scaled, 3] -> uint8 [*size, 3], with bars of grey 115 where the frame does not reach."""
+    def place(self, frame: np.ndarray, bar: int = BAR) -> np.ndarray:
+        """[*scaled, channels] -> [*size, channels] of the same type, with bars of `bar` where it does not reach."""
         if self.scaled == self.size:
             return frame
-        out = np.full((*self.size, frame.shape[2]), BAR, np.uint8)
+        out = np.full((*self.size, frame.shape[2]), bar, frame.dtype)
         y, x = self.corner
         inside = frame[max(-y, 0) : self.size[0] - y, max(-x, 0) : self.size[1] - x]
         out[max(y, 0) : max(y, 0) + inside.shape[0], max(x, 0) : max(x, 0) + inside.shape[1]] = inside
@@ -40,19 +40,21 @@ class Fit:
         """(height, width) of maps in the film's geometry: its display size, at most 384 wide."""
         return map_shape(self.display)
 
-    def back(self, saliency: np.ndarray) -> np.ndarray:
-        """float32 [h, w] over the model's input, at any resolution, -> float32 [*map_shape] over the frame.
+    def back(self, saliency: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """float32 [h, w] over the model's input, at any resolution, -> float32 [*shape] over the frame.
 
-        Bilinear, pixel centres at half integers. Bars are cut off; what a crop did not see is 0."""
-        rows = self._weights(0, saliency.shape[0])
-        columns = self._weights(1, saliency.shape[1])
+        shape: (height, width) of the wanted map, `map_shape` by default. Bilinear, pixel centres at half integers.
+        Bars are cut off; what a crop did not see is 0."""
+        height, width = self.map_shape if shape is None else shape
+        rows = self._weights(0, saliency.shape[0], height)
+        columns = self._weights(1, saliency.shape[1], width)
         return rows @ saliency.astype(np.float32, copy=False) @ columns.T
 
-    def _weights(self, axis: int, n: int) -> np.ndarray:
-        """float32 [map_shape[axis], n]: the bilinear weights of `n` map pixels in each pixel of the film's map."""
+    def _weights(self, axis: int, n: int, wanted: int) -> np.ndarray:
+        """float32 [wanted, n]: the bilinear weights of `n` map pixels in each of the `wanted` over the frame."""
         scale = n / self.size[axis]
         top, extent = self.corner[axis] * scale, self.scaled[axis] * scale
-        centre = top + (np.arange(self.map_shape[axis]) + 0.5) * extent / self.map_shape[axis]
+        centre = top + (np.arange(wanted) + 0.5) * extent / wanted
         below = np.floor(centre - 0.5)
         part = (centre - 0.5 - below).astype(np.float32)
         # taps stay on the pixels that the frame touches, so that no bar bleeds into its edge

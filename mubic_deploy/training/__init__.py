@@ -1,0 +1,1 @@
+"""Training and evaluation on the layout that the field shares."""

@@ -1,0 +1,335 @@
+"""The field's data layout: frames, sounds, fixations and folds as released with STAViS and used by its successors.
+
+    video_frames/<dataset>/<video>/img_00001.jpg
+    video_audio/<dataset>/<video>/<video>.wav
+    annotations/<dataset>/<video>/maps/eyeMap_00001.jpg    density, grey
+    annotations/<dataset>/<video>/fixMap_00001.mat         binary fixations in the variable `eyeMap`
+    fold_lists/<dataset>_list_<part>_<split>_fps.txt       one video a line: name, frames, frames per second
+
+No PyTorch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.media.sound import known_layout, resampler
+
+DATASETS = ("AVAD", "DIEM", "SumMe", "ETMD_av", "Coutrot_db1", "Coutrot_db2", "Scenes")
+PARTS = ("train", "test")
+SPLITS = (1, 2, 3)
+FIXATIONS = "eyeMap"  # the variable in the .mat files
+ASPECT_TOLERANCE = 0.02
+
+Progress = Callable[[int, int], None]  # (videos done, of how many)
+
+
+@dataclass(frozen=True)
+class Video:
+    """One line of a fold list. Frames count from 1; frame i is shown at (i - 1) / fps seconds of the sound."""
+
+    root: Path
+    dataset: str
+    name: str
+    frames: int
+    fps: float
+
+    def frame(self, i: int) -> Path:
+        return self.root / "video_frames" / self.dataset / self.name / f"img_{i:05d}.jpg"
+
+    def map(self, i: int) -> Path:
+        return self.root / "annotations" / self.dataset / self.name / "maps" / f"eyeMap_{i:05d}.jpg"
+
+    def fixations(self, i: int) -> Path:
+        return self.root / "annotations" / self.dataset / self.name / f"fixMap_{i:05d}.mat"
+
+    @property
+    def sound(self) -> Path:
+        return self.root / "video_audio" / self.dataset / self.name / f"{self.name}.wav"
+
+    def __str__(self) -> str:
+        return f"{self.dataset}/{self.name}"
+
+
+def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int) -> list[Video]:
+    """The videos of one fold, in the list's order.
+
+    A data set with one fold for all splits (DIEM) has lists without the split's number. UserError for an unknown name,
+    a missing or an empty list, or a line that is not `name frames fps`."""
+    root = Path(root)
+    if dataset not in DATASETS:
+        raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if part not in PARTS:
+        raise UserError(f"unknown part {part!r}: choose one of {', '.join(PARTS)}")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: choose one of {', '.join(map(str, SPLITS))}")
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give the one that holds video_frames, annotations and fold_lists")
+    path = root / "fold_lists" / f"{dataset}_list_{part}_{split}_fps.txt"
+    shared = path.with_name(f"{dataset}_list_{part}_fps.txt")
+    if not path.is_file() and shared.is_file():
+        path = shared
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"fold list {path} does not exist: get {dataset}'s fold lists, or check the folder") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"fold list {path} cannot be read ({_reason(error)}): get it again") from error
+    videos = [_parse(root, dataset, path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not videos:
+        raise UserError(f"fold list {path} names no video: get it again")
+    return videos
+
+
+def _parse(root: Path, dataset: str, path: Path, number: int, line: str) -> Video:
+    try:
+        name, frames, fps = line.split()
+        video = Video(root, dataset, name, int(frames), float(fps))
+    except ValueError:
+        video = None
+    if video is None or video.frames < 1 or not 0 < video.fps < math.inf:
+        raise UserError(
+            f"fold list {path}, line {number}: {line.strip()!r} is not `name frames fps`, such as `V1_Speech1 250 25`: "
+            f"correct the line"
+        )
+    return video
+
+
+def read_frame(path: Path) -> np.ndarray:
+    """uint8 [H, W, 3], RGB. UserError names the file."""
+    return _read_image(path, "RGB")
+
+
+def read_density(path: Path) -> np.ndarray:
+    """float32 [H, W] in [0, 1]: grey / 255. UserError names the file."""
+    return _read_image(path, "L").astype(np.float32) / np.float32(255)
+
+
+def read_fixations(path: Path) -> np.ndarray:
+    """bool [H, W]: where somebody looked. UserError names the file."""
+    from scipy.io import loadmat
+
+    try:
+        with path.open("rb") as file:
+            variables = loadmat(file, variable_names=[FIXATIONS])
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: get the data set's annotations again") from error
+    except Exception as error:  # SciPy's parser lets through whatever a damaged file made it stumble on
+        raise UserError(
+            f"{path} is not a MATLAB file that SciPy can read ({_reason(error)}): get it again, or save it as version 7"
+        ) from error
+    values = variables.get(FIXATIONS)
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "buif":
+        raise UserError(f"{path} holds no matrix `{FIXATIONS}`: get the data set's annotations again")
+    return values > 0
+
+
+def read_sound(path: Path) -> np.ndarray:
+    """float32 [n] in [-1, 1], 16 kHz mono, from the file's first sample on; channels are mixed as in films.
+
+    UserError names the file."""
+    blocks: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise UserError(f"{path} holds no sound: extract the video's sound track again")
+            resample = resampler()
+            for frame in container.decode(container.streams.audio[0]):
+                frame.pts = None
+                blocks += [out.to_ndarray()[0] for out in resample.resample(known_layout(frame))]
+            if blocks:
+                blocks += [out.to_ndarray()[0] for out in resample.resample(None) if out is not None]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: extract the video's sound track into it") from error
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a sound file that FFmpeg can read ({_reason(error)}): get it again") from error
+    if not blocks:
+        raise UserError(f"{path} holds no sound that can be decoded: extract the video's sound track again")
+    return np.clip(np.concatenate(blocks), -1, 1).astype(np.float32, copy=False)
+
+
+def _read_image(path: Path, mode: str) -> np.ndarray:
+    with open_image(path) as image:
+        return np.asarray(decode(image, path, mode))
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens a picture and reads its header only: `size` is (width, height). UserError names the file."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: get the data set's pictures again") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that Pillow can read: get it again") from error
+
+
+def decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
+    """The pixels of an opened picture as Pillow's `mode`. UserError names the file."""
+    try:
+        return image.convert(mode)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({_reason(error)}): get it again") from error
+
+
+def labelled(video: Video) -> list[int]:
+    """The frames that have both a density and a fixation map. The releases lack some."""
+    maps, fixations = _names(video.map(1).parent), _names(video.fixations(1).parent)
+    return [i for i in range(1, video.frames + 1) if video.map(i).name in maps and video.fixations(i).name in fixations]
+
+
+@dataclass
+class Figures:
+    videos: int = 0
+    frames: int = 0
+    skipped: int = 0  # frames without a density or a fixation map
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found. problems: one line each, with the data set, the video, the file and the remedy."""
+
+    datasets: dict[str, Figures] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def videos(self) -> int:
+        return sum(f.videos for f in self.datasets.values())
+
+    @property
+    def frames(self) -> int:
+        return sum(f.frames for f in self.datasets.values())
+
+    @property
+    def skipped(self) -> int:
+        return sum(f.skipped for f in self.datasets.values())
+
+    def require(self) -> None:
+        """UserError with the first problem and the number of the others, if there is any."""
+        if self.problems:
+            more = len(self.problems) - 1
+            raise UserError(self.problems[0] + (f" (and {more} more problem{'s' * (more > 1)})" if more else ""))
+
+
+def check(videos: Sequence[Video], progress: Progress = lambda done, total: None, deep: bool = False) -> CheckReport:
+    """Looks for what would stop a training hours later: files that are missing or damaged, sizes that do not fit.
+
+    All files must be there, but for up to half of a video's maps. The first, middle and last picture of each kind are
+    decoded, and every sound; with `deep` every picture."""
+    report = CheckReport()
+    for done, video in enumerate(videos, 1):
+        problems, skipped = _check_video(video, deep)
+        report.problems.extend(f"{video}: {problem}" for problem in problems)
+        figures = report.datasets.setdefault(video.dataset, Figures())
+        figures.videos += 1
+        figures.frames += video.frames
+        figures.skipped += skipped
+        progress(done, len(videos))
+    return report
+
+
+def _check_video(video: Video, deep: bool) -> tuple[list[str], int]:
+    """(problems, frames without a density or a fixation map)."""
+    problems: list[str] = []
+    frames = _present(video, video.frame, 0.0, "extract the frames again, or correct the fold list", problems)
+    maps = _present(video, video.map, 0.5, "get the data set's annotations again", problems)
+    fixations = _present(video, video.fixations, 0.5, "get the data set's annotations again", problems)
+    both = sorted(set(maps) & set(fixations))
+    try:
+        read_sound(video.sound)
+    except UserError as error:
+        problems.append(str(error))
+    frame_sizes = _sizes(read_frame, video.frame, _sample(frames, deep), problems)
+    map_sizes = _sizes(read_density, video.map, _sample(both or maps, deep), problems)
+    fixation_sizes = _sizes(read_fixations, video.fixations, _sample(both or fixations, deep), problems)
+    problems += _one_size(video.frame, frame_sizes, "frames")
+    problems += _one_size(video.map, map_sizes, "maps")
+    for i in map_sizes.keys() & fixation_sizes.keys():
+        if map_sizes[i] != fixation_sizes[i]:
+            problems.append(
+                f"{video.fixations(i)} is {_size(fixation_sizes[i])}, but its density map {_size(map_sizes[i])}: "
+                f"get the data set's annotations again"
+            )
+            break
+    if frame_sizes and map_sizes:
+        problems += _one_shape(video, frame_sizes, map_sizes)
+    return problems, video.frames - len(both)
+
+
+def _present(
+    video: Video, file: Callable[[int], Path], tolerated: float, remedy: str, problems: list[str]
+) -> list[int]:
+    """The frames whose `file` exists. It is a problem if more than the tolerated part of them does not."""
+    names = _names(file(1).parent)
+    if not names:
+        problems.append(f"{file(1).parent} does not exist or is empty: {remedy}")
+        return []
+    present = [i for i in range(1, video.frames + 1) if file(i).name in names]
+    missing = video.frames - len(present)
+    if missing > tolerated * video.frames:
+        found = set(present)
+        first = next(i for i in range(1, video.frames + 1) if i not in found)
+        problems.append(f"{file(first)} does not exist ({missing} of {video.frames} are missing): {remedy}")
+    return present
+
+
+def _sizes(
+    read: Callable[[Path], np.ndarray], file: Callable[[int], Path], numbers: Iterable[int], problems: list[str]
+) -> dict[int, tuple[int, int]]:
+    """(height, width) by frame of what can be decoded."""
+    sizes: dict[int, tuple[int, int]] = {}
+    for i in numbers:
+        try:
+            height, width = read(file(i)).shape[:2]
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            sizes[i] = height, width
+    return sizes
+
+
+def _one_size(file: Callable[[int], Path], sizes: dict[int, tuple[int, int]], kind: str) -> list[str]:
+    first = next(iter(sizes.values()), None)
+    for i, size in sizes.items():
+        if first is not None and size != first:
+            return [f"{file(i)} is {_size(size)}, but earlier {kind} are {_size(first)}: make them all of one size"]
+    return []
+
+
+def _one_shape(video: Video, frames: dict[int, tuple[int, int]], maps: dict[int, tuple[int, int]]) -> list[str]:
+    i, (height, width) = next(iter(maps.items()))
+    frame = next(iter(frames.values()))
+    if abs(width / height * frame[0] / frame[1] - 1) <= ASPECT_TOLERANCE:
+        return []
+    return [
+        f"{video.map(i)} is {_size((height, width))}, another shape than the frames' {_size(frame)}: "
+        f"make the maps for the frames that were shown"
+    ]
+
+
+def _sample(numbers: list[int], deep: bool) -> list[int]:
+    return numbers if deep else sorted({*numbers[:1], *numbers[len(numbers) // 2 :][:1], *numbers[-1:]})
+
+
+def _names(folder: Path) -> set[str]:
+    """The names in a folder, by one listing; none if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[1]}x{shape[0]}"
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,239 @@
+"""The field's layout against data whose frame numbers, places and times can be read from the values themselves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from field_data import SPECS, TONE, TONE_HZ, fixations, write_sound
+from PIL import Image
+from scipy.io import savemat
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.training.layout import (
+    Video,
+    check,
+    read_density,
+    read_fixations,
+    read_frame,
+    read_list,
+    read_sound,
+)
+
+
+def truncate(path: Path) -> None:
+    """Cuts the last fifth off: the headers stay whole."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 5])
+
+
+# ---- lists and files
+
+
+def test_list(shared):
+    videos = read_list(shared[0].root, "Scenes", "test", 1)
+    assert [(v.name, v.frames, v.fps) for v in videos] == [(s.name, s.frames, s.fps) for s in SPECS]
+    one = videos[0]
+    assert one.frame(7).relative_to(one.root) == Path("video_frames/Scenes/one/img_00007.jpg")
+    assert one.map(7).relative_to(one.root) == Path("annotations/Scenes/one/maps/eyeMap_00007.jpg")
+    assert one.fixations(12345).relative_to(one.root) == Path("annotations/Scenes/one/fixMap_12345.mat")
+    assert one.sound.relative_to(one.root) == Path("video_audio/Scenes/one/one.wav")
+
+
+def test_a_data_set_with_one_fold_for_all_splits(tmp_path):
+    """DIEM's lists are DIEM_list_train_fps.txt and DIEM_list_test_fps.txt."""
+    (tmp_path / "fold_lists").mkdir()
+    lines = b"\xef\xbb\xbfBBC_life_in_cold_blood_1278x710 3401 30\r\n\r\n"  # with a byte order mark
+    (tmp_path / "fold_lists" / "DIEM_list_train_fps.txt").write_bytes(lines)
+    for split in (1, 2, 3):
+        video = Video(tmp_path, "DIEM", "BBC_life_in_cold_blood_1278x710", 3401, 30.0)
+        assert read_list(tmp_path, "DIEM", "train", split) == [video]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("Imagenet", "train", 1), r"'Imagenet'.*AVAD, DIEM, SumMe, ETMD_av, Coutrot_db1, Coutrot_db2, Scenes"),
+        (("Scenes", "val", 1), r"'val'.*train, test"),
+        (("Scenes", "train", 4), r"split 4.*1, 2, 3"),
+        (("AVAD", "train", 2), r"AVAD_list_train_2_fps\.txt does not exist"),
+    ],
+)
+def test_list_that_is_not_there(shared, arguments, message):
+    with pytest.raises(UserError, match=message):
+        read_list(shared[0].root, *arguments)
+
+
+def test_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is not a folder.*fold_lists"):
+        read_list(tmp_path / "nowhere", "Scenes", "train", 1)
+
+
+@pytest.mark.parametrize(
+    "line", ["two 24", "two 24 25 x", "two x 25", "two 24.5 25", "two 0 25", "two 24 0", "two 24 nan"]
+)
+def test_malformed_line(field, line):
+    (field[0].root / "fold_lists" / "Scenes_list_train_1_fps.txt").write_text(f"one 24 25\n\n{line}\n")
+    with pytest.raises(UserError, match=rf"Scenes_list_train_1_fps\.txt, line 3: '{line}'"):
+        read_list(field[0].root, "Scenes", "train", 1)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b" \n\n", "names no video"), (b"\xff\xfe\x00", "cannot be read")])
+def test_list_without_videos(field, content, message):
+    (field[0].root / "fold_lists" / "Scenes_list_train_1_fps.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"Scenes_list_train_1_fps\.txt.*{message}"):
+        read_list(field[0].root, "Scenes", "train", 1)
+
+
+def test_pictures(tmp_path):
+    colour = np.zeros((16, 24, 3), np.uint8)
+    colour[..., 0], colour[..., 2] = 200, 40
+    Image.fromarray(colour).save(tmp_path / "frame.jpg", quality=100, subsampling=0)
+    frame = read_frame(tmp_path / "frame.jpg")
+    assert frame.dtype == np.uint8
+    np.testing.assert_allclose(frame, colour, atol=2)
+
+    Image.fromarray(np.full((9, 7), 51, np.uint8)).save(tmp_path / "map.jpg", quality=100)
+    density = read_density(tmp_path / "map.jpg")
+    assert density.dtype == np.float32
+    np.testing.assert_allclose(density, np.full((9, 7), 0.2), atol=1e-6)  # 51 / 255
+
+
+def test_fixations(shared, tmp_path):
+    found = read_fixations(shared[0].fixations(5))
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, fixations(SPECS[0], 5) == 1)
+    savemat(tmp_path / "double.mat", {"eyeMap": np.eye(3, 4) * 255.0})  # some releases hold doubles
+    np.testing.assert_array_equal(read_fixations(tmp_path / "double.mat"), np.eye(3, 4) == 1)
+
+
+@pytest.mark.parametrize("read", [read_frame, read_density, read_fixations, read_sound])
+def test_unreadable_files(read: Callable[[Path], np.ndarray], tmp_path):
+    with pytest.raises(UserError, match=r"none\.xyz does not exist"):
+        read(tmp_path / "none.xyz")
+    for content in (b"", b"not a picture", bytes(range(256)) * 8):
+        (tmp_path / "bad.xyz").write_bytes(content)
+        with pytest.raises(UserError, match=r"bad\.xyz"):
+            read(tmp_path / "bad.xyz")
+
+
+@pytest.mark.parametrize(
+    ("read", "file"), [(read_frame, "frame"), (read_density, "map"), (read_fixations, "fixations")]
+)
+def test_truncated_files(field, read, file):
+    path = getattr(field[0], file)(3)
+    truncate(path)
+    with pytest.raises(UserError, match=path.name):
+        read(path)
+
+
+def test_mat_without_fixations(tmp_path):
+    savemat(tmp_path / "other.mat", {"fixLocs": np.eye(3)})
+    with pytest.raises(UserError, match=r"other\.mat holds no matrix `eyeMap`"):
+        read_fixations(tmp_path / "other.mat")
+
+
+# ---- sound
+
+
+def test_sound_is_resampled_and_mixed(shared):
+    sound = read_sound(shared[0].sound)
+    assert sound.dtype == np.float32
+    assert abs(len(sound) - 24 / 25 * 16_000) <= 2
+    quiet = sound[1000:5000]  # 250 ms, before the click at 480 ms
+    spectrum = np.abs(np.fft.rfft(quiet * np.hanning(len(quiet))))
+    assert spectrum.argmax() * 16_000 / len(quiet) == pytest.approx(TONE_HZ, abs=2)
+    assert np.abs(quiet).max() == pytest.approx(TONE / 2, rel=0.02)  # one channel of two
+    loud = np.flatnonzero(sound > 0.5)
+    assert loud.mean() == pytest.approx(12 / 25 * 16_000, abs=2)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 48_000])
+def test_sound_starts_at_the_files_first_sample(tmp_path, rate):
+    times = np.arange(rate) / rate
+    write_sound(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 300 * times)[:, None], rate)
+    sound = read_sound(tmp_path / "a.wav")
+    assert abs(len(sound) - 16_000) <= 2
+    want = 0.5 * np.sin(2 * np.pi * 300 * np.arange(16_000) / 16_000)
+    np.testing.assert_allclose(sound[500:15_500], want[500:15_500], atol=5e-3)
+
+
+# ---- the check before training
+
+
+def test_check_of_a_whole_data_set(shared):
+    calls: list[tuple[int, int]] = []
+    for deep in (False, True):
+        report = check(shared, lambda done, total: calls.append((done, total)), deep=deep)
+        assert report.problems == []
+        assert (report.videos, report.frames, report.skipped) == (3, 54, 0)
+        assert report.datasets["Scenes"].frames == 54
+        report.require()
+    assert calls == [(1, 3), (2, 3), (3, 3)] * 2
+
+
+def other_size(video: Video) -> None:
+    Image.fromarray(np.full((18, 32), 9, np.uint8)).save(video.map(24))
+
+
+def other_fixations(video: Video) -> None:
+    savemat(video.fixations(1), {"eyeMap": np.zeros((18, 32), np.uint8)})
+
+
+def other_shape(video: Video) -> None:
+    for i in range(1, video.frames + 1):
+        Image.fromarray(np.full((36, 48), 9, np.uint8)).save(video.map(i))
+        savemat(video.fixations(i), {"eyeMap": np.zeros((36, 48), np.uint8)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda v: shutil.rmtree(v.frame(1).parent), r"video_frames/Scenes/one does not exist or is empty"),
+        (lambda v: v.frame(7).unlink(), r"img_00007\.jpg does not exist \(1 of 24 are missing\)"),
+        (lambda v: v.sound.unlink(), r"one\.wav does not exist"),
+        (lambda v: v.sound.write_bytes(b"RIFF"), r"one\.wav is not a sound file"),
+        (lambda v: shutil.rmtree(v.map(1).parent), r"one/maps does not exist or is empty"),
+        (lambda v: [v.map(i).unlink() for i in range(5, 18)], r"eyeMap_00005\.jpg.*13 of 24"),
+        (lambda v: [v.fixations(i).unlink() for i in range(5, 18)], r"fixMap_00005\.mat.*13 of 24"),
+        (lambda v: truncate(v.frame(13)), r"img_00013\.jpg is damaged"),
+        (lambda v: truncate(v.map(24)), r"eyeMap_00024\.jpg is damaged"),
+        (lambda v: truncate(v.fixations(1)), r"fixMap_00001\.mat is not a MATLAB file"),
+        (other_size, r"eyeMap_00024\.jpg is 32x18, but earlier maps are 64x36"),
+        (other_fixations, r"fixMap_00001\.mat is 32x18, but its density map 64x36"),
+        (other_shape, r"eyeMap_00001\.jpg is 48x36, another shape than the frames' 64x36"),
+    ],
+)
+def test_check_finds(field, damage, message):
+    damage(field[0])
+    problems = check(field).problems
+    assert problems
+    assert all(p.startswith("Scenes/one: ") and "\n" not in p for p in problems)
+    with pytest.raises(UserError, match=rf"Scenes/one: .*{message}.*: \w+"):
+        check(field).require()
+
+
+def test_some_missing_maps_are_only_counted(field):
+    for i in range(1, 13):  # half of them
+        field[0].map(i).unlink()
+    field[1].fixations(20).unlink()
+    report = check(field)
+    assert report.problems == []
+    assert report.skipped == report.datasets["Scenes"].skipped == 13
+
+
+def test_deep_check_decodes_everything(field):
+    truncate(field[1].frame(5))
+    truncate(field[1].map(6))
+    truncate(field[1].fixations(8))
+    assert check(field).problems == []
+    report = check(field, deep=True)
+    assert [next(n for n in ("img", "eyeMap", "fixMap") if f"{n}_0000" in p) for p in report.problems] == [
+        "img",
+        "eyeMap",
+        "fixMap",
+    ]
+    with pytest.raises(UserError, match=r"img_00005\.jpg.*\(and 2 more problems\)$"):
+        report.require()
