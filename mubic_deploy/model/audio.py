@@ -91,7 +91,7 @@ class AudioEncoder(nn.Module):
         previous = 1
         for width in (c1, "pool", c2, "pool", c3, c3, "pool", c4, c4, "pool"):
             if isinstance(width, int):
-                layers += [nn.Conv2d(previous, width, 3, padding=1), nn.ReLU()]
+                layers += [nn.Conv2d(previous, width, 3, padding=min(len(layers), 1)), nn.ReLU()]
                 previous = width
             else:
                 layers.append(nn.MaxPool2d(2))
@@ -99,12 +99,14 @@ class AudioEncoder(nn.Module):
         self.refine = TemporalRefinement(c4, config.audio_heads, config.audio_ffn)
 
     def patches(self, audio: Tensor) -> Tensor:
-        """[B, 16608] -> [B T_a, 1, H_a, W_a] in [0, 1], the mel axis up, time across."""
+        """[B, 16608] -> [B T_a, 1, H_a + 2, W_a + 2] in [0, 1], the mel axis up, time across.
+
+        The rim belongs to VGGish's first convolution, which pads with a log-mel of 0: its weights know it so."""
         x = self.log_mel(audio).flatten(0, 1).transpose(1, 2)[:, None]
         x = ((x - LOG_LOW) / (LOG_HIGH - LOG_LOW)).clamp(0, 1)
         if tuple(x.shape[-2:]) != self.patch:
             x = F.interpolate(x, size=self.patch, mode="bilinear")
-        return x
+        return F.pad(x, (1, 1, 1, 1), value=-LOG_LOW / (LOG_HIGH - LOG_LOW))
 
     def forward(self, AUDIO: Tensor) -> tuple[Tensor]:
         features = self.vggish(self.patches(AUDIO)).unflatten(0, (-1, AUDIO_SLICES))

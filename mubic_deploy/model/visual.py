@@ -74,11 +74,19 @@ class FoldedAttention(MultiscaleAttention):
         bias = self._bias(q[:, :, 1:].unflatten(2, q_thw), tables).flatten(2, 4)
         q_wide = torch.cat([q * self.scaler, F.pad(bias, (0, 0, 1, 0))], -1)  # the class token has no position
         k_wide = torch.cat([k, indicators.expand(b, self.num_heads, -1, -1)], -1)
-        out = F.scaled_dot_product_attention(q_wide, k_wide, v, scale=1.0)
+        out = self._product(q_wide, k_wide, v)
 
         # residual pooling (eq. 3.11), not for the class token
         out = torch.cat([out[:, :, :1], out[:, :, 1:] + q[:, :, 1:]], 2)
         return self.project(out.transpose(1, 2).flatten(2)), q_thw
+
+    @staticmethod
+    def _product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            # kernels that keep no attention matrix for the backward pass want values as wide as keys
+            wide = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
+            return F.scaled_dot_product_attention(q, k, wide, scale=1.0)[..., : v.shape[-1]]
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
     @staticmethod
     def _bias(q: Tensor, tables: list[Tensor]) -> Tensor:
