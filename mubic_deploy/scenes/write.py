@@ -1,0 +1,113 @@
+"""Scenes on disk, in the field's data layout (training/layout.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import wave
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+from mubic_deploy.config import SAMPLE_RATE
+from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing
+from mubic_deploy.scenes import plan as plans
+from mubic_deploy.scenes.picture import Painter
+from mubic_deploy.scenes.plan import FPS
+from mubic_deploy.scenes.sound import synthesize
+from mubic_deploy.scenes.viewers import density, fixation_map, gaze
+
+DATASET = "Scenes"
+MARK = "scenes.json"  # says how the folder was made
+SHORTEST_S = 1.0
+TEST_SHARE = 5  # in each of the three splits every fifth video is a test video, another fifth each
+
+
+def write_scenes(
+    out: Path,
+    videos: int,
+    seed: int = 0,
+    seconds: float = 6.0,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> None:
+    """`videos` scenes of `seconds` seconds into the folder `out`, with fold lists for three splits. The same seed gives
+    the same scenes, whatever the number of worker processes; scene i of a seed is the same in every set.
+
+    `out` may be new, empty or an earlier set of scenes, which is replaced. UserError if it is something else, cannot be
+    written, or a setting is out of range. Nothing is left behind unless all is written."""
+    if videos < 1 or not SHORTEST_S <= seconds <= 600:
+        raise UserError(
+            f"{videos} scenes of {seconds} s cannot be made: ask for 1 or more of {SHORTEST_S:.0f} to 600 s"
+        )
+    out = Path(out)
+    try:
+        if out.exists() and not (out / MARK).is_file() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} exists and is not an earlier set of scenes: choose another folder")
+        with replacing(out) as folder:
+            jobs = [(folder, index, seed, seconds) for index in range(videos)]
+            with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+                for done, _ in enumerate(pool.map(_write_one, jobs), 1):
+                    progress(done, videos)
+            _write_lists(folder, videos, round(seconds * FPS))
+            settings = {"videos": videos, "seed": seed, "seconds": seconds}
+            (folder / MARK).write_text(json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another folder") from None
+
+
+def name(index: int) -> str:
+    """The name of scene `index` (from 0)."""
+    return f"scene_{index:04d}"
+
+
+def streams(seed: int, index: int) -> list[np.random.Generator]:
+    """Independent generators for plan, pictures, sound and viewers of one scene."""
+    children = np.random.SeedSequence([seed, index]).spawn(4)
+    return [np.random.Generator(np.random.Philox(child)) for child in children]
+
+
+def _write_one(job: tuple[Path, int, int, float]) -> None:
+    root, index, seed, seconds = job
+    for_plan, for_pictures, for_sound, for_viewers = streams(seed, index)
+    plan = plans.make_plan(for_plan, seconds)
+    pictures, sound, maps, fixations = folders(root, name(index))
+    for folder in (pictures, sound, maps, fixations):
+        folder.mkdir(parents=True, exist_ok=True)
+    painter = Painter(plan, for_pictures)
+    points = gaze(plan, for_viewers)
+    for i in range(plan.frames):
+        painter.frame(i).save(pictures / f"img_{i + 1:05d}.jpg", quality=90)
+        grey = np.rint(255 * density(points[:, i])).astype(np.uint8)
+        Image.fromarray(grey).save(maps / f"eyeMap_{i + 1:05d}.jpg", quality=95)
+        savemat(fixations / f"fixMap_{i + 1:05d}.mat", {"eyeMap": fixation_map(points[:, i])}, do_compression=True)
+    _write_wav(sound / f"{name(index)}.wav", synthesize(plan, for_sound))
+
+
+def folders(root: Path, video: str) -> tuple[Path, Path, Path, Path]:
+    """Folders of a video's pictures, sound, density maps and fixation maps."""
+    notes = root / "annotations" / DATASET / video
+    return root / "video_frames" / DATASET / video, root / "video_audio" / DATASET / video, notes / "maps", notes
+
+
+def _write_wav(path: Path, samples: np.ndarray) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(np.rint(32767 * samples).astype("<i2").tobytes())
+
+
+def _write_lists(root: Path, videos: int, frames: int) -> None:
+    lists = root / "fold_lists"
+    lists.mkdir()
+    for split in (1, 2, 3):
+        for part in ("train", "test"):
+            chosen = [i for i in range(videos) if (i % TEST_SHARE == split) == (part == "test")]
+            lines = [f"{name(i)} {frames} {FPS}\n" for i in chosen]
+            (lists / f"{DATASET}_list_{part}_{split}_fps.txt").write_text("".join(lines))
