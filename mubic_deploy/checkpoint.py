@@ -1,6 +1,7 @@
 """Checkpoints: weights as safetensors, the configuration as JSON in the file's own metadata.
 
-A checkpoint is named by a file, by `random:full` or `random:demo` (seeded random weights), or by `demo`."""
+A checkpoint is named by a file, by `demo`, the trained one that ships with the package, or by `random:full` or
+`random:demo` (seeded random weights)."""
 
 from __future__ import annotations
 
@@ -14,11 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mubic_deploy.artifacts import sha256
-from mubic_deploy.config import CONFIGS, DEMO_CHECKPOINT, Config, get_config
+from mubic_deploy.config import CONFIGS, DEMO_CHECKPOINT, DEMO_FILE, Config, get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC, random_model
-
-DEMO_STANDS_FOR = "random:demo"  # until a trained one ships
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,23 @@ class Source:
         return {"name": self.name, "seed": self.seed, "sha256": self.sha256}
 
 
-def save(model: MUBiC, path: Path) -> None:
-    """Write the weights (without buffers that are derived) and the configuration; beside, then renamed."""
+def save(model: MUBiC, path: Path, half: bool = False) -> None:
+    """Write the weights (without buffers that are derived) and the configuration; beside, then renamed. half: in FP16.
+
+    OSError if it cannot be written; UserError if a weight does not fit into FP16."""
     part = path.with_name(path.name + ".part")
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if half:
+        for name, value in weights.items():
+            if value.is_floating_point():
+                weights[name] = value.half()
+                if not weights[name].isfinite().all():
+                    raise UserError(f"{name} does not fit into FP16 (largest {value.abs().max():.3g}): keep FP32")
     try:
         save_file(weights, part, metadata={"config": json.dumps(model.config.to_json())})
         part.replace(path)
+    except SafetensorError as error:  # its own kind for a full disk
+        raise OSError(str(error)) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -47,10 +56,14 @@ def save(model: MUBiC, path: Path) -> None:
 def load(name: str, variant: str | None = None, seed: int = 0) -> tuple[MUBiC, Source]:
     """The model that `name` stands for, in eval mode. `variant` chooses one for random weights; a file must be of it.
 
-    UserError for an unknown name, a file that is missing or no checkpoint, another variant, weights that do not fit."""
-    spec = DEMO_STANDS_FOR if name == DEMO_CHECKPOINT else name
-    if spec.startswith("random:"):
-        size = spec.removeprefix("random:")
+    FP16 weights become FP32. UserError for an unknown name, a file that is missing or no checkpoint, another variant,
+    weights that do not fit."""
+    if name == DEMO_CHECKPOINT:
+        if variant not in (None, "full"):
+            raise UserError(f"the demo checkpoint is the full model, not {variant!r}: use --checkpoint random:demo")
+        return _load_file(DEMO_FILE, None), Source(name, sha256=sha256(DEMO_FILE))
+    if name.startswith("random:"):
+        size = name.removeprefix("random:")
         if size not in CONFIGS:
             raise UserError(f"unknown checkpoint {name!r}: use random:full, random:demo, demo or a .safetensors file")
         return random_model(get_config(size, variant or "full"), seed), Source(name, seed=seed)

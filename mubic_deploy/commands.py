@@ -168,7 +168,7 @@ def _artifacts(arguments: Namespace, seed: int = 0) -> Artifacts:
 
 
 @contextlib.contextmanager
-def _predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
+def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
     """What predicts, by --engine, and what there is to say about it."""
     engine = arguments.engine
     if engine.startswith("triton://"):
@@ -176,8 +176,8 @@ def _predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
             raise UserError("a Triton server has its own graphs: leave out --checkpoint, --artifacts and --variant")
         from mubic_deploy.triton.client import TritonPredictor
 
-        with TritonPredictor(engine) as predictor:
-            yield predictor, _untrained(predictor.source["seed"])
+        with TritonPredictor(engine) as remote:
+            yield remote, _untrained(remote.source["seed"])
     elif engine == "onnxruntime":
         from mubic_deploy.engines import onnxruntime
 
@@ -202,9 +202,9 @@ def predict(arguments: Namespace) -> int:
 
     outputs = {"overlay": arguments.overlay, "maps": arguments.maps, "contact_sheet": arguments.contact_sheet}
     check(arguments.video, **outputs)  # before an export, which takes a minute
-    with _predictor(arguments) as (predictor, warnings), bar("predicting") as progress:
+    with predictor(arguments) as (model, warnings), bar("predicting") as progress:
         result = predict_film(
-            predictor,
+            model,
             arguments.video,
             **outputs,
             steps=arguments.steps,
@@ -213,7 +213,7 @@ def predict(arguments: Namespace) -> int:
             fit=arguments.fit,
             progress=lambda done, total: progress("predicting frames", done, total),
         )
-        asked = predictor.config.default_steps if arguments.steps is None else arguments.steps
+        asked = model.config.default_steps if arguments.steps is None else arguments.steps
     warnings = warnings + result.warnings
     if arguments.json:
         print_json(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from mubic_deploy.errors import UserError
@@ -21,6 +22,7 @@ SLICE_HOP = 336  # samples, 21 ms
 AUDIO_SLICES = 4  # T_a
 AUDIO_SAMPLES = SLICE_SAMPLES + (AUDIO_SLICES - 1) * SLICE_HOP  # 16 608
 DEMO_CHECKPOINT = "demo"  # the default wherever a checkpoint is needed
+DEMO_FILE = Path(__file__).parent / "weights" / "demo.safetensors"  # what it stands for
 ADAPTIVE = 0  # the STEPS value that asks for adaptive N
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
+from mubic_deploy.config import DEMO_CHECKPOINT, DEMO_FILE
 from mubic_deploy.errors import UserError
 from mubic_deploy.sources import load_script, source_dir
 
@@ -55,7 +56,7 @@ def cache_dir() -> Path:
 
 def _key(checkpoint: str, variant: str | None, seed: int) -> str:
     """A name that changes with everything the graphs depend on: weights, model and export sources, tools."""
-    path = Path(checkpoint)
+    path = DEMO_FILE if checkpoint == DEMO_CHECKPOINT else Path(checkpoint)
     if path.is_file():
         weights: list[object] = [_hash(path), variant]
     else:

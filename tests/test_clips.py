@@ -278,9 +278,9 @@ def test_sound_muted_swapped_and_shifted(shared):
     # at 25 frames per second the label of clip 0, frame 9, is at 0.32 s, sample 5120; the excerpt begins 8304 before
     np.testing.assert_allclose(swapped[0]["AUDIO"][8304 - 5120 :][:2000], other[:2000], atol=1e-4)
     mine = read_sound(shared[0].sound)
-    # a second late: nothing yet at 0.32 s but the sound of the excerpt's second half, from sample 5120 - 16000 + 8304 < 0
+    # a second late nothing is heard yet: the excerpt ends at sample 5120 - 16000 + 8304, before the first
     assert not late[0]["AUDIO"].any()
-    # clip 8, frame 17, 0.64 s: the excerpt ends at sample 10240 - 16000 + 8304 = 2544
+    # clip 8, frame 17, 0.64 s: it ends at sample 10240 - 16000 + 8304 = 2544
     np.testing.assert_allclose(late[8]["AUDIO"][-2544:], mine[:2544], atol=1e-4)
     for clips in (muted, swapped, late):
         assert torch.equal(own[3]["VIDEO"], clips[3]["VIDEO"])

@@ -1,4 +1,4 @@
-"""Eager PyTorch on the CPU: the reference. The only engine that imports torch."""
+"""Eager PyTorch: the reference. The only engine that imports torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from mubic_deploy.model.mubic import MUBiC
 
 
 class EagerEngine:
-    """One graph of a model in eval mode."""
+    """One graph of a model in eval mode, on the device where its weights are."""
 
     def __init__(self, module: torch.nn.Module, signature: Signature) -> None:
         self.signature = signature
         self.module = module
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        tensors = [torch.from_numpy(t.check(inputs[t.name])) for t in self.signature.inputs]
+        device = next(self.module.parameters()).device
+        tensors = [torch.from_numpy(t.check(inputs[t.name])).to(device) for t in self.signature.inputs]
         with torch.inference_mode():
             outputs = self.module(*tensors)
-        return {name: x.numpy() for name, x in zip(self.signature.output_names, outputs, strict=True)}
+        return {name: x.cpu().numpy() for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 
 def load_engines(model: MUBiC) -> dict[str, Engine]:

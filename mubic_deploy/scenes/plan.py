@@ -1,4 +1,4 @@
-"""What happens in a scene: who is where, who moves how, and who is heard when. Pictures, sound and viewers follow it."""
+"""What happens in a scene: who is where, who moves how, who is heard when. Pictures, sound and viewers follow it."""
 
 from __future__ import annotations
 

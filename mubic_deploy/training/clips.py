@@ -69,8 +69,8 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
 
         flip: mirrors half of the clips; jitter: starts each up to stride - 1 frames later. Both are drawn from (seed,
         epoch, index) alone. sound: `own`, or to see what it is worth `muted`, `swapped` for the next video's, or
-        `shifted`, heard a second late. UserError for an unknown fit or sound, a stride below 1, a negative seed, a sound
-        or a map that is missing or damaged."""
+        `shifted`, heard a second late. UserError for an unknown fit or sound, a stride below 1, a negative seed, a
+        sound or a map that is missing or damaged."""
         if stride < 1:
             raise UserError(f"stride {stride} is out of range: use 1 or more frames")
         if seed < 0:

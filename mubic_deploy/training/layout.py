@@ -22,10 +22,8 @@ from PIL import Image
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.sound import known_layout, resampler
+from mubic_deploy.training.settings import DATASETS, PARTS, SPLITS
 
-DATASETS = ("AVAD", "DIEM", "SumMe", "ETMD_av", "Coutrot_db1", "Coutrot_db2", "Scenes")
-PARTS = ("train", "test")
-SPLITS = (1, 2, 3)
 FIXATIONS = "eyeMap"  # the variable in the .mat files
 ASPECT_TOLERANCE = 0.02
 

@@ -1,0 +1,224 @@
+"""What the command line does about scenes, training and evaluation. Each function returns the exit code."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mubic_deploy.commands import bar, predictor, print_json, say, screen, warn
+from mubic_deploy.errors import UserError
+from mubic_deploy.training.layout import CheckReport, Video, check, read_list
+from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
+
+HEADINGS = {"cc": "CC", "nss": "NSS", "sim": "SIM", "auc_judd": "AUC-J", "auc_shuffled": "s-AUC"}
+
+
+def scenes(arguments: Namespace) -> int:
+    """Rendered scenes into a folder."""
+    from mubic_deploy.scenes.write import write_scenes
+
+    began = time.monotonic()
+    with bar("rendering") as progress:
+        write_scenes(
+            arguments.out,
+            arguments.videos,
+            arguments.seed,
+            arguments.seconds,
+            arguments.workers,
+            lambda done, total: progress("rendering scenes", done, total),
+        )
+    seconds = time.monotonic() - began
+    if arguments.json:
+        print_json({"out": str(arguments.out), "videos": arguments.videos, "seed": arguments.seed, "seconds": seconds})
+    else:
+        say(f"{arguments.videos} scenes in {arguments.out} in {seconds:.0f} s: train with mubic-deploy train")
+    return 0
+
+
+def train(arguments: Namespace) -> int:
+    """A model from a data folder, or with --check only what is wrong with the folder."""
+    training = _videos(arguments, "train")
+    validation = _videos(arguments, "test")
+    report = _check(training + validation, arguments.deep)
+    if arguments.check:
+        return _print_check(report, arguments.json)
+    report.require()
+    if arguments.out is None:
+        raise UserError("there is nowhere to write to: give --out RUN, or --check to look at the data only")
+    settings = _settings(arguments)
+
+    from mubic_deploy.training.train import Machine
+    from mubic_deploy.training.train import train as run
+
+    said: list[str] = []
+    began = time.monotonic()
+    with bar("training") as progress:
+        finished = run(
+            settings,
+            training,
+            validation,
+            arguments.out,
+            resume=arguments.resume,
+            prepare=lambda model: said.extend(_prepare(model, arguments)),
+            machine=Machine(arguments.accelerator, arguments.devices, arguments.workers),
+            progress=progress,
+        )
+    for line in said:
+        say(line)
+    from mubic_deploy.training.state import load_state
+
+    last = load_state(arguments.out / "state.safetensors").history[-1]
+    if arguments.json:
+        print_json({"checkpoint": str(finished), "seconds": time.monotonic() - began, "last_epoch": last})
+    else:
+        scores = ", ".join(f"{HEADINGS[k]} {last[k]:.3f}" for k in ("cc", "nss", "sim"))
+        say(f"{finished}: {scores} on the test part, in {time.monotonic() - began:.0f} s")
+        say(f"  try it: mubic-deploy predict FILM.mp4 -o OVERLAY.mp4 --checkpoint {finished}")
+    return 0
+
+
+def evaluate(arguments: Namespace) -> int:
+    """Metrics of a model over a part of a data folder."""
+    parts = PARTS if arguments.part == "all" else (arguments.part,)
+    videos = [video for part in parts for video in _videos(arguments, part)]
+    report = _check(videos, deep=False)
+    report.require()
+
+    from mubic_deploy.training import evaluate as evaluation
+    from mubic_deploy.training.clips import SOUNDS, Clips
+
+    rows: list[dict[str, Any]] = []
+    with predictor(arguments) as (model, warnings), bar("evaluating") as progress:
+
+        def clips(sound: str) -> Clips:
+            return Clips(videos, model.config, stride=arguments.stride, fit=arguments.fit, sound=sound)
+
+        for sound in SOUNDS if arguments.sounds else ("own",):
+            data = clips(sound)
+            result = evaluation.evaluate(
+                model,
+                data,
+                steps=arguments.steps,
+                seed=arguments.seed,
+                progress=lambda done, total, sound=sound: progress(f"evaluating, sound {sound}", done, total),  # type: ignore[misc]
+            )
+            rows.append({"what": f"sound {sound}", **_row(result)})
+        skipped = sum(data.skipped.values())
+        if arguments.baselines:
+            for what, make in (("centre bias", evaluation.centre_bias), ("video's mean", evaluation.video_means)):
+                progress(what, 0, 1)
+                rows.append({"what": what, **_row(evaluation.evaluate_maps(make(data), data))})
+    if arguments.json:
+        print_json({"rows": rows, "videos": len(videos), "skipped": skipped, "warnings": warnings})
+        return 0
+    warn(warnings)
+    table = Table(title=f"{len(videos)} videos, {rows[0]['clips']} clips; {skipped} without a map are left out")
+    for heading in ("", *HEADINGS.values(), "steps", "undefined"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in rows:
+        undefined = ", ".join(f"{HEADINGS[k]} {n}" for k, n in row["excluded"].items() if n)
+        steps = f"{row['steps']:.2f}" if row["steps"] else ""
+        table.add_row(row["what"], *(f"{row[k]:.4f}" for k in HEADINGS), steps, undefined or "0")
+    screen.print(table)
+    return 0
+
+
+def pack(arguments: Namespace) -> int:
+    """A checkpoint in FP16, half the size."""
+    from mubic_deploy import checkpoint
+
+    model, _ = checkpoint.load(str(arguments.checkpoint))
+    out: Path = arguments.out
+    try:
+        checkpoint.save(model, out, half=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another file") from None
+    say(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _row(result: Any) -> dict[str, Any]:
+    return {
+        **result.means(),
+        "clips": result.clips,
+        "steps": result.mean_steps,
+        "seconds": result.seconds,
+        "excluded": result.excluded(),
+    }
+
+
+def _videos(arguments: Namespace, part: str) -> list[Video]:
+    """The videos of a part, of the data sets that were named or of all that are there."""
+    root: Path = arguments.data
+    named = arguments.dataset or _present(root, part, arguments.split)
+    return [video for name in named for video in read_list(root, name, part, arguments.split)]
+
+
+def _present(root: Path, part: str, split: int) -> list[str]:
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give the one that holds video_frames, annotations and fold_lists")
+    lists = root / "fold_lists"
+    found = [n for n in DATASETS if any((lists / f"{n}_list_{part}{s}_fps.txt").is_file() for s in (f"_{split}", ""))]
+    if not found:
+        raise UserError(f"{lists} holds no list like AVAD_list_{part}_{split}_fps.txt: get the data sets' fold lists")
+    return found
+
+
+def _check(videos: list[Video], deep: bool) -> CheckReport:
+    with bar("checking") as progress:
+        return check(videos, lambda done, total: progress("checking the data", done, total), deep)
+
+
+def _print_check(report: CheckReport, as_json: bool) -> int:
+    """All that was found, a line a problem; exit code 2 if there is one."""
+    if as_json:
+        figures = {name: vars(f) for name, f in report.datasets.items()}
+        print_json({"datasets": figures, "problems": report.problems})
+    else:
+        for name, f in report.datasets.items():
+            say(f"{name}: {f.videos} videos, {f.frames} frames, {f.skipped} of them without a map")
+        for problem in report.problems:
+            say(problem)
+        say(f"{len(report.problems)} problems" if report.problems else "nothing is wrong")
+    return 2 if report.problems else 0
+
+
+def _settings(arguments: Namespace) -> Settings:
+    """The run's settings if it goes on, else the recipe's; then what was said on the command line."""
+    if arguments.resume:
+        from mubic_deploy.training.state import load_state
+
+        if arguments.recipe is not None:
+            raise UserError("a run goes on with the settings it has: leave out --recipe")
+        base = load_state(arguments.out / "state.safetensors").settings
+    else:
+        base = RECIPES[arguments.recipe or "thesis"]
+    given = {f.name: getattr(arguments, f.name) for f in fields(Settings)}
+    return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def _prepare(model: Any, arguments: Namespace) -> list[str]:
+    """Pretrained weights into a fresh model -> a line each for what was matched."""
+    from mubic_deploy import checkpoint
+    from mubic_deploy.training.pretrained import load_vggish, load_visual
+
+    said = []
+    if arguments.checkpoint is not None:
+        other, _ = checkpoint.load(arguments.checkpoint)
+        if other.config != model.config:
+            mine, theirs = (f"{c.name} {c.variant}" for c in (model.config, other.config))
+            raise UserError(f"{arguments.checkpoint} is a {theirs}, not a {mine}: use its --config and --variant")
+        model.load_state_dict(other.state_dict())
+        said.append(f"all weights from {arguments.checkpoint}")
+    if arguments.visual is not None:
+        said.append(load_visual(model, arguments.visual).summary())
+    if arguments.vggish is not None:
+        if not model.config.has_audio:
+            raise UserError("the variant visual_only has no VGGish: leave out --vggish")
+        said.append(load_vggish(model, arguments.vggish).summary())
+    return said

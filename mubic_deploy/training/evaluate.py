@@ -1,0 +1,161 @@
+"""The field's evaluation: each metric a frame, the mean of a video, the mean over the videos."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from mubic_deploy import metrics
+from mubic_deploy.pipeline import Predictor
+from mubic_deploy.training.clips import Clips, GroundTruth
+from mubic_deploy.training.layout import Video
+
+METRICS = ("cc", "nss", "sim", "auc_judd", "auc_shuffled")
+OTHERS = 10  # frames of other videos whose fixations are the negatives of the shuffled AUC
+
+
+@dataclass
+class Evaluation:
+    """values: metric -> video -> one number a clip, NaN where the metric is undefined; steps_used: one a clip, if there
+    are steps."""
+
+    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    steps_used: list[int] = field(default_factory=list)
+    seconds: float = 0.0  # in the predictor
+
+    @property
+    def clips(self) -> int:
+        return sum(len(scores) for scores in self.values.get("cc", {}).values())
+
+    @property
+    def mean_steps(self) -> float:
+        return float(np.mean(self.steps_used)) if self.steps_used else 0.0
+
+    def add(self, video: str, scores: dict[str, float]) -> None:
+        for name, value in scores.items():
+            self.values.setdefault(name, {}).setdefault(video, []).append(value)
+
+    def means(self) -> dict[str, float]:
+        """Each metric's mean over the videos of the videos' means."""
+        return {name: metrics.mean_per_video(videos)[0] for name, videos in self.values.items()}
+
+    def excluded(self) -> dict[str, int]:
+        """How many clips each metric leaves out, because it is undefined for them."""
+        return {name: metrics.mean_per_video(videos)[1] for name, videos in self.values.items()}
+
+
+def evaluate(
+    predictor: Predictor,
+    clips: Clips,
+    indices: Sequence[int] | None = None,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    batch: int = 8,
+    shuffled: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Predicts the clips (all, or those of `indices`) and scores each map at its ground truth's own size. All clips
+    start from the noise of `seed`, as the frames of a film do. shuffled: with the shuffled AUC, the slowest."""
+    chosen = list(range(len(clips)) if indices is None else indices)
+    result = Evaluation()
+    for first in range(0, len(chosen), batch):
+        part = chosen[first : first + batch]
+        items = [clips[i] for i in part]
+        video, audio = (np.stack([item[name].numpy() for item in items]) for name in ("VIDEO", "AUDIO"))
+        began = time.perf_counter()
+        maps, used = predictor.predict(video, audio, seed, steps)
+        result.seconds += time.perf_counter() - began
+        result.steps_used += [int(n) for n in used[:, 0]]
+        for index, saliency in zip(part, maps, strict=True):
+            truth = clips.ground_truth(index)
+            scores = score(truth.fit.back(saliency, truth.density.shape), truth)
+            if shuffled:
+                scores["auc_shuffled"] = _shuffled(truth.fit.back(saliency, truth.density.shape), truth, clips, index)
+            result.add(str(truth.video), scores)
+        progress(min(first + batch, len(chosen)), len(chosen))
+    return result
+
+
+def evaluate_maps(
+    maps: Callable[[GroundTruth], np.ndarray], clips: Clips, indices: Sequence[int] | None = None
+) -> Evaluation:
+    """Scores maps [H, W] that need no model: what any prediction must beat."""
+    result = Evaluation()
+    for index in range(len(clips)) if indices is None else indices:
+        truth = clips.ground_truth(index)
+        prediction = maps(truth)
+        result.add(
+            str(truth.video),
+            {**score(prediction, truth), "auc_shuffled": _shuffled(prediction, truth, clips, index)},
+        )
+    return result
+
+
+def centre_bias(clips: Clips) -> Callable[[GroundTruth], np.ndarray]:
+    """One map for all frames: the mean of all the true maps. The strongest map that looks at nothing."""
+    mean: np.ndarray = _mean([clips.ground_truth(i).density for i in range(len(clips))])
+    return lambda truth: _scaled(mean, truth.density.shape)
+
+
+def video_means(clips: Clips) -> Callable[[GroundTruth], np.ndarray]:
+    """One map for all frames of a video: the mean of its true maps. Right about where, never about when."""
+    densities: dict[Video, list[np.ndarray]] = {}
+    for i in range(len(clips)):
+        truth = clips.ground_truth(i)
+        densities.setdefault(truth.video, []).append(truth.density)
+    means = {video: _mean(maps) for video, maps in densities.items()}
+    return lambda truth: _scaled(means[truth.video], truth.density.shape)
+
+
+def _mean(maps: list[np.ndarray]) -> np.ndarray:
+    """Mean of maps, each divided by its sum first, at the size of the first."""
+    shape = maps[0].shape
+    return np.mean([_scaled(m / m.sum(), shape) for m in maps], axis=0)
+
+
+def _scaled(saliency: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The map at another size, bilinear."""
+    if saliency.shape == shape:
+        return saliency
+    image = Image.fromarray(saliency.astype(np.float32))
+    return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def score(prediction: np.ndarray, truth: GroundTruth) -> dict[str, float]:
+    """The metrics of one map [H, W] that need no other frame."""
+    return {
+        "cc": metrics.cc(prediction, truth.density),
+        "nss": metrics.nss(prediction, truth.fixations),
+        "sim": metrics.sim(prediction, truth.density),
+        "auc_judd": metrics.auc_judd(prediction, truth.fixations),
+    }
+
+
+def _shuffled(prediction: np.ndarray, truth: GroundTruth, clips: Clips, index: int) -> float:
+    """Negatives are the fixations of frames of other videos, the same for every model."""
+    rng = np.random.Generator(np.random.Philox(key=index))
+    others = np.zeros(truth.fixations.shape, bool)
+    found = 0
+    for other in rng.permutation(len(clips)):
+        if found == OTHERS:
+            break
+        if clips.video(int(other)) == truth.video:
+            continue
+        found += 1
+        others |= _resized(clips.ground_truth(int(other)).fixations, others.shape)
+    return metrics.auc_shuffled(prediction, truth.fixations, others)
+
+
+def _resized(fixations: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The same places in a map of another size, bool."""
+    if fixations.shape == shape:
+        return fixations
+    out = np.zeros(shape, bool)
+    rows, columns = np.nonzero(fixations)
+    out[rows * shape[0] // fixations.shape[0], columns * shape[1] // fixations.shape[1]] = True
+    return out

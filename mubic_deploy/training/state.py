@@ -1,0 +1,84 @@
+"""What a run resumes from: weights, Adam's moments and the place in the run, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import MUBiC
+from mubic_deploy.training.settings import Settings
+
+
+@dataclass
+class State:
+    """The run goes on at `step` of `epoch` (both from 0); `total` is the loss summed over the epoch's steps so far;
+    `plateau` what ReduceLROnPlateau remembers."""
+
+    settings: Settings
+    videos: list[str]
+    epoch: int
+    step: int
+    total: float
+    plateau: dict[str, float]
+    history: list[dict[str, Any]]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def into(self, model: MUBiC, adam: torch.optim.Adam) -> None:
+        """Puts weights and moments back."""
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(self.tensors[f"model.{name}"])
+        for name, p in trained(model):
+            moments = {k: self.tensors[f"adam.{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+            # as Adam has it: on the host
+            adam.state[p] = {"step": self.tensors[f"adam.step.{name}"], **moments}
+
+
+def trained(model: MUBiC) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -> None:
+    """Beside, then renamed, so that the last good one stays until the new one is whole."""
+    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
+    for name, p in trained(model):
+        tensors |= {f"adam.{k}.{name}": v.contiguous() for k, v in adam.state[p].items()}
+    facts = {
+        "settings": state.settings.to_json(),
+        "videos": state.videos,
+        "epoch": state.epoch,
+        "step": state.step,
+        "total": state.total,
+        "plateau": state.plateau,
+        "history": state.history,
+    }
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, part, metadata={"state": json.dumps(facts)})
+        part.replace(path)
+    except SafetensorError as error:  # its own kind for a full disk
+        raise OSError(str(error)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_state(path: Path) -> State:
+    """UserError if there is none, or if it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no run to resume: leave out --resume")
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["state"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        settings = Settings.from_json(facts.pop("settings"))
+        return State(settings=settings, **facts, tensors=tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no state of a run ({reason}): start a new run in another --out") from None

@@ -1,0 +1,333 @@
+"""Algorithm 1: the training loop. Stops at any moment, resumes to the same weights.
+
+A run is a folder:
+
+    settings.json        what decides its weights
+    state.safetensors    weights, optimiser and place of the last save: what a run resumes from
+    best.safetensors     the checkpoint of the epoch with the best validation CC
+    model.safetensors    the finished model: the last epoch's weights, adaptive steps fitted
+    history.json         loss, learning rate and validation metrics of each epoch; curves.png shows them
+    samples/             predictions for the same validation clips after each epoch
+    tensorboard/         the same and the loss of each step
+
+Every random number is drawn from (seed, epoch, step), so there is no generator to save."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+from torchvision.ops import StochasticDepth
+
+from mubic_deploy import checkpoint
+from mubic_deploy.config import get_config
+from mubic_deploy.engines import eager
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import MUBiC, random_model
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.training import curves, samples
+from mubic_deploy.training.adaptive import fit_steps
+from mubic_deploy.training.clips import Clips
+from mubic_deploy.training.evaluate import evaluate
+from mubic_deploy.training.layout import Video
+from mubic_deploy.training.objective import Objective, draw
+from mubic_deploy.training.settings import Settings
+from mubic_deploy.training.state import State, load_state, save_state
+
+SAVE_S = 300  # at most this many seconds of work are lost when a run is killed
+PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 1  # epochs
+
+Progress = Callable[[str, int, int], None]  # what goes on, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is computed: Lightning Fabric's accelerator and devices, and worker processes that read clips."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    workers: int = 2
+
+
+def train(
+    settings: Settings,
+    training: Sequence[Video],
+    validation: Sequence[Video],
+    out: Path,
+    *,
+    resume: bool = False,
+    prepare: Callable[[MUBiC], None] = lambda model: None,
+    machine: Machine = Machine(),
+    progress: Progress = lambda *_: None,
+) -> Path:
+    """Trains a model and returns the finished checkpoint, `out`/model.safetensors.
+
+    prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming.
+    UserError if `out` holds another run, or none to resume, if data or settings are not the run's, if there is no clip,
+    or if the run cannot be written."""
+    run = Run(Path(out), settings, [str(v) for v in (*training, *validation)])
+    state = run.resume() if resume else None
+    if state is None:
+        run.start()
+    fabric = Fabric(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        precision=settings.precision,  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    if settings.batch % fabric.world_size:
+        raise UserError(f"batch {settings.batch} cannot be shared by {fabric.world_size} devices: use a multiple")
+    config = get_config(settings.config, settings.variant)
+    options: dict[str, Any] = {"fit": settings.fit, "stride": settings.stride}
+    train_clips = Clips(training, config, flip=settings.flip, jitter=settings.jitter, seed=settings.seed, **options)
+    held_clips = Clips(validation, config, **options)
+    for part, clips in (("training", train_clips), ("test", held_clips)):
+        if not len(clips):
+            raise UserError(f"there is no clip with a map in the {part} part: check the data folder with --check")
+    model = random_model(config, settings.seed)
+    if state is None:
+        prepare(model)
+    trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress)
+    with torch.random.fork_rng():
+        trainer.fit(state)
+        finished = trainer.finish() if fabric.is_global_zero else run.model
+    fabric.barrier()
+    return finished
+
+
+class Run:
+    """The folder of a run."""
+
+    def __init__(self, folder: Path, settings: Settings, videos: list[str]) -> None:
+        self.folder, self.settings, self.videos = folder, settings, videos
+        self.model, self.best, self.state = (folder / f"{n}.safetensors" for n in ("model", "best", "state"))
+
+    def start(self) -> None:
+        """Makes the folder. UserError if there is a run in it."""
+        if self.state.exists() or self.model.exists():
+            raise UserError(f"{self.folder} holds a run already: go on with --resume, or choose another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "settings.json", self.settings.to_json())
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another --out") from None
+
+    def resume(self) -> State:
+        """The last saved state. UserError if there is none, or if it is of other settings or data."""
+        state = load_state(self.state)
+        different = state.settings.differences(self.settings)
+        if different:
+            raise UserError(f"{self.folder} was begun with other settings ({different}): resume with the same")
+        if state.videos != self.videos:
+            raise UserError(f"{self.folder} was begun with other videos: resume with the same data, or start a new run")
+        return state
+
+
+class Trainer:
+    """One run in progress."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        settings: Settings,
+        run: Run,
+        model: MUBiC,
+        train_clips: Clips,
+        held_clips: Clips,
+        workers: int,
+        progress: Progress,
+    ) -> None:
+        self.fabric, self.settings, self.run, self.model = fabric, settings, run, model
+        self.train_clips, self.held_clips = train_clips, held_clips
+        self.workers, self.progress = workers, progress
+        self.steps = math.ceil(len(train_clips) / settings.batch)  # an epoch
+        self.history: list[dict[str, Any]] = []
+        self.lead = fabric.is_global_zero
+        _prepare_modules(model, settings)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.adam = torch.optim.Adam(trained.values(), lr=settings.learning_rate)
+        self.objective, self.optimizer = fabric.setup(Objective(model), self.adam)
+        self.plateau = ReduceLROnPlateau(self.adam, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
+        self.plateau_factor = 1.0
+        self.writer: Any = None
+        if self.lead:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run.folder / "tensorboard"))
+
+    def fit(self, state: State | None) -> None:
+        """All epochs that are left."""
+        begin, first, total = (state.epoch, state.step, state.total) if state is not None else (0, 0, 0.0)
+        if state is not None:
+            self._restore(state)
+        saved = time.monotonic()
+        for epoch in range(begin, self.settings.epochs):
+            for step, batch in self._batches(epoch, first):
+                loss = self._step(epoch, step, batch)
+                total += loss
+                self._report(epoch, step, loss, total)
+                if time.monotonic() - saved > SAVE_S and step + 1 < self.steps:
+                    self._save(epoch, step + 1, total)
+                    saved = time.monotonic()
+            if self.lead:
+                self._end_epoch(epoch, total / self.steps)
+            if self.settings.schedule == "plateau":
+                self._plateau(total / self.steps)
+            first, total = 0, 0.0
+            self._save(epoch + 1, 0, 0.0)
+            saved = time.monotonic()
+
+    def finish(self) -> Path:
+        """Fits the adaptive steps on validation clips and writes the finished model."""
+        model = self.model.to("cpu").eval()
+        if model.config.max_steps > 1:
+            chosen = _spread(len(self.held_clips), self.settings.validate)
+            self.progress("fitting adaptive steps", 0, 1)
+            fit_steps(model, self.held_clips, chosen)
+        _write(lambda: checkpoint.save(model, self.run.model), self.run.model)
+        return self.run.model
+
+    def _batches(self, epoch: int, first: int) -> Any:
+        """(step, batch on the device) from step `first` of an epoch on: this device's share of each."""
+        self.train_clips.set_epoch(epoch)
+        order = torch.randperm(len(self.train_clips), generator=generator(self.settings.seed, epoch)).tolist()
+        size, world, rank = self.settings.batch, self.fabric.world_size, self.fabric.global_rank
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        # devices must have equally many clips, also of the last batch
+        batches = [(b + order[: -len(b) % world])[rank::world] for b in batches]
+        loader = DataLoader(self.train_clips, batch_sampler=batches[first:], num_workers=self.workers)
+        return enumerate(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False), first)
+
+    def _step(self, epoch: int, step: int, batch: dict[str, torch.Tensor]) -> float:
+        settings = self.settings
+        rate = settings.learning_rate * settings.factor(epoch, step, self.steps) * self.plateau_factor
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        keys = (settings.seed, epoch, step, self.fabric.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))  # stochastic depth
+        drawn = draw(
+            self.model.config, len(batch["TARGET"]), generator(*keys), settings.noises, settings.timestep_power
+        )
+        drawn = type(drawn)(*(self.fabric.to_device(x) for x in drawn))
+        self.objective.train()
+        loss = self.objective(batch, drawn)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        value = float(cast(torch.Tensor, self.fabric.all_reduce(loss.detach(), reduce_op="mean")))
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {step} of epoch {epoch + 1}: start anew with a smaller learning rate"
+            )
+        return value
+
+    def _report(self, epoch: int, step: int, loss: float, total: float) -> None:
+        done, rate = epoch * self.steps + step + 1, self.adam.param_groups[0]["lr"]
+        if self.lead:
+            self.writer.add_scalar("loss/step", loss, done)
+            self.writer.add_scalar("learning rate", rate, done)
+        text = f"epoch {epoch + 1}/{self.settings.epochs}, loss {loss:.1f}, learning rate {rate:.1e}"
+        self.progress(text, done, self.settings.epochs * self.steps)
+
+    def _end_epoch(self, epoch: int, loss: float) -> None:
+        """Validation, history, curves, samples and the best checkpoint."""
+        self.progress(f"epoch {epoch + 1}: validating", (epoch + 1) * self.steps, self.settings.epochs * self.steps)
+        chosen = _spread(len(self.held_clips), self.settings.validate)
+        predictor = Pipeline(self.model.config, eager.load_engines(self.model))
+        result = evaluate(predictor, self.held_clips, chosen, shuffled=False)
+        means = result.means()
+        entry = {"epoch": epoch + 1, "loss": loss, "learning_rate": self.adam.param_groups[0]["lr"], **means}
+        self.history.append(entry)
+        for name, value in {"loss/epoch": loss, **{f"validation/{k}": v for k, v in means.items()}}.items():
+            self.writer.add_scalar(name, value, epoch + 1)
+        picture = samples.draw(predictor, self.held_clips, chosen[:: max(1, len(chosen) // 6)][:6])
+        self.writer.add_image("samples", picture, epoch + 1, dataformats="HWC")
+        self.writer.flush()
+
+        def write() -> None:
+            samples.save(picture, self.run.folder / "samples" / f"epoch_{epoch + 1:03d}.png")
+            write_json(self.run.folder / "history.json", self.history)
+            curves.draw(self.history, self.run.folder / "curves.png")
+            if max(self.history, key=lambda e: (e["cc"], -e["epoch"])) is entry:
+                checkpoint.save(self.model, self.run.best)
+
+        _write(write, self.run.folder)
+
+    def _plateau(self, loss: float) -> None:
+        self.plateau.step(loss)
+        self.plateau_factor = self._plateau_scale()
+
+    def _plateau_scale(self) -> float:
+        """What the plateau rule has multiplied the learning rate with so far. torch's rule keeps it in the optimiser's
+        learning rate only, which is set anew at each step here."""
+        before = self.settings.learning_rate * self.plateau_factor
+        return self.plateau_factor * (self.adam.param_groups[0]["lr"] / before)
+
+    def _save(self, epoch: int, step: int, total: float) -> None:
+        """The state, so that the run goes on at `step` of `epoch`."""
+        if self.lead:
+            plateau = {k: v for k, v in self.plateau.state_dict().items() if isinstance(v, int | float)}
+            rule = {"factor": self.plateau_factor, "best": plateau["best"], "bad": plateau["num_bad_epochs"]}
+            state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history)
+            _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
+        self.fabric.barrier()
+
+    def _restore(self, state: State) -> None:
+        state.into(self.model, self.adam)
+        self.history = state.history
+        self.plateau_factor = state.plateau["factor"]
+        self.plateau.best, self.plateau.num_bad_epochs = state.plateau["best"], int(state.plateau["bad"])
+
+
+def generator(*keys: int) -> torch.Generator:
+    """A generator for these keys alone."""
+    made = torch.Generator()
+    made.manual_seed(int(np.random.SeedSequence([*keys, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    return made
+
+
+def _prepare_modules(model: MUBiC, settings: Settings) -> None:
+    """What is trained how: adaptive steps are fitted afterwards, VGGish may stay as it is."""
+    model.fusion.adaptive.requires_grad_(False)
+    if model.config.has_audio and settings.freeze_vggish:
+        model.audio_encoder.vggish.requires_grad_(False)
+    blocks = [m for m in model.visual_encoder.modules() if isinstance(m, StochasticDepth)]
+    for index, block in enumerate(blocks):
+        block.p = settings.stochastic_depth * index / max(1, len(blocks) - 1)
+    for module in model.modules():
+        # depth-wise 3-D convolutions have a quick backward pass on a CPU only with the channels last
+        if isinstance(module, nn.Conv3d) and module.groups > 1 and module.stride == (1, 1, 1):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
+
+
+def _spread(n: int, wanted: int) -> list[int]:
+    """`wanted` indices (or all) evenly over 0..n-1."""
+    return sorted({int(i) for i in np.linspace(0, n - 1, min(n, wanted))})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Beside, then renamed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def _write(write: Callable[[], object], path: Path) -> None:
+    try:
+        write()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{path} cannot be written ({reason}): make room, then go on with --resume; the last save is whole"
+        ) from error
