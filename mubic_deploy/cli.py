@@ -116,6 +116,7 @@ SETTINGS_HELP: dict[str, tuple[Callable[[str], Any] | None, Sequence[str] | None
     "warmup": (natural, None, "steps over which the learning rate rises"),
     "noises": (positive, None, "diffusion steps drawn for each clip"),
     "timestep_power": (number, None, "1 draws diffusion steps uniformly, more prefers noisy ones"),
+    "rollout": (number, None, "samples that get their noise on the model's own guess, as in inference"),
     "stochastic_depth": (number, None, "of the visual encoder's last block"),
     "freeze_vggish": (None, None, "keep VGGish's convolutions as they are"),
     "stride": (positive, None, "frames between the starts of two clips"),

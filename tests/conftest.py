@@ -24,7 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def demo_artifacts() -> Artifacts:
-    """What the command line uses where no checkpoint is named: `random:demo`, seed 0."""
+    """What the command line uses where no checkpoint is named: the trained one that ships."""
     return exported.cached(DEMO_CHECKPOINT)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mubic_deploy import checkpoint
-from mubic_deploy.artifacts import MANIFEST, Artifacts
-from mubic_deploy.config import DEMO, get_config
+from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
+from mubic_deploy.config import DEMO, DEMO_FILE, get_config
 from mubic_deploy.engines import eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
@@ -74,7 +74,7 @@ def test_batches_of_every_size(demo_artifacts: Artifacts) -> None:
 
 @pytest.mark.parametrize("steps", [1, 4, 12, 0])
 def test_same_maps_as_eager(demo_artifacts: Artifacts, steps: int) -> None:
-    reference = Pipeline(DEMO, eager.load_engines(random_model(DEMO)))
+    reference = Pipeline.open(engine="eager")
     candidate = Pipeline.open(demo_artifacts.path)
     clip = random_clip(DEMO, 11)
     (expected, n), (got, m) = (p.predict(clip["VIDEO"], clip["AUDIO"], 3, steps) for p in (reference, candidate))
@@ -85,7 +85,7 @@ def test_same_maps_as_eager(demo_artifacts: Artifacts, steps: int) -> None:
 
 def test_manifest_says_what_was_made(demo_artifacts: Artifacts) -> None:
     manifest = demo_artifacts.manifest
-    assert manifest["source"] == {"name": "demo", "seed": 0, "sha256": None}
+    assert manifest["source"] == {"name": "demo", "seed": None, "sha256": sha256(DEMO_FILE)}
     assert manifest["config"]["variant"] == "full"
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
     assert list(manifest["graphs"]) == ["visual_encoder", "audio_encoder", "fusion", "denoiser"]

@@ -95,6 +95,10 @@ class AudioEncoder(nn.Module):
                 previous = width
             else:
                 layers.append(nn.MaxPool2d(2))
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):  # PyTorch's own start leaves 1 % of the sound after six layers
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
         self.vggish = nn.Sequential(*layers)
         self.refine = TemporalRefinement(c4, config.audio_heads, config.audio_ffn)
 

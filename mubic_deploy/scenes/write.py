@@ -7,6 +7,7 @@ import os
 import wave
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from mubic_deploy.scenes.viewers import density, fixation_map, gaze
 DATASET = "Scenes"
 MARK = "scenes.json"  # says how the folder was made
 SHORTEST_S = 1.0
+MAT_TEXT = 116  # bytes of free text that a MATLAB file begins with
 TEST_SHARE = 5  # in each of the three splits every fifth video is a test video, another fifth each
 
 
@@ -59,6 +61,8 @@ def write_scenes(
             (folder / MARK).write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another folder") from None
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, perhaps for want of memory: ask for fewer workers") from None
 
 
 def name(index: int) -> str:
@@ -85,7 +89,7 @@ def _write_one(job: tuple[Path, int, int, float]) -> None:
         painter.frame(i).save(pictures / f"img_{i + 1:05d}.jpg", quality=90)
         grey = np.rint(255 * density(points[:, i])).astype(np.uint8)
         Image.fromarray(grey).save(maps / f"eyeMap_{i + 1:05d}.jpg", quality=95)
-        savemat(fixations / f"fixMap_{i + 1:05d}.mat", {"eyeMap": fixation_map(points[:, i])}, do_compression=True)
+        _write_mat(fixations / f"fixMap_{i + 1:05d}.mat", fixation_map(points[:, i]))
     _write_wav(sound / f"{name(index)}.wav", synthesize(plan, for_sound))
 
 
@@ -93,6 +97,13 @@ def folders(root: Path, video: str) -> tuple[Path, Path, Path, Path]:
     """Folders of a video's pictures, sound, density maps and fixation maps."""
     notes = root / "annotations" / DATASET / video
     return root / "video_frames" / DATASET / video, root / "video_audio" / DATASET / video, notes / "maps", notes
+
+
+def _write_mat(path: Path, fixations: np.ndarray) -> None:
+    with path.open("wb") as file:
+        savemat(file, {"eyeMap": fixations}, do_compression=True)
+        file.seek(0)
+        file.write(b"MATLAB 5.0 MAT-file".ljust(MAT_TEXT))  # SciPy writes the time here: no two files would be equal
 
 
 def _write_wav(path: Path, samples: np.ndarray) -> None:

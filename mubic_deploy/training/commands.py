@@ -211,8 +211,8 @@ def _prepare(model: Any, arguments: Namespace) -> list[str]:
     if arguments.checkpoint is not None:
         other, _ = checkpoint.load(arguments.checkpoint)
         if other.config != model.config:
-            mine, theirs = (f"{c.name} {c.variant}" for c in (model.config, other.config))
-            raise UserError(f"{arguments.checkpoint} is a {theirs}, not a {mine}: use its --config and --variant")
+            mine, theirs = (f"{c.name}/{c.variant}" for c in (model.config, other.config))
+            raise UserError(f"{arguments.checkpoint} is of {theirs}, not {mine}: use its --config and --variant")
         model.load_state_dict(other.state_dict())
         said.append(f"all weights from {arguments.checkpoint}")
     if arguments.visual is not None:

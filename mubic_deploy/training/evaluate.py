@@ -73,9 +73,10 @@ def evaluate(
         result.steps_used += [int(n) for n in used[:, 0]]
         for index, saliency in zip(part, maps, strict=True):
             truth = clips.ground_truth(index)
-            scores = score(truth.fit.back(saliency, truth.density.shape), truth)
+            prediction = truth.fit.back(saliency, truth.density.shape)
+            scores = score(prediction, truth)
             if shuffled:
-                scores["auc_shuffled"] = _shuffled(truth.fit.back(saliency, truth.density.shape), truth, clips, index)
+                scores["auc_shuffled"] = _shuffled(prediction, truth, clips, index)
             result.add(str(truth.video), scores)
         progress(min(first + batch, len(chosen)), len(chosen))
     return result
@@ -98,24 +99,27 @@ def evaluate_maps(
 
 def centre_bias(clips: Clips) -> Callable[[GroundTruth], np.ndarray]:
     """One map for all frames: the mean of all the true maps. The strongest map that looks at nothing."""
-    mean: np.ndarray = _mean([clips.ground_truth(i).density for i in range(len(clips))])
+    mean = _mean(clips, range(len(clips)))
     return lambda truth: _scaled(mean, truth.density.shape)
 
 
 def video_means(clips: Clips) -> Callable[[GroundTruth], np.ndarray]:
     """One map for all frames of a video: the mean of its true maps. Right about where, never about when."""
-    densities: dict[Video, list[np.ndarray]] = {}
+    indices: dict[Video, list[int]] = {}
     for i in range(len(clips)):
-        truth = clips.ground_truth(i)
-        densities.setdefault(truth.video, []).append(truth.density)
-    means = {video: _mean(maps) for video, maps in densities.items()}
+        indices.setdefault(clips.video(i), []).append(i)
+    means = {video: _mean(clips, part) for video, part in indices.items()}
     return lambda truth: _scaled(means[truth.video], truth.density.shape)
 
 
-def _mean(maps: list[np.ndarray]) -> np.ndarray:
-    """Mean of maps, each divided by its sum first, at the size of the first."""
-    shape = maps[0].shape
-    return np.mean([_scaled(m / m.sum(), shape) for m in maps], axis=0)
+def _mean(clips: Clips, indices: Sequence[int]) -> np.ndarray:
+    """Mean of the clips' true maps at the size of the first, each of sum 1 there."""
+    shape = clips.ground_truth(indices[0]).density.shape
+    total = np.zeros(shape)
+    for i in indices:
+        density = _scaled(clips.ground_truth(i).density, shape)
+        total += density / density.sum()
+    return total / len(indices)
 
 
 def _scaled(saliency: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -15,29 +15,35 @@ from mubic_deploy.model.mubic import MUBiC
 class Draw(NamedTuple):
     """Where on the diffusion the samples of a batch are, `noises` for each clip, one clip's after the other.
 
-    step    int32 [B noises, 1], 0 to T - 1
-    alpha   float32 [B noises, 1], alpha-bar of it
-    noise   float32 [B noises, 1, h, w], N(0, 1)"""
+    step     int32 [B noises, 1], 0 to T - 1
+    alpha    float32 [B noises, 1], alpha-bar of it
+    noise    float32 [B noises, 1, h, w], N(0, 1)
+    guessed  bool [B noises, 1]: noise is added to the model's own first guess instead of to the truth"""
 
     step: Tensor
     alpha: Tensor
     noise: Tensor
+    guessed: Tensor
 
 
 ALPHAS = torch.tensor([alpha_bar(t) for t in range(DIFFUSION_STEPS)], dtype=torch.float32)
 
 
-def draw(config: Config, batch: int, generator: torch.Generator, noises: int = 1, power: float = 1.0) -> Draw:
+def draw(
+    config: Config, batch: int, generator: torch.Generator, noises: int = 1, power: float = 1.0, rollout: float = 0.0
+) -> Draw:
     """Random steps and noise for `batch` clips, on the generator's device.
 
     Steps are t = T (1 - u^power) with u uniform in [0, 1): with power 1 uniform, as in Algorithm 1. A larger power
     draws more of the noisy steps. Where the noise is weak the answer shows through it, and only the noisy steps teach
-    encoders and fusion anything; with power 3 every second step is above 0.87 T."""
+    encoders and fusion anything; with power 3 every second step is above 0.87 T. rollout: how many of the samples are
+    `guessed`, in [0, 1]."""
     n = batch * noises
     u = torch.rand(n, 1, generator=generator)
     step = ((1 - u**power) * DIFFUSION_STEPS).to(torch.int32).clamp(0, DIFFUSION_STEPS - 1)
     noise = torch.randn(n, 1, *config.map_size, generator=generator)
-    return Draw(step, ALPHAS[step.long()], noise)
+    guessed = torch.rand(n, 1, generator=generator) < rollout
+    return Draw(step, ALPHAS[step.long()], noise, guessed)
 
 
 class Objective(nn.Module):
@@ -58,7 +64,11 @@ class Objective(nn.Module):
 
     def predict(self, batch: dict[str, Tensor], drawn: Draw) -> Tensor:
         """S_0 from TARGET with noise (eq. 3.55): float [B noises, 1, h, w] in [0, 1]. The noisy map lives in [-1, 1]'s
-        scale, as in the denoiser."""
+        scale, as in the denoiser.
+
+        Where a sample is `guessed` the first DDIM step's answer to the same noise takes the truth's place, as it does
+        in inference. Trained on the truth alone the denoiser takes what it sees behind the noise for evidence, and in
+        inference sharpens its own uncertainty into one of the places that it wavered between."""
         model = self.model
         features = list(model.visual_encoder(batch["VIDEO"]))
         if model.config.has_audio:
@@ -66,7 +76,13 @@ class Objective(nn.Module):
         *cond, _, _ = model.fusion(*features)
         copies = len(drawn.step) // len(batch["TARGET"])
         cond = [c.repeat_interleave(copies, 0) for c in cond]
-        clean = 2 * batch["TARGET"].repeat_interleave(copies, 0) - 1
+        clean = batch["TARGET"].repeat_interleave(copies, 0)
+        if drawn.guessed.any():
+            with torch.no_grad():
+                last = torch.full_like(drawn.step, DIFFUSION_STEPS - 1)
+                guess = model.denoiser.predict(cond, drawn.noise, last).float()
+            clean = torch.where(drawn.guessed[..., None, None], guess, clean)
+        clean = 2 * clean - 1
         alpha = drawn.alpha[..., None, None]
         s_t = alpha.sqrt() * clean + (1 - alpha).sqrt() * drawn.noise
         return model.denoiser.predict(cond, s_t, drawn.step)

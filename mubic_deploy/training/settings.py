@@ -32,6 +32,8 @@ class Settings:
     warmup             steps over which the learning rate rises from 0
     noises             diffusion steps drawn for each clip, which share its encoders and fusion
     timestep_power     1 draws the diffusion's steps uniformly, more prefers noisy ones (objective.draw)
+    rollout            how many of the samples get their noise on the model's own first guess, as in inference, instead
+                       of on the truth (objective.py)
     stochastic_depth   of the visual encoder's last block, falling to 0 at the first
     freeze_vggish      keep VGGish's convolutions as they are (they should be pretrained then)
     stride             frames between the starts of two clips
@@ -48,6 +50,7 @@ class Settings:
     warmup: int = 0
     noises: int = 1
     timestep_power: float = 1.0
+    rollout: float = 0.0
     stochastic_depth: float = 0.2
     freeze_vggish: bool = True
     stride: int = 4
@@ -78,6 +81,8 @@ class Settings:
             raise UserError(f"learning rate {self.learning_rate} is out of range: use a positive number, such as 1e-4")
         if not 1 <= self.timestep_power <= 100:
             raise UserError(f"timestep power {self.timestep_power} is out of range: use 1 (uniform) to 100")
+        if not 0 <= self.rollout <= 1:
+            raise UserError(f"rollout {self.rollout} is out of range: use 0 (none) to 1")
         if not 0 <= self.stochastic_depth < 1:
             raise UserError(f"stochastic depth {self.stochastic_depth} is out of range: use 0 to below 1")
 
@@ -121,13 +126,14 @@ RECIPES = {
     "thesis": Settings(),
     "demo": Settings(
         config="demo",
-        epochs=7,
+        epochs=3,
         batch=4,
         learning_rate=7e-4,
         schedule="cosine",
         warmup=100,
-        noises=3,
+        noises=2,
         timestep_power=3.0,
+        rollout=0.5,
         stochastic_depth=0.0,
         freeze_vggish=False,
         stride=24,

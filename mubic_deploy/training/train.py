@@ -41,7 +41,7 @@ from mubic_deploy.training.adaptive import fit_steps
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
 from mubic_deploy.training.layout import Video
-from mubic_deploy.training.objective import Objective, draw
+from mubic_deploy.training.objective import Draw, Objective, draw
 from mubic_deploy.training.settings import Settings
 from mubic_deploy.training.state import State, load_state, save_state
 
@@ -79,7 +79,7 @@ def train(
     run = Run(Path(out), settings, [str(v) for v in (*training, *validation)])
     state = run.resume() if resume else None
     if state is None:
-        run.start()
+        run.require_new()
     fabric = Fabric(
         accelerator=machine.accelerator,
         devices=machine.devices,
@@ -98,6 +98,8 @@ def train(
     model = random_model(config, settings.seed)
     if state is None:
         prepare(model)
+        if fabric.is_global_zero:
+            run.start()
     trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress)
     with torch.random.fork_rng():
         trainer.fit(state)
@@ -113,10 +115,13 @@ class Run:
         self.folder, self.settings, self.videos = folder, settings, videos
         self.model, self.best, self.state = (folder / f"{n}.safetensors" for n in ("model", "best", "state"))
 
-    def start(self) -> None:
-        """Makes the folder. UserError if there is a run in it."""
+    def require_new(self) -> None:
+        """UserError if there is a run in the folder."""
         if self.state.exists() or self.model.exists():
             raise UserError(f"{self.folder} holds a run already: go on with --resume, or choose another --out")
+
+    def start(self) -> None:
+        """Makes the folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "settings.json", self.settings.to_json())
@@ -126,7 +131,7 @@ class Run:
     def resume(self) -> State:
         """The last saved state. UserError if there is none, or if it is of other settings or data."""
         state = load_state(self.state)
-        different = state.settings.differences(self.settings)
+        different = self.settings.differences(state.settings)
         if different:
             raise UserError(f"{self.folder} was begun with other settings ({different}): resume with the same")
         if state.videos != self.videos:
@@ -158,8 +163,9 @@ class Trainer:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.adam = torch.optim.Adam(trained.values(), lr=settings.learning_rate)
         self.objective, self.optimizer = fabric.setup(Objective(model), self.adam)
-        self.plateau = ReduceLROnPlateau(self.adam, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
-        self.plateau_factor = 1.0
+        # on a rate of its own: the factor of Adam's, which is set anew at each step
+        unit = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        self.plateau = ReduceLROnPlateau(unit, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
         self.writer: Any = None
         if self.lead:
             from torch.utils.tensorboard import SummaryWriter
@@ -183,7 +189,7 @@ class Trainer:
             if self.lead:
                 self._end_epoch(epoch, total / self.steps)
             if self.settings.schedule == "plateau":
-                self._plateau(total / self.steps)
+                self.plateau.step(total / self.steps)
             first, total = 0, 0.0
             self._save(epoch + 1, 0, 0.0)
             saved = time.monotonic()
@@ -211,15 +217,15 @@ class Trainer:
 
     def _step(self, epoch: int, step: int, batch: dict[str, torch.Tensor]) -> float:
         settings = self.settings
-        rate = settings.learning_rate * settings.factor(epoch, step, self.steps) * self.plateau_factor
+        scale = self.plateau.optimizer.param_groups[0]["lr"]
+        rate = settings.learning_rate * settings.factor(epoch, step, self.steps) * scale
         for group in self.adam.param_groups:
             group["lr"] = rate
         keys = (settings.seed, epoch, step, self.fabric.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))  # stochastic depth
-        drawn = draw(
-            self.model.config, len(batch["TARGET"]), generator(*keys), settings.noises, settings.timestep_power
-        )
-        drawn = type(drawn)(*(self.fabric.to_device(x) for x in drawn))
+        options = (settings.noises, settings.timestep_power, settings.rollout)
+        drawn = draw(self.model.config, len(batch["TARGET"]), generator(*keys), *options)
+        drawn = Draw(*(self.fabric.to_device(x) for x in drawn))
         self.objective.train()
         loss = self.objective(batch, drawn)
         self.optimizer.zero_grad()
@@ -264,21 +270,11 @@ class Trainer:
 
         _write(write, self.run.folder)
 
-    def _plateau(self, loss: float) -> None:
-        self.plateau.step(loss)
-        self.plateau_factor = self._plateau_scale()
-
-    def _plateau_scale(self) -> float:
-        """What the plateau rule has multiplied the learning rate with so far. torch's rule keeps it in the optimiser's
-        learning rate only, which is set anew at each step here."""
-        before = self.settings.learning_rate * self.plateau_factor
-        return self.plateau_factor * (self.adam.param_groups[0]["lr"] / before)
-
     def _save(self, epoch: int, step: int, total: float) -> None:
         """The state, so that the run goes on at `step` of `epoch`."""
         if self.lead:
-            plateau = {k: v for k, v in self.plateau.state_dict().items() if isinstance(v, int | float)}
-            rule = {"factor": self.plateau_factor, "best": plateau["best"], "bad": plateau["num_bad_epochs"]}
+            rule = {"best": float(self.plateau.best), "bad": self.plateau.num_bad_epochs}
+            rule["factor"] = self.plateau.optimizer.param_groups[0]["lr"]
             state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history)
             _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
         self.fabric.barrier()
@@ -286,8 +282,8 @@ class Trainer:
     def _restore(self, state: State) -> None:
         state.into(self.model, self.adam)
         self.history = state.history
-        self.plateau_factor = state.plateau["factor"]
         self.plateau.best, self.plateau.num_bad_epochs = state.plateau["best"], int(state.plateau["bad"])
+        self.plateau.optimizer.param_groups[0]["lr"] = state.plateau["factor"]
 
 
 def generator(*keys: int) -> torch.Generator:

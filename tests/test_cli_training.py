@@ -1,0 +1,162 @@
+"""`mubic-deploy scenes`, `train`, `evaluate` and `pack`: the way from nothing to a checkpoint, and every wrong turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mubic_deploy import checkpoint
+from mubic_deploy.config import DEMO, get_config
+from mubic_deploy.model.mubic import random_model
+from mubic_deploy.training.layout import Video
+
+QUICK = ("--config", "demo", "--epochs", 1, "--batch", 4, "--validate", 2, "--accelerator", "cpu", "--workers", 0)
+
+
+def test_from_scenes_to_a_film(run, tmp_path: Path) -> None:
+    """Rendered, checked, trained, resumed, evaluated, packed."""
+    data, out = tmp_path / "scenes", tmp_path / "run"
+    ran = run("scenes", data, "--videos", 5, "--seconds", 1, "--seed", 3, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["videos"] == 5
+
+    ran = run("train", data, "--check", "--deep", "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out) == {"datasets": {"Scenes": {"videos": 5, "frames": 125, "skipped": 0}}, "problems": []}
+
+    ran = run("train", data, "--out", out, *QUICK, "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert report["checkpoint"] == str(out / "model.safetensors")
+    assert report["last_epoch"]["epoch"] == 1
+    before = (out / "model.safetensors").read_bytes()
+
+    ran = run("train", data, "--out", out, "--resume", "--accelerator", "cpu")  # nothing is left to do
+    assert ran.code == 0, ran.err
+    assert (out / "model.safetensors").read_bytes() == before
+
+    evaluate = ("evaluate", data, "--checkpoint", out / "model.safetensors", "--part", "all", "--stride", 9)
+    ran = run(*evaluate, "--engine", "eager", "--sounds", "--baselines", "--json")
+    assert ran.code == 0, ran.err
+    rows = {row["what"]: row for row in json.loads(ran.out)["rows"]}
+    names = ["sound own", "sound muted", "sound swapped", "sound shifted", "centre bias", "video's mean"]
+    assert list(rows) == names
+    assert all(row["clips"] == 10 for row in rows.values())
+    assert rows["sound own"]["steps"] == 4
+    assert rows["video's mean"]["cc"] > rows["centre bias"]["cc"] > 0
+    table = run(*evaluate, "--engine", "eager", "--steps", "adaptive").out
+    assert "s-AUC" in table
+    assert "5 videos, 10 clips" in table
+
+    ran = run("pack", out / "model.safetensors", tmp_path / "half.safetensors")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.52 * len(before)
+
+
+def test_engines_agree_over_a_set(run, shared: list[Video]) -> None:
+    command = ("evaluate", shared[0].root, "--checkpoint", "random:demo", "--stride", 4, "--json")
+    runs = [json.loads(run(*command, "--engine", engine).out)["rows"][0] for engine in ("eager", "onnxruntime")]
+    for metric in ("cc", "nss", "sim", "auc_judd", "auc_shuffled"):
+        assert runs[0][metric] == pytest.approx(runs[1][metric], abs=5e-4)
+
+
+def test_training_starts_from_a_checkpoint(run, shared: list[Video], tmp_path: Path) -> None:
+    """With a learning rate of next to nothing the weights stay those of the file."""
+    given = random_model(DEMO, seed=9)
+    checkpoint.save(given, tmp_path / "given.safetensors")
+    command = ("train", shared[0].root, "--out", tmp_path / "run", *QUICK, "--learning-rate", 1e-12)
+    ran = run(*command, "--checkpoint", tmp_path / "given.safetensors")
+    assert ran.code == 0, ran.err
+    assert "all weights from" in ran.out
+    model, _ = checkpoint.load(str(tmp_path / "run" / "model.safetensors"))
+    for (name, a), b in zip(given.named_parameters(), model.parameters(), strict=True):
+        if not name.startswith("fusion.adaptive"):
+            assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_pack_is_half_precision_and_loads(run, tmp_path: Path) -> None:
+    model = random_model(get_config("demo", "concat"), seed=4)
+    checkpoint.save(model, tmp_path / "a.safetensors")
+    assert run("pack", tmp_path / "a.safetensors", tmp_path / "b.safetensors").code == 0
+    loaded, _ = checkpoint.load(str(tmp_path / "b.safetensors"), "concat")
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert b.dtype == torch.float32
+        assert torch.equal(a.half().float(), b)
+    with torch.no_grad():
+        model.get_parameter("fusion.blocks.0.skip.weight")[0, 0] = 1e6
+    checkpoint.save(model, tmp_path / "c.safetensors")
+    ran = run("pack", tmp_path / "c.safetensors", tmp_path / "d.safetensors")
+    assert ran.code == 2
+    assert "fusion.blocks.0.skip.weight does not fit into FP16" in ran.err
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_check_prints_every_problem(run, field: list[Video]) -> None:
+    root, video = field[0].root, field[0]
+    video.sound.unlink()
+    Image.fromarray(np.zeros((20, 64), np.uint8)).save(video.map(24))
+    ran = run("train", root, "--check")
+    assert ran.code == 2
+    assert f"{video.sound} does not exist" in ran.out
+    assert "64x20" in ran.out
+    assert "problems" in ran.out
+
+
+def wrong(*arguments: object, says: str):
+    return pytest.param(arguments, says, id=f"{' '.join(map(str, arguments))[:50]} {says[:20]}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        wrong("train", "{nowhere}", "--check", says="is not a folder"),
+        wrong("train", "{empty}", "--check", says="AVAD_list_train_1_fps.txt: get the data sets' fold lists"),
+        wrong("train", "{data}", "--dataset", "MIT300", "--check", says="invalid choice: 'MIT300'"),
+        wrong("train", "{data}", "--dataset", "AVAD", "--check", says="AVAD_list_train_1_fps.txt does not exist"),
+        wrong("train", "{data}", "--split", 2, "--check", says="_list_train_2_fps.txt"),
+        wrong("train", "{data}", says="give --out RUN, or --check"),
+        wrong("train", "{broken}", "--out", "{out}", says="does not exist: extract the video's sound track"),
+        wrong("train", "{data}", "--out", "{out}", "--epochs", 0, says="--epochs: 0 is too small"),
+        wrong("train", "{data}", "--out", "{out}", "--timestep-power", 0, says="timestep power 0.0 is out of range"),
+        wrong("train", "{data}", "--out", "{out}", "--recipe", "mine", says="--recipe"),
+        wrong("train", "{data}", "--out", "{out}", "--resume", says="holds no run to resume"),
+        wrong("train", "{data}", "--out", "{file}/run", *QUICK, says="cannot be written"),
+        wrong("train", "{data}", "--out", "{out}", *QUICK, "--checkpoint", "random:full", says="is of full/full, not demo"),
+        wrong("train", "{data}", "--out", "{out}", *QUICK, "--visual", "{file}", says="file"),
+        wrong(
+            "train", "{data}", "--out", "{out}", *QUICK, "--variant", "visual_only", "--vggish", "{file}",
+            says="has no VGGish: leave out --vggish",
+        ),
+        wrong("evaluate", "{data}", "--checkpoint", "{nowhere}", says="does not exist"),
+        wrong("evaluate", "{broken}", says="does not exist: extract the video's sound track"),
+        wrong("evaluate", "{data}", "--part", "validation", says="--part"),
+        wrong("scenes", "{out}", says="--videos"),
+        wrong("scenes", "{out}", "--videos", 1, "--seconds", 0.2, says="ask for 1 or more"),
+        wrong("scenes", "{data}", "--videos", 1, says="is not an earlier set of scenes"),
+        wrong("pack", "{file}", "{out}", says="is not a MUBiC checkpoint"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    run, shared: list[Video], field: list[Video], tmp_path: Path, arguments: tuple, says: str
+) -> None:
+    field[0].sound.unlink()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("text")
+    places = {
+        "data": shared[0].root,
+        "broken": field[0].root,
+        "empty": tmp_path / "empty",
+        "file": tmp_path / "file",
+        "nowhere": tmp_path / "nowhere",
+        "out": tmp_path / "out",
+    }
+    ran = run(*(str(a).format(**places) for a in arguments))
+    assert ran.code == 2
+    assert says in ran.err
+    assert len(ran.err.strip().splitlines()) == 1, ran.err
+    assert not (tmp_path / "out").exists()

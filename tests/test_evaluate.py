@@ -1,0 +1,502 @@
+"""Evaluation against maps, scores and means that are known beforehand; the adaptive steps' fit; pictures of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from field_data import Spec, corner, write_field
+from matplotlib.axes import Axes
+from PIL import Image
+from scipy.io import savemat
+
+from mubic_deploy import metrics
+from mubic_deploy.config import DEMO, Config, get_config
+from mubic_deploy.engines import eager
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import MUBiC, random_model
+from mubic_deploy.pipeline import Pipeline, request
+from mubic_deploy.training import adaptive, curves, samples
+from mubic_deploy.training.adaptive import fit_head, fit_steps, smallest_steps
+from mubic_deploy.training.clips import Clips
+from mubic_deploy.training.evaluate import OTHERS, Evaluation, centre_bias, evaluate, evaluate_maps, video_means
+from mubic_deploy.training.layout import Video
+
+
+class Known:
+    """A predictor that knows each clip by its bytes, and says what `answer` makes of its index and target [h, w]."""
+
+    def __init__(self, clips: Clips, answer: Callable[[int, np.ndarray], np.ndarray] = lambda _, target: target):
+        self.config: Config = clips.config
+        self.maps: dict[bytes, np.ndarray] = {}
+        self.calls: list[tuple[int, Any, Any]] = []  # batch, seed, steps
+        for i in range(len(clips)):
+            item = clips[i]
+            key = item["VIDEO"].numpy().tobytes() + item["AUDIO"].numpy().tobytes()
+            self.maps[key] = answer(i, item["TARGET"][0].numpy())
+
+    def predict(
+        self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.calls.append((len(video), seed, steps))
+        maps = np.stack([self.maps[v.tobytes() + a.tobytes()] for v, a in zip(video, audio, strict=True)])
+        return maps, np.full((len(video), 1), 4 if steps is None else steps, np.int32)
+
+
+def random_maps(index: int, target: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(index).random(target.shape, np.float32)
+
+
+@pytest.fixture
+def clips(shared: list[Video]) -> Clips:
+    """7 of them: 3, 3 and 1."""
+    return Clips(shared, DEMO)
+
+
+def of(name: str) -> str:
+    return f"Scenes/{name}"
+
+
+def write_map(path: Path, size: tuple[int, int], *blocks: tuple[int, int, int, int]) -> None:
+    """A density map of squares: row, column, side, grey. On the grid of 8 pixels JPEG keeps them as they are."""
+    grey = np.zeros(size, np.uint8)
+    for row, column, side, level in blocks:
+        grey[row : row + side, column : column + side] = level
+    Image.fromarray(grey).save(path, quality=100)
+
+
+# ---- scores and their means
+
+
+def test_perfect_predictions(clips):
+    result = evaluate(Known(clips), clips)
+    assert {video: len(scores) for video, scores in result.values["cc"].items()} == {
+        of("one"): 3,
+        of("two"): 3,
+        of("short"): 1,
+    }
+    assert result.clips == 7
+    means = result.means()
+    assert means["cc"] > 0.99
+    assert means["sim"] > 0.9
+    assert means["auc_judd"] > 0.95
+    assert means["nss"] > 3
+    assert set(result.excluded().values()) == {0}
+
+
+def test_videos_count_alike_whatever_their_number_of_clips(clips):
+    result = evaluate(Known(clips, lambda i, target: -target if i == 6 else target), clips)  # the clip of `short`
+    # (1 + 1 - 1) / 3, not (6 - 1) / 7
+    assert result.means()["cc"] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_means_by_hand():
+    result = Evaluation()
+    for video, cc, sim in (("a", 1.0, 0.5), ("a", 0.5, math.nan), ("b", 0.1, math.nan), ("c", math.nan, 0.1)):
+        result.add(video, {"cc": cc, "sim": sim})
+    assert result.means() == pytest.approx({"cc": (0.75 + 0.1) / 2, "sim": 0.3})
+    assert result.excluded() == {"cc": 1, "sim": 2}
+    assert result.clips == 4
+    assert result.mean_steps == 0
+
+
+def test_constant_maps_are_left_out_and_counted(clips):
+    constant = evaluate(Known(clips, lambda i, t: np.full_like(t, 0.5) if i == 4 else t), clips)
+    assert constant.excluded() == {"cc": 1, "nss": 1, "sim": 1, "auc_judd": 0, "auc_shuffled": 0}
+    assert math.isnan(constant.values["cc"][of("two")][1])
+    assert constant.means()["cc"] > 0.99
+
+
+def test_frames_without_fixation_are_left_out_and_counted(field):
+    savemat(field[0].fixations(13), {"eyeMap": np.zeros((36, 64), np.uint8)})
+    clips = Clips(field, DEMO)
+    result = evaluate(Known(clips), clips)
+    assert result.excluded() == {"cc": 0, "nss": 1, "sim": 0, "auc_judd": 1, "auc_shuffled": 1}
+    assert math.isnan(result.values["nss"][of("one")][1])  # frame 13
+    assert result.means()["nss"] > 3
+
+
+# ---- how the predictor is asked
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 50])
+def test_any_batch_gives_the_same(clips, batch):
+    predictor = Known(clips, random_maps)
+    seen: list[tuple[int, int]] = []
+    result = evaluate(predictor, clips, batch=batch, progress=lambda *done: seen.append(done))
+    sizes = [n for n, *_ in predictor.calls]
+    assert max(sizes) == min(batch, 7)
+    assert seen == [(min((k + 1) * batch, 7), 7) for k in range(len(sizes))]
+    assert result.values == evaluate(Known(clips, random_maps), clips).values
+    assert sum(sizes) == 7
+
+
+def test_seed_and_steps_are_handed_on(clips):
+    predictor = Known(clips)
+    assert evaluate(predictor, clips, steps=3, seed=11, batch=4).steps_used == [3] * 7
+    assert predictor.calls == [(4, 11, 3), (3, 11, 3)]
+    result = evaluate(predictor, clips, [0, 6])
+    assert predictor.calls[2:] == [(2, 0, None)]  # the model's own number
+    assert result.mean_steps == 4
+    assert set(result.values["cc"]) == {of("one"), of("short")}
+
+
+def test_shuffled_is_left_out_where_it_is_not_wanted(clips):
+    assert set(evaluate(Known(clips), clips, [0], shuffled=False).values) == {"cc", "nss", "sim", "auc_judd"}
+
+
+# ---- at the ground truth's own size
+
+
+@pytest.mark.parametrize("size", [(36, 64), (72, 128), (180, 320)])
+def test_scores_are_at_the_ground_truths_size(tmp_path, size):
+    clips = Clips(write_field(tmp_path, [Spec("v", frames=16, size=size)]), DEMO, fit="stretch")
+    result = evaluate(Known(clips, random_maps), clips)
+    truth = clips.ground_truth(0)
+    assert truth.density.shape == size
+    small = torch.from_numpy(random_maps(0, np.zeros((56, 96))))
+    large = torch.nn.functional.interpolate(small[None, None], size, mode="bilinear")[0, 0].numpy()
+    expected = np.corrcoef(large.ravel(), truth.density.ravel())[0, 1]
+    assert result.values["cc"][of("v")] == [pytest.approx(expected, abs=1e-5)]
+    y, x = corner(Spec("v", frames=16, size=size), 9)
+    fixated = np.mean([large[y + 3, x + 3], large[y + 4, x + 5]])
+    assert result.values["nss"][of("v")] == [pytest.approx((fixated - large.mean()) / large.std(), abs=1e-3)]
+
+
+@pytest.mark.parametrize(("size", "bar"), [((64, 36), np.s_[:, :31]), ((36, 64), np.s_[:1])])
+def test_what_is_in_the_bars_does_not_count(tmp_path, size, bar):
+    clips = Clips(write_field(tmp_path, [Spec("v", size=size), Spec("w", size=size)]), DEMO)
+
+    def peak_in_bar(_: int, target: np.ndarray) -> np.ndarray:
+        out = target.copy()
+        assert not out[bar].any()
+        out[bar] = 50
+        return out
+
+    clean, barred = (evaluate(known, clips).values for known in (Known(clips), Known(clips, peak_in_bar)))
+    assert clean == barred
+    assert min(clean["cc"][of("v")]) > 0.98
+
+
+# ---- shuffled AUC
+
+
+def test_negatives_are_of_other_videos_and_the_same_for_every_model(tmp_path, monkeypatch):
+    """Each fixation map says where it is from: its video by the row, its frame by the column."""
+    specs = [Spec("a"), Spec("b", size=(72, 128)), Spec("c", frames=20)]
+    videos = write_field(tmp_path, specs)
+    for number, (spec, video) in enumerate(zip(specs, videos, strict=True)):
+        factor = spec.size[0] // 36
+        for i in range(1, spec.frames + 1):
+            marked = np.zeros(spec.size, np.uint8)
+            marked[(10 + number) * factor, i * factor] = 1
+            savemat(video.fixations(i), {"eyeMap": marked})
+    clips = Clips(videos, DEMO, stride=1)  # 9, 9 and 5 of them, labels from frame 9 on
+    drawn: list[np.ndarray] = []
+
+    def spy(prediction: np.ndarray, fixations: np.ndarray, others: np.ndarray) -> float:
+        drawn.append(others)
+        return 0.5
+
+    monkeypatch.setattr(metrics, "auc_shuffled", spy)
+    evaluate(Known(clips), clips)
+    first = drawn.copy()
+    assert len(first) == 23
+    chosen = set()
+    for i, others in enumerate(first):
+        mine = clips.ground_truth(i)
+        factor = mine.fixations.shape[0] // 36
+        assert others.shape == mine.fixations.shape
+        places = np.argwhere(others) / factor
+        rows = {int(row) - 10 for row, _ in places}
+        assert len(places) == OTHERS  # no two of them coincide
+        assert rows == {0, 1, 2} - {videos.index(mine.video)}
+        assert all(9 <= column <= 17 and column == int(column) for _, column in places)
+        chosen.add(others.tobytes())
+    assert len(chosen) == 23  # drawn anew for each clip
+    drawn.clear()
+    evaluate(Known(clips, random_maps), clips, batch=5, steps=2, seed=9)
+    evaluate_maps(lambda truth: truth.density, clips)
+    for again in (drawn[:23], drawn[23:]):
+        for a, b in zip(first, again, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_shuffled_auc_by_hand(tmp_path):
+    """One fixation against another's: the map says which is higher."""
+    videos = write_field(tmp_path, [Spec("a", frames=16), Spec("b", frames=16)])
+    for video, column in zip(videos, (10, 50), strict=True):
+        marked = np.zeros((36, 64), np.uint8)
+        marked[20, column] = 1
+        savemat(video.fixations(9), {"eyeMap": marked})
+    clips = Clips(videos, DEMO)
+    rising = np.broadcast_to(np.linspace(0, 1, 64, dtype=np.float32), (36, 64))
+    result = evaluate_maps(lambda truth: rising, clips)
+    assert result.values["auc_shuffled"] == {of("a"): [0], of("b"): [1]}
+
+
+def test_one_video_has_no_negatives(shared):
+    clips = Clips(shared[:1], DEMO)
+    assert evaluate(Known(clips), clips).excluded()["auc_shuffled"] == 3
+
+
+# ---- maps that need no model
+
+
+def test_maps_of_the_truth_score_best(clips):
+    result = evaluate_maps(lambda truth: truth.density, clips)
+    assert result.means()["cc"] == pytest.approx(1)
+    assert result.means()["sim"] == pytest.approx(1)
+    assert result.clips == 7
+    assert evaluate_maps(lambda truth: truth.density, clips, [6]).clips == 1
+
+
+def test_centre_bias_weighs_every_map_alike(tmp_path):
+    """A bright one, a faint one and one of four times as many pixels."""
+    specs = [Spec("a", frames=16), Spec("b", frames=16), Spec("c", frames=16, size=(72, 128))]
+    videos = write_field(tmp_path, specs)
+    write_map(videos[0].map(9), (36, 64), (8, 8, 8, 200))
+    write_map(videos[1].map(9), (36, 64), (8, 24, 8, 50))
+    write_map(videos[2].map(9), (72, 128), (16, 96, 16, 200))  # at 8, 48 in the others
+    clips = Clips(videos, DEMO)
+    mean = centre_bias(clips)
+    small, large = mean(clips.ground_truth(0)), mean(clips.ground_truth(2))
+    assert small.shape == (36, 64)
+    assert large.shape == (72, 128)
+    for column in (8, 24, 48):
+        np.testing.assert_allclose(small[10:14, column + 2 : column + 6], 1 / 3 / 64, rtol=0.05)
+    assert small[20:].max() < 1e-5
+    assert large[20:28, 20:28].mean() == pytest.approx(large[20:28, 100:108].mean(), rel=0.05)
+
+
+def test_video_means_are_of_each_video_alone(field):
+    one, two, short = field
+    for video, frame, column, grey in ((one, 9, 8, 200), (one, 13, 24, 100), (one, 17, 24, 50), (short, 6, 48, 99)):
+        write_map(video.map(frame), (36, 64), (8, column, 8, grey))
+    clips = Clips(field, DEMO)
+    mean = video_means(clips)
+    for index in (0, 1, 2):
+        map_ = mean(clips.ground_truth(index))
+        np.testing.assert_allclose(map_[8:16, 8:16], 1 / 3 / 64, rtol=0.02)
+        np.testing.assert_allclose(map_[8:16, 24:32], 2 / 3 / 64, rtol=0.02)
+        assert map_[:, 48:].max() < 1e-5
+    np.testing.assert_allclose(mean(clips.ground_truth(6))[8:16, 48:56], 1 / 64, rtol=0.02)
+    assert clips.ground_truth(3).video == two
+    truths = [clips.ground_truth(i).density for i in (3, 4, 5)]
+    np.testing.assert_allclose(mean(clips.ground_truth(4)), np.mean([t / t.sum() for t in truths], 0), atol=1e-7)
+
+
+def test_baselines_in_order(clips):
+    """The true map is better than its video's mean, and that is better than everybody's."""
+    scores = [
+        evaluate_maps(maps, clips).means()["cc"]
+        for maps in (centre_bias(clips), video_means(clips), lambda truth: truth.density)
+    ]
+    assert scores == sorted(scores)
+
+
+# ---- adaptive steps
+
+
+@pytest.fixture(scope="module")
+def model() -> MUBiC:
+    return random_model(get_config("demo"))
+
+
+@pytest.fixture
+def fresh() -> MUBiC:
+    """To fit."""
+    return random_model(get_config("demo"))
+
+
+def features(entropy: float, places: int = 4096) -> torch.Tensor:
+    """[1, 8, 16, 32, 2] of about this entropy: equal energy in some of the places."""
+    f = torch.zeros(places, 2)
+    f[: round(places**entropy)] = 3
+    return f.view(1, 8, 16, 32, 2)
+
+
+def steps_at(model: MUBiC, entropies: np.ndarray) -> list[int]:
+    """The steps that the graph's own module asks for."""
+    found = [model.fusion.adaptive(features(e)) for e in entropies.tolist()]
+    np.testing.assert_allclose([float(e) for e, _ in found], entropies, atol=2e-3)
+    return [int(n) for _, n in found]
+
+
+NARROW = np.concatenate([np.linspace(0.93, 0.945, 12), np.linspace(0.955, 0.965, 8), np.linspace(0.975, 0.99, 12)])
+WIDE = np.linspace(0.3, 1, 30)
+
+
+@pytest.mark.parametrize(
+    ("entropies", "rule"),
+    [
+        (NARROW, lambda e: np.where(e < 0.95, 2, 9)),
+        (NARROW, lambda e: np.where(e < 0.95, 2, np.where(e < 0.97, 9, 5))),
+        (NARROW, lambda e: np.where(e < 0.95, 12, 1)),
+        (NARROW, lambda e: np.full(len(e), 7)),
+        (WIDE, lambda e: np.where(e < 0.6, 3, 8)),
+    ],
+    ids=["up", "up and down", "down", "constant", "wide"],
+)
+def test_the_fitted_head_says_what_is_needed(fresh, entropies, rule):
+    before = {k: v.clone() for k, v in fresh.state_dict().items() if "adaptive" not in k}
+    fit_head(fresh, entropies, rule(entropies))
+    assert steps_at(fresh, entropies) == rule(entropies).tolist()
+    after = fresh.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert not any(p.requires_grad for p in fresh.fusion.adaptive.parameters())
+
+
+def test_the_fit_is_least_squares(fresh):
+    """Where one entropy needs now 2, now 6 steps it says their mean."""
+    entropies = np.repeat([0.94, 0.98], 40)
+    fit_head(fresh, entropies, np.concatenate([np.full(10, 2), np.full(30, 6), np.full(20, 9), np.full(20, 11)]))
+    with torch.no_grad():
+        said = fresh.fusion.adaptive.mlp(torch.tensor([[0.94], [0.98]]))[:, 0]
+    np.testing.assert_allclose(said, [5, 10], atol=0.05)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_one_entropy_tells_nothing_about_others(fresh, number):
+    fit_head(fresh, np.full(number, 0.95, np.float32), np.full(number, 6))
+    assert steps_at(fresh, np.linspace(0.4, 1, 7)) == [6] * 7
+
+
+def test_the_fitted_head_survives_fp16(fresh):
+    """As `pack` stores it."""
+    fit_head(fresh, NARROW, np.where(NARROW < 0.95, 2, 9))
+    for p in fresh.fusion.adaptive.parameters():
+        p.data = p.data.half().float()
+    assert steps_at(fresh, NARROW) == np.where(NARROW < 0.95, 2, 9).tolist()
+
+
+def test_the_fit_repeats_and_leaves_the_random_state_alone(fresh):
+    fitted = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        fit_head(fresh, NARROW, np.rint(10 - 200 * np.abs(NARROW - 0.96)))
+        assert torch.equal(torch.get_rng_state(), state)
+        fitted.append([p.clone() for p in fresh.fusion.adaptive.parameters()])
+    for a, b in zip(*fitted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_to_fit_on(fresh):
+    with pytest.raises(UserError, match="no clip to fit"):
+        fit_head(fresh, np.zeros(0), np.zeros(0))
+
+
+def test_smallest_steps_against_every_number_of_steps(model, clips):
+    pipeline = Pipeline(model.config, eager.load_engines(model))
+    indices = [0, 6]
+    agreement, entropies = [], []
+    for i in indices:
+        video, audio = (clips[i][name].numpy()[None] for name in ("VIDEO", "AUDIO"))
+        maps = [pipeline.predict(video, audio, 0, n)[0].ravel() for n in range(1, 13)]
+        agreement.append([np.corrcoef(m, maps[-1])[0, 1] for m in maps])
+        entropies.append(pipeline.condition(request(model.config, video, audio, 0, 1))["ENTROPY"].item())
+    # a tolerance at which the two clips differ: between the first's 3 and 4 steps
+    tolerance = 1 - (agreement[0][2] + agreement[0][3]) / 2
+    expected = [next(n for n in range(1, 13) if min(a[n - 1 :]) >= 1 - tolerance) for a in agreement]
+    assert expected[0] == 4
+    assert expected[1] != 4
+    seen: list[tuple[int, int]] = []
+    found, needed = smallest_steps(model, clips, indices, tolerance, lambda *done: seen.append(done))
+    assert needed.tolist() == expected
+    assert needed.dtype == np.int64
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, entropies, rtol=1e-6)
+    assert seen == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("far", "needed"),  # the numbers of steps whose map is too far from that of 12
+    [([], 1), ([1, 2, 3], 4), ([2, 7], 8), ([11], 12), (list(range(1, 12)), 12), (list(range(1, 13)), 12)],
+)
+def test_every_larger_number_of_steps_must_be_near_too(model, clips, monkeypatch, far, needed):
+    monkeypatch.setattr(adaptive, "sample", lambda config, denoiser, cond, seed, steps: {"SALIENCY": steps})
+    monkeypatch.setattr(adaptive, "cc", lambda a, b: 0.9899 if int(a[0]) in far else 0.9901)
+    assert smallest_steps(model, clips, [0])[1].tolist() == [needed]
+
+
+def test_fit_steps_measures_and_fits(fresh, clips, monkeypatch):
+    measured = (NARROW.astype(np.float32), np.where(NARROW < 0.95, 3, 8))
+    asked = []
+
+    def measure(model: MUBiC, clips: Clips, indices: list[int], tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+        asked.append((indices, tolerance))
+        return measured
+
+    monkeypatch.setattr(adaptive, "smallest_steps", measure)
+    np.testing.assert_array_equal(fit_steps(fresh, clips, [0, 6], 0.02), measured[1])
+    assert asked == [([0, 6], 0.02)]
+    assert steps_at(fresh, NARROW) == measured[1].tolist()
+
+
+# ---- pictures
+
+
+def test_samples_show_frame_truth_and_prediction(clips, tmp_path):
+    """Perfect for the first clip; nothing for the second."""
+    predictor = Known(clips, lambda i, target: target * (i == 0))
+    picture = samples.draw(predictor, clips, [0, 5], seed=3)
+    assert picture.dtype == np.uint8
+    gap = samples.GAP
+    assert picture.shape == (2 * (112 + gap), 3 * (192 + gap), 3)
+    assert predictor.calls == [(1, 3, None)] * 2
+    rows = picture.reshape(2, 112 + gap, 3, 192 + gap, 3)
+    assert (rows[:, 112:] == 255).all()
+    assert (rows[:, :, :, 192:] == 255).all()
+    tiles = rows[:, :112, :, :192].swapaxes(1, 2)  # [row, column, 112, 192, 3]
+    for row, index in enumerate((0, 5)):
+        frame, truth = clips[index]["VIDEO"][8].numpy(), clips[index]["TARGET"][0].numpy()
+        np.testing.assert_array_equal(tiles[row, 0], frame)
+        covered = np.abs(tiles[row, 1].astype(int) - frame).sum(-1) > 0
+        large = truth.repeat(2, 0).repeat(2, 1)
+        assert covered[large > 0.4].all()
+        assert not covered[large < 0.02].any()
+    np.testing.assert_array_equal(tiles[0, 2], tiles[0, 1])
+    np.testing.assert_array_equal(tiles[1, 2], tiles[1, 0])
+    samples.save(picture, tmp_path / "samples" / "epoch_001.png")
+    with Image.open(tmp_path / "samples" / "epoch_001.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+def history(epochs: int, first: float) -> list[dict[str, Any]]:
+    names = ("loss", "learning_rate", "cc", "sim", "nss")
+    return [{"epoch": e, **{name: first + k + e / 10 for k, name in enumerate(names)}} for e in range(1, epochs + 1)]
+
+
+@pytest.mark.parametrize("runs", [history(3, 1), {"own": history(3, 1), "muted": history(2, 4)}, history(1, 1)])
+def test_curves_show_every_run(tmp_path, monkeypatch, runs):
+    drawn: list[tuple[Axes, list[int], list[float], str]] = []
+    plot = Axes.plot
+
+    def spy(self: Axes, x: list[int], y: list[float], **options: Any) -> Any:
+        drawn.append((self, x, y, options["label"]))
+        return plot(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    path = tmp_path / "curves.png"
+    curves.draw(runs, path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width > 3 * image.height
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    named = runs if isinstance(runs, dict) else {"": runs}
+    expected = [
+        ([e["epoch"] for e in entries], [e[key] for e in entries], name)
+        for key in ("loss", "learning_rate", "cc", "sim", "nss")
+        for name, entries in named.items()
+    ]
+    assert [(x, y, label) for _, x, y, label in drawn] == expected
+    panels = list(dict.fromkeys(axes for axes, *_ in drawn))
+    assert [a.get_title() for a in panels] == ["training loss", "learning rate", "CC", "SIM", "NSS"]
+    assert [a.get_yscale() for a in panels] == ["linear", "log", "linear", "linear", "linear"]
+    assert (panels[0].get_legend() is not None) == (len(named) > 1)

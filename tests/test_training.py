@@ -1,0 +1,289 @@
+"""Algorithm 1: the objective by hand, the schedules as in the thesis, runs that are stopped, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mubic_deploy import checkpoint
+from mubic_deploy.config import DEMO, get_config
+from mubic_deploy.diffusion import alpha_bar
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import random_model
+from mubic_deploy.training import train as training
+from mubic_deploy.training.objective import Objective, draw
+from mubic_deploy.training.settings import RECIPES, Settings
+from mubic_deploy.training.train import Machine, train
+
+# everything random is switched on
+QUICK = Settings(
+    config="demo", epochs=2, batch=3, stride=4, validate=2, noises=2, rollout=0.5, stochastic_depth=0.3, seed=5
+)
+HERE = Machine("cpu", 1, 0)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def same(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+class StopError(Exception):
+    """Raised from outside in the middle of a run."""
+
+
+def stop_at(step: int):
+    def progress(text: str, done: int, total: int) -> None:
+        if done == step:
+            raise StopError
+
+    return progress
+
+
+# ---- the objective
+
+
+def test_steps_are_uniform_or_prefer_noise():
+    generator = torch.Generator().manual_seed(0)
+    steps = draw(DEMO, 20_000, generator).step.double()
+    assert (steps.min(), steps.max()) == (0, 999)
+    assert abs(steps.mean() - 499.5) < 8
+    noisy = draw(DEMO, 20_000, generator, power=3).step.double()
+    # P(t > 0.9 T) = P(u^3 < 0.1)
+    assert abs((noisy >= 900).double().mean() - 0.1 ** (1 / 3)) < 0.01
+
+
+def test_draw_is_one_row_a_noise():
+    drawn = draw(DEMO, 4, torch.Generator().manual_seed(1), noises=3)
+    assert drawn.noise.shape == (12, 1, 56, 96)
+    assert abs(drawn.noise.std() - 1) < 0.01
+    for step, alpha in zip(drawn.step[:, 0].tolist(), drawn.alpha[:, 0].tolist(), strict=True):
+        assert alpha == pytest.approx(alpha_bar(step), rel=1e-6)
+
+
+def test_loss_is_the_squared_error_summed_over_pixels(monkeypatch):
+    """With a denoiser that hands S_t through the loss can be computed by hand, and shows eq. 3.55 too."""
+    model = random_model(get_config("demo", "visual_only"))
+    monkeypatch.setattr(model.denoiser, "predict", lambda cond, s_t, step: (s_t + 1) / 2)
+    target = torch.rand(2, 1, 56, 96)
+    batch = {"VIDEO": torch.zeros(2, 16, 112, 192, 3, dtype=torch.uint8), "TARGET": target}
+    drawn = draw(DEMO, 2, torch.Generator().manual_seed(2), noises=2)
+    loss = Objective(model)(batch, drawn)
+    by_hand = []
+    for i in range(4):
+        a = alpha_bar(int(drawn.step[i, 0]))
+        noisy = math.sqrt(a) * (2 * target[i // 2].double() - 1) + math.sqrt(1 - a) * drawn.noise[i].double()
+        by_hand.append((((noisy + 1) / 2 - target[i // 2]) ** 2).sum())
+    assert float(loss) == pytest.approx(float(torch.stack(by_hand).mean()), rel=1e-5)
+
+
+def test_gradients_reach_every_trained_part():
+    model = random_model(DEMO).train()
+    training._prepare_modules(model, replace(QUICK, freeze_vggish=False, stochastic_depth=0.0))
+    batch = {
+        "VIDEO": torch.randint(0, 256, (2, 16, 112, 192, 3), dtype=torch.uint8),
+        "AUDIO": torch.rand(2, 16_608) * 2 - 1,
+        "TARGET": torch.rand(2, 1, 56, 96),
+    }
+    Objective(model)(batch, draw(DEMO, 2, torch.Generator().manual_seed(3))).backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert {name.rsplit(".", 3)[0] for name in without} <= {"fusion.adaptive", "visual_encoder.blocks"}
+    # the class token of the last block leads nowhere; all else learns
+    dead = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
+    assert not [n for n in dead if "visual_encoder.blocks.6" not in n], dead
+
+
+# ---- the schedules
+
+
+def test_piecewise_is_the_theses():
+    rates = [1e-4 * RECIPES["thesis"].factor(epoch, 0, 100) for epoch in range(12)]
+    np.testing.assert_allclose(rates, [1e-4] * 6 + [1e-5] * 3 + [1e-6] * 3)
+
+
+def test_cosine_and_warmup():
+    settings = Settings(schedule="cosine", epochs=4, warmup=10)
+    assert settings.factor(0, 0, 100) == pytest.approx(0.1)
+    assert settings.factor(0, 9, 100) == pytest.approx(1, abs=1e-2)
+    assert settings.factor(2, 0, 100) == pytest.approx((1 + 0.01) / 2)
+    assert settings.factor(3, 99, 100) == pytest.approx(0.01, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("config", "huge"),
+        ("variant", "none"),
+        ("schedule", "step"),
+        ("precision", "8"),
+        ("fit", "squeeze"),
+        ("epochs", 0),
+        ("batch", -1),
+        ("warmup", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("timestep_power", 0.5),
+        ("stochastic_depth", 1.0),
+    ],
+)
+def test_settings_out_of_range(field, value):
+    with pytest.raises(UserError, match=field.replace("_", " ")):
+        Settings(**{field: value})
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def whole(shared, tmp_path_factory) -> Path:
+    """A run of 2 epochs, 3 steps each, without a stop."""
+    out = tmp_path_factory.mktemp("whole")
+    train(QUICK, shared, shared, out, machine=HERE)
+    return out
+
+
+def test_run_leaves_what_it_promises(whole):
+    history = json.loads((whole / "history.json").read_text())
+    assert [e["epoch"] for e in history] == [1, 2]
+    assert {"loss", "learning_rate", "cc", "nss", "sim", "auc_judd"} <= history[0].keys()
+    assert history[0]["learning_rate"] == pytest.approx(1e-4)
+    assert history[1]["learning_rate"] == pytest.approx(1e-5)  # the second half
+    best = max(history, key=lambda e: e["cc"])["epoch"]
+    assert same(whole / "best.safetensors", whole / "model.safetensors") == (best == 2) or best == 2
+    for name in ("curves.png", "samples/epoch_001.png", "samples/epoch_002.png"):
+        assert (whole / name).read_bytes().startswith(b"\x89PNG")
+    assert any((whole / "tensorboard").iterdir())
+    model, _ = checkpoint.load(str(whole / "model.safetensors"))
+    assert model.config == DEMO
+
+
+def test_weights_move_but_vggish_stays(whole):
+    before = random_model(DEMO, QUICK.seed).state_dict()
+    after = weights(whole / "model.safetensors")
+    moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
+    assert not [k for k in moved if k.startswith("audio_encoder.vggish")]
+    assert len([k for k in moved if k.startswith("visual_encoder")]) > 60
+    assert [k for k in moved if k.startswith("fusion.adaptive")]  # fitted at the end
+
+
+def test_interrupted_at_any_moment_and_resumed_it_has_the_same_weights(whole, shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_S", 0.0)  # after each step
+    with pytest.raises(StopError):
+        train(QUICK, shared, shared, tmp_path, machine=HERE, progress=stop_at(2))
+    with pytest.raises(StopError):  # in the second epoch, read by other processes
+        train(QUICK, shared, shared, tmp_path, resume=True, machine=Machine("cpu", 1, 2), progress=stop_at(5))
+    torch.manual_seed(123)  # the global state must not matter
+    train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)
+    assert same(tmp_path / "model.safetensors", whole / "model.safetensors")
+    assert same(tmp_path / "best.safetensors", whole / "best.safetensors")
+    assert json.loads((tmp_path / "history.json").read_text()) == json.loads((whole / "history.json").read_text())
+
+
+def test_killed_run_resumes(whole, shared, tmp_path):
+    """A real process, ended by a signal that nothing can catch, somewhere after its first epoch."""
+    options = ["--config", "demo", "--epochs", "2", "--batch", "3", "--validate", "2", "--noises", "2"]
+    options += [
+        "--stochastic-depth",
+        "0.3",
+        "--rollout",
+        "0.5",
+        "--seed",
+        "5",
+        "--accelerator",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    command = [sys.executable, "-m", "mubic_deploy.cli", "train", str(shared[0].root), "--out", str(tmp_path), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "state.safetensors").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    checkpoint.load(str(tmp_path / "best.safetensors"))
+    train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)
+    assert same(tmp_path / "model.safetensors", whole / "model.safetensors")
+
+
+def test_full_disk_keeps_the_last_state(shared, tmp_path, monkeypatch):
+    """Files may not grow beyond 1 MB from the second epoch on: the system's own refusal, as of a full disk."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(text: str, done: int, total: int) -> None:
+        if done == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+
+    try:
+        with pytest.raises(UserError, match=r"cannot be written.*--resume"):
+            train(QUICK, shared, shared, tmp_path, machine=HERE, progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("*.part"))
+    checkpoint.load(str(tmp_path / "best.safetensors"))
+    assert training.load_state(tmp_path / "state.safetensors").epoch == 1
+
+
+def test_plateau_lowers_the_rate_and_remembers(shared, tmp_path):
+    """The rule (a tenth after more than one epoch without a loss 1e-4 lower) worked out from the run's own losses."""
+    settings = replace(QUICK, schedule="plateau", epochs=7, learning_rate=1e-9, batch=7)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(settings, shared[:1], shared[:1], straight, machine=HERE)
+    history = json.loads((straight / "history.json").read_text())
+    rate, best, bad = 1e-9, math.inf, 0
+    for entry in history:
+        assert entry["learning_rate"] == pytest.approx(rate)
+        bad = 0 if entry["loss"] < best * (1 - 1e-4) else bad + 1
+        best = min(best, entry["loss"])
+        if bad > 1:
+            rate, bad = rate / 10, 0
+    assert rate < 1e-9  # the rule was met
+    with pytest.raises(StopError):
+        train(settings, shared[:1], shared[:1], stopped, machine=HERE, progress=stop_at(5))
+    train(settings, shared[:1], shared[:1], stopped, resume=True, machine=HERE)
+    assert json.loads((stopped / "history.json").read_text()) == history
+
+
+def test_what_a_run_refuses(whole, shared, tmp_path):
+    with pytest.raises(UserError, match="holds a run already"):
+        train(QUICK, shared, shared, whole, machine=HERE)
+    with pytest.raises(UserError, match="no run to resume"):
+        train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)
+    with pytest.raises(UserError, match=r"other settings \(batch 3 instead of 4\)"):
+        train(replace(QUICK, batch=4), shared, shared, whole, resume=True, machine=HERE)
+    with pytest.raises(UserError, match="other videos"):
+        train(QUICK, shared[:1], shared, whole, resume=True, machine=HERE)
+    (tmp_path / "state.safetensors").write_bytes(b"no state")
+    with pytest.raises(UserError, match="no state of a run"):
+        train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)
+
+
+def test_it_learns(shared, tmp_path):
+    """One video, again and again: the prediction must find the square, which the random model does not."""
+    settings = replace(
+        QUICK, epochs=12, batch=3, stride=1, jitter=False, learning_rate=1e-3, schedule="cosine", stochastic_depth=0.0
+    )
+    train(settings, shared[:1], shared[:1], tmp_path, machine=HERE)
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert history[-1]["loss"] < 0.3 * history[0]["loss"]
+    assert history[-1]["cc"] > 0.7
