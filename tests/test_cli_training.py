@@ -126,7 +126,7 @@ def wrong(*arguments: object, says: str):
         wrong("train", "{data}", "--out", "{out}", "--recipe", "mine", says="--recipe"),
         wrong("train", "{data}", "--out", "{out}", "--resume", says="holds no run to resume"),
         wrong("train", "{data}", "--out", "{file}/run", *QUICK, says="cannot be written"),
-        wrong("train", "{data}", "--out", "{out}", *QUICK, "--checkpoint", "random:full", says="is of full/full, not demo"),
+        wrong("train", "{data}", "--out", "{out}", *QUICK, "--checkpoint", "random:full", says="of full/full, not"),
         wrong("train", "{data}", "--out", "{out}", *QUICK, "--visual", "{file}", says="file"),
         wrong(
             "train", "{data}", "--out", "{out}", *QUICK, "--variant", "visual_only", "--vggish", "{file}",

@@ -420,7 +420,11 @@ def test_smallest_steps_against_every_number_of_steps(model, clips):
     [([], 1), ([1, 2, 3], 4), ([2, 7], 8), ([11], 12), (list(range(1, 12)), 12), (list(range(1, 13)), 12)],
 )
 def test_every_larger_number_of_steps_must_be_near_too(model, clips, monkeypatch, far, needed):
-    monkeypatch.setattr(adaptive, "sample", lambda config, denoiser, cond, seed, steps: {"SALIENCY": steps})
+    def sample(config: Config, denoiser: Any, cond: Any, seed: np.ndarray, steps: np.ndarray) -> dict[str, np.ndarray]:
+        assert seed.tolist() == [[0]]  # as in a film
+        return {"SALIENCY": steps}
+
+    monkeypatch.setattr(adaptive, "sample", sample)
     monkeypatch.setattr(adaptive, "cc", lambda a, b: 0.9899 if int(a[0]) in far else 0.9901)
     assert smallest_steps(model, clips, [0])[1].tolist() == [needed]
 

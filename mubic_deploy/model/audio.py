@@ -98,6 +98,7 @@ class AudioEncoder(nn.Module):
         for layer in layers:
             if isinstance(layer, nn.Conv2d):  # PyTorch's own start leaves 1 % of the sound after six layers
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
         self.vggish = nn.Sequential(*layers)
         self.refine = TemporalRefinement(c4, config.audio_heads, config.audio_ffn)
