@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint checkpoint clean
 
 # exports, serves with Triton, predicts a real clip, leaves an overlay, a contact sheet and the maps in out/
 demo: .venv/installed
@@ -16,6 +16,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# renders scenes, trains the checkpoint that ships, packs it, evaluates it on scenes of another seed
+checkpoint: .venv/installed
+	$(BIN)/mubic-deploy scenes data/train --videos 480 --seed 1 --seconds 5
+	$(BIN)/mubic-deploy scenes data/held_out --videos 60 --seed 1001 --seconds 5
+	$(BIN)/mubic-deploy train data/train --recipe demo --accelerator cpu --out runs/demo
+	$(BIN)/mubic-deploy pack runs/demo/model.safetensors mubic_deploy/weights/demo.safetensors
+	$(BIN)/mubic-deploy evaluate data/held_out --part all --sounds --baselines
 
 .venv/installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else "Python 3.11 is needed, not %d.%d: make PYTHON=..." % v)'

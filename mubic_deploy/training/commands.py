@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from mubic_deploy.commands import bar, predictor, print_json, say, screen, warn
+from mubic_deploy.commands import bar, messages, predictor, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.layout import CheckReport, Video, check, read_list
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
+LINE_S = 60
 HEADINGS = {"cc": "CC", "nss": "NSS", "sim": "SIM", "auc_judd": "AUC-J", "auc_shuffled": "s-AUC"}
 
 
@@ -57,7 +59,8 @@ def train(arguments: Namespace) -> int:
 
     said: list[str] = []
     began = time.monotonic()
-    with bar("training") as progress:
+    with bar("training") as watched:
+        progress = watched if messages.is_terminal else _lines()
         finished = run(
             settings,
             training,
@@ -80,6 +83,19 @@ def train(arguments: Namespace) -> int:
         say(f"{finished}: {scores} on the test part, in {time.monotonic() - began:.0f} s")
         say(f"  try it: mubic-deploy predict FILM.mp4 -o OVERLAY.mp4 --checkpoint {finished}")
     return 0
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    """Progress without a terminal, as for a run that is left alone: a line on stderr each minute, for its log."""
+    said = 0.0
+
+    def progress(text: str, done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_S or done == total:
+            said = time.monotonic()
+            messages.print(f"{text} ({done} of {total} steps)", markup=False, highlight=False, soft_wrap=True)
+
+    return progress
 
 
 def evaluate(arguments: Namespace) -> int:

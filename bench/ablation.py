@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Table 4.3 again, on rendered scenes: every variant trained alike, evaluated on scenes of another seed; and the full
+model with 1, 2, 4, 8 and 12 steps.
+
+    mubic-deploy scenes data/train --videos 480 --seed 1 --seconds 5
+    mubic-deploy scenes data/held_out --videos 60 --seed 1001 --seconds 5
+    python bench/ablation.py data/train data/held_out --runs runs/ablation --save
+
+A run that is there is not trained again, and one that was stopped goes on. The thesis's figures stand beside ours; they
+are of another size of model on other data (AVAD), so only the order of the variants compares."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mubic_deploy import checkpoint
+from mubic_deploy.commands import bar
+from mubic_deploy.config import VARIANTS
+from mubic_deploy.engines import eager
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.thesis import TABLE_4_3
+from mubic_deploy.training import curves
+from mubic_deploy.training.clips import Clips
+from mubic_deploy.training.evaluate import evaluate
+from mubic_deploy.training.layout import Video, read_list
+from mubic_deploy.training.settings import PARTS, RECIPES
+from mubic_deploy.training.train import Machine, train
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = (1, 2, 4, 8, 12)
+
+
+def trained(variant: str, epochs: int | None, data: Path, runs: Path, machine: Machine) -> Path:
+    """The finished checkpoint of a variant, trained now unless it was before."""
+    settings = replace(RECIPES["demo"], variant=variant)
+    if epochs is not None:
+        settings = replace(settings, epochs=epochs)
+    out = runs / variant
+    if (out / "model.safetensors").is_file():
+        return out / "model.safetensors"
+    parts = [read_list(data, "Scenes", part, 1) for part in PARTS]
+    with bar(variant) as progress:
+        resume = (out / "state.safetensors").is_file()
+        return train(settings, parts[0], parts[1], out, resume=resume, machine=machine, progress=progress)
+
+
+def scores(path: Path, videos: list[Video], stride: int, steps: int | None = None) -> dict[str, Any]:
+    model, _ = checkpoint.load(str(path))
+    clips = Clips(videos, model.config, stride=stride)
+    result = evaluate(Pipeline(model.config, eager.load_engines(model)), clips, steps=steps)
+    return {**result.means(), "clips": result.clips}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="scenes to train on")
+    parser.add_argument("held_out", type=Path, help="scenes of another seed")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--epochs", type=int, help="fewer or more than the recipe's, the same for all")
+    parser.add_argument("--stride", type=int, default=8)
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--save", action="store_true", help="to bench/results/ablation.json and docs/ablation.png")
+    arguments = parser.parse_args()
+    videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
+    machine = Machine(arguments.accelerator, 1, 1)
+    rows: dict[str, dict[str, Any]] = {}
+    for variant in arguments.variants:
+        path = trained(variant, arguments.epochs, arguments.data, arguments.runs, machine)
+        rows[variant] = scores(path, videos, arguments.stride)
+        if variant == "full":
+            steps = {str(n): scores(path, videos, arguments.stride, n) for n in STEPS}
+
+    table = Table(title="scenes, demo size | thesis: AVAD, full size (Table 4.3)")
+    for heading in ("", "CC", "NSS", "SIM", "AUC-J", "thesis CC", "NSS", "SIM"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for variant, row in rows.items():
+        theirs = TABLE_4_3[variant]
+        ours = [f"{row[k]:.3f}" for k in ("cc", "nss", "sim", "auc_judd")]
+        table.add_row(variant, *ours, f"{theirs.cc:.3f}", f"{theirs.nss:.2f}", f"{theirs.sim:.3f}")
+    if "full" in rows:
+        for n, row in steps.items():
+            table.add_row(f"full, {n} steps", *(f"{row[k]:.3f}" for k in ("cc", "nss", "sim", "auc_judd")), "", "", "")
+    Console().print(table)
+    if arguments.save:
+        settings = json.loads((arguments.runs / arguments.variants[0] / "settings.json").read_text())
+        result = {"settings": settings, "variants": rows, "steps": steps if "full" in rows else {}}
+        (RESULTS / "ablation.json").write_text(json.dumps(result, indent=2) + "\n")
+        histories = {v: json.loads((arguments.runs / v / "history.json").read_text()) for v in rows}
+        curves.draw(histories, Path(__file__).parent.parent / "docs" / "ablation.png")
+
+
+if __name__ == "__main__":
+    main()
