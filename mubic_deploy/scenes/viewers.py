@@ -20,7 +20,7 @@ SIGMA = WIDTH / 30  # pixels: one degree where the screen is 30 degrees wide
 def gaze(plan: Plan, rng: np.random.Generator) -> np.ndarray:
     """Where each viewer looks in each frame, float64 [viewers, frames, 2]: x, y in pixels, inside the picture."""
     positions = plan.positions()
-    weights = _conspicuity(plan, positions)
+    weights = conspicuity(plan, positions)
     out = np.empty((VIEWERS, plan.frames, 2))
     for viewer in range(VIEWERS):
         habit = 0 if viewer < FOLLOWERS else 1 if viewer < FOLLOWERS + MOVERS else 2
@@ -55,7 +55,7 @@ def _one(plan: Plan, rng: np.random.Generator, habit: int, positions: np.ndarray
     return out
 
 
-def _conspicuity(plan: Plan, positions: np.ndarray) -> np.ndarray:
+def conspicuity(plan: Plan, positions: np.ndarray) -> np.ndarray:
     """How much each candidate draws the eye by sight alone, float64 [K, frames], summing to 1 over the candidates."""
     rows = []
     for k, c in enumerate(plan.candidates):
