@@ -1,5 +1,6 @@
 """The model against other implementations: torchvision for the attention, torchaudio for the log-mel."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -135,7 +136,11 @@ def test_patches_are_in_the_unit_interval_and_silence_is_zero():
     encoder = random_model(DEMO).audio_encoder
     full_scale = torch.sin(2 * torch.pi * 1000 / 16_000 * torch.arange(16_608))[None]
     patches = encoder.patches(torch.cat([full_scale, torch.zeros(1, 16_608)]))
-    assert patches.shape == (8, 1, 64, 96)
+    assert patches.shape == (8, 1, 66, 98)
+    rim = patches.clone()
+    rim[..., 1:-1, 1:-1] = math.log(0.01) / (math.log(0.01) - 5.5)
+    assert torch.allclose(rim, rim[0, 0, 0, 0])  # a log-mel of 0, with which VGGish pads
+    patches = patches[..., 1:-1, 1:-1]
     assert patches[:4].max() < 1  # louder than any sound can be, and not cut
     assert patches[:4].max() > 0.8
     assert patches[4:].abs().max() < 1e-6

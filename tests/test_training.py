@@ -248,7 +248,7 @@ def test_full_disk_keeps_the_last_state(shared, tmp_path, monkeypatch):
 
 def test_plateau_lowers_the_rate_and_remembers(shared, tmp_path):
     """The rule (a tenth after more than one epoch without a loss 1e-4 lower) worked out from the run's own losses."""
-    settings = replace(QUICK, schedule="plateau", epochs=5, learning_rate=1e-9, batch=7)
+    settings = replace(QUICK, schedule="plateau", epochs=7, learning_rate=1e-9, batch=7)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(settings, shared[:1], shared[:1], straight, machine=HERE)
     history = json.loads((straight / "history.json").read_text())
@@ -284,7 +284,7 @@ def test_it_learns(shared, tmp_path):
     """One video, again and again: better than the best map that does not look."""
     settings = replace(
         QUICK,
-        epochs=8,
+        epochs=12,
         stride=1,
         jitter=False,
         learning_rate=2e-3,
@@ -299,5 +299,5 @@ def test_it_learns(shared, tmp_path):
     clips = Clips(shared[:1], DEMO, stride=1)
     blind = evaluate_maps(centre_bias(clips), clips).means()["cc"]
     assert blind > 0.6
-    assert history[-1]["cc"] > blind + 0.05
+    assert history[-1]["cc"] > blind + 0.1
     assert history[-1]["loss"] < 0.15 * history[0]["loss"]

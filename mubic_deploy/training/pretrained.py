@@ -140,8 +140,7 @@ def load_vggish(model: MUBiC, path: str | Path) -> Report:
 
     VGGish sees patches [96 frames, 64 mel] of log(mel + 0.01), natural logarithm, lowest band first. Ours are
     transposed and scaled to [0, 1], so the kernels are transposed and the scaling is folded into the first one. Then
-    each of our convolutions computes what VGGish's does, but for the border: the zeros around a patch are log-mel 0
-    there and silence (log 0.01) here. That reaches two places into the last feature from each side, fading inwards.
+    each of our convolutions computes what VGGish's does, to the border: patches are padded with its log-mel of 0.
 
     UserError as for `load_visual`, and for a model without an audio encoder."""
     if not model.config.has_audio:
