@@ -126,7 +126,7 @@ RECIPES = {
     "thesis": Settings(),
     "demo": Settings(
         config="demo",
-        epochs=2,
+        epochs=8,
         batch=4,
         learning_rate=7e-4,
         schedule="cosine",
