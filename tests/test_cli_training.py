@@ -31,6 +31,7 @@ def test_from_scenes_to_a_film(run, tmp_path: Path) -> None:
 
     ran = run("train", data, "--out", out, *QUICK, "--json")
     assert ran.code == 0, ran.err
+    assert "VGGish is frozen with random weights" in ran.err
     report = json.loads(ran.out)
     assert report["checkpoint"] == str(out / "model.safetensors")
     assert report["last_epoch"]["epoch"] == 1
@@ -72,7 +73,8 @@ def test_training_starts_from_a_checkpoint(run, shared: list[Video], tmp_path: P
     command = ("train", shared[0].root, "--out", tmp_path / "run", *QUICK, "--learning-rate", 1e-12)
     ran = run(*command, "--checkpoint", tmp_path / "given.safetensors")
     assert ran.code == 0, ran.err
-    assert "all weights from" in ran.out
+    assert "all weights from" in ran.err
+    assert "frozen" not in ran.err
     model, _ = checkpoint.load(str(tmp_path / "run" / "model.safetensors"))
     for (name, a), b in zip(given.named_parameters(), model.parameters(), strict=True):
         if not name.startswith("fusion.adaptive"):
@@ -125,7 +127,7 @@ def wrong(*arguments: object, says: str):
         wrong("train", "{data}", "--out", "{out}", "--timestep-power", 0, says="timestep power 0.0 is out of range"),
         wrong("train", "{data}", "--out", "{out}", "--recipe", "mine", says="--recipe"),
         wrong("train", "{data}", "--out", "{out}", "--resume", says="holds no run to resume"),
-        wrong("train", "{data}", "--out", "{file}/run", *QUICK, says="cannot be written"),
+        wrong("train", "{data}", "--out", "{file}/run", *QUICK, "--no-freeze-vggish", says="cannot be written"),
         wrong("train", "{data}", "--out", "{out}", *QUICK, "--checkpoint", "random:full", says="of full/full, not"),
         wrong("train", "{data}", "--out", "{out}", *QUICK, "--visual", "{file}", says="file"),
         wrong(

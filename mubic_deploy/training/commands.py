@@ -57,7 +57,6 @@ def train(arguments: Namespace) -> int:
     from mubic_deploy.training.train import Machine
     from mubic_deploy.training.train import train as run
 
-    said: list[str] = []
     began = time.monotonic()
     with bar("training") as watched:
         progress = watched if messages.is_terminal else _lines()
@@ -67,12 +66,10 @@ def train(arguments: Namespace) -> int:
             validation,
             arguments.out,
             resume=arguments.resume,
-            prepare=lambda model: said.extend(_prepare(model, arguments)),
+            prepare=lambda model: _prepare(model, arguments, settings),
             machine=Machine(arguments.accelerator, arguments.devices, arguments.workers),
             progress=progress,
         )
-    for line in said:
-        say(line)
     from mubic_deploy.training.state import load_state
 
     last = load_state(arguments.out / "state.safetensors").history[-1]
@@ -218,8 +215,8 @@ def _settings(arguments: Namespace) -> Settings:
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
-def _prepare(model: Any, arguments: Namespace) -> list[str]:
-    """Pretrained weights into a fresh model -> a line each for what was matched."""
+def _prepare(model: Any, arguments: Namespace, settings: Settings) -> None:
+    """Pretrained weights into a fresh model, and a line each on stderr for what was matched."""
     from mubic_deploy import checkpoint
     from mubic_deploy.training.pretrained import load_vggish, load_visual
 
@@ -237,4 +234,7 @@ def _prepare(model: Any, arguments: Namespace) -> list[str]:
         if not model.config.has_audio:
             raise UserError("the variant visual_only has no VGGish: leave out --vggish")
         said.append(load_vggish(model, arguments.vggish).summary())
-    return said
+    for line in said:
+        messages.print(line, markup=False, highlight=False, soft_wrap=True)
+    if model.config.has_audio and settings.freeze_vggish and not (arguments.vggish or arguments.checkpoint):
+        warn(["VGGish is frozen with random weights: give --vggish FILE, or train it with --no-freeze-vggish"])
