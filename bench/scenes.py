@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mubic_deploy.metrics import cc
-from mubic_deploy.scenes.plan import FPS, HEIGHT, WIDTH, Plan, make_plan
+from mubic_deploy.scenes.plan import FPS, HEIGHT, WIDTH, Plan, make_plan, streams
 from mubic_deploy.scenes.viewers import (
     CENTRE_SPREAD,
     DELAY_S,
@@ -28,7 +28,6 @@ from mubic_deploy.scenes.viewers import (
     density,
     gaze,
 )
-from mubic_deploy.scenes.write import streams
 
 RESULTS = Path(__file__).parent / "results"
 LAG = 2  # frames, of the pursuit

