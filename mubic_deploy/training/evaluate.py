@@ -62,7 +62,7 @@ def evaluate(
     """Predicts the clips (all, or those of `indices`) and scores each map at its ground truth's own size. All clips
     start from the noise of `seed`, as the frames of a film do. shuffled: with the shuffled AUC, the slowest."""
     chosen = list(range(len(clips)) if indices is None else indices)
-    result = Evaluation()
+    result, negatives = Evaluation(), _Negatives(clips)
     for first in range(0, len(chosen), batch):
         part = chosen[first : first + batch]
         items = [clips[i] for i in part]
@@ -76,7 +76,8 @@ def evaluate(
             prediction = truth.fit.back(saliency, truth.density.shape)
             scores = score(prediction, truth)
             if shuffled:
-                scores["auc_shuffled"] = _shuffled(prediction, truth, clips, index)
+                others = negatives.of(index, truth.fixations.shape)
+                scores["auc_shuffled"] = metrics.auc_shuffled(prediction, truth.fixations, others)
             result.add(str(truth.video), scores)
         progress(min(first + batch, len(chosen)), len(chosen))
     return result
@@ -86,14 +87,12 @@ def evaluate_maps(
     maps: Callable[[GroundTruth], np.ndarray], clips: Clips, indices: Sequence[int] | None = None
 ) -> Evaluation:
     """Scores maps [H, W] that need no model: what any prediction must beat."""
-    result = Evaluation()
+    result, negatives = Evaluation(), _Negatives(clips)
     for index in range(len(clips)) if indices is None else indices:
         truth = clips.ground_truth(index)
-        prediction = maps(truth)
-        result.add(
-            str(truth.video),
-            {**score(prediction, truth), "auc_shuffled": _shuffled(prediction, truth, clips, index)},
-        )
+        prediction, others = maps(truth), negatives.of(index, truth.fixations.shape)
+        shuffled = metrics.auc_shuffled(prediction, truth.fixations, others)
+        result.add(str(truth.video), {**score(prediction, truth), "auc_shuffled": shuffled})
     return result
 
 
@@ -141,26 +140,31 @@ def score(prediction: np.ndarray, truth: GroundTruth) -> dict[str, float]:
     }
 
 
-def _shuffled(prediction: np.ndarray, truth: GroundTruth, clips: Clips, index: int) -> float:
-    """Negatives are the fixations of frames of other videos, the same for every model."""
-    rng = np.random.Generator(np.random.Philox(key=index))
-    others = np.zeros(truth.fixations.shape, bool)
-    found = 0
-    for other in rng.permutation(len(clips)):
-        if found == OTHERS:
-            break
-        if clips.video(int(other)) == truth.video:
-            continue
-        found += 1
-        others |= _resized(clips.ground_truth(int(other)).fixations, others.shape)
-    return metrics.auc_shuffled(prediction, truth.fixations, others)
+class _Negatives:
+    """The negatives of the shuffled AUC: fixations of OTHERS frames of other videos, drawn by the clip's index alone,
+    so the same for every model. Each frame's are read once."""
 
+    def __init__(self, clips: Clips) -> None:
+        self._clips = clips
+        self._known: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}  # by clip: the map's size, its [row, column]s
 
-def _resized(fixations: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The same places in a map of another size, bool."""
-    if fixations.shape == shape:
-        return fixations
-    out = np.zeros(shape, bool)
-    rows, columns = np.nonzero(fixations)
-    out[rows * shape[0] // fixations.shape[0], columns * shape[1] // fixations.shape[1]] = True
-    return out
+    def of(self, index: int, shape: tuple[int, ...]) -> np.ndarray:
+        """bool [H, W] for the clip `index`, whose map is of `shape`."""
+        out = np.zeros(shape, bool)
+        mine, found = self._clips.video(index), 0
+        for other in np.random.Generator(np.random.Philox(key=index)).permutation(len(self._clips)):
+            if found == OTHERS:
+                break
+            if self._clips.video(int(other)) == mine:
+                continue
+            found += 1
+            size, places = self._places(int(other))
+            rows, columns = places.T
+            out[rows * shape[0] // size[0], columns * shape[1] // size[1]] = True
+        return out
+
+    def _places(self, index: int) -> tuple[tuple[int, ...], np.ndarray]:
+        if index not in self._known:
+            fixations = self._clips.ground_truth(index).fixations
+            self._known[index] = fixations.shape, np.argwhere(fixations)
+        return self._known[index]
