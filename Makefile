@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint checkpoint clean
 
-# exports, serves with Triton, predicts a real clip, leaves an overlay, a contact sheet and the maps in out/
+# exports, serves with Triton, predicts a scene with its sound, leaves an overlay, a contact sheet and the maps in out/
 demo: .venv/installed
 	$(BIN)/mubic-deploy demo --out out
 
@@ -21,9 +21,11 @@ lint: .venv/installed
 checkpoint: .venv/installed
 	$(BIN)/mubic-deploy scenes data/train --videos 480 --seed 1 --seconds 5
 	$(BIN)/mubic-deploy scenes data/held_out --videos 60 --seed 1001 --seconds 5
-	$(BIN)/mubic-deploy train data/train --recipe demo --accelerator cpu --out runs/demo
+	mkdir -p runs
+	$(BIN)/mubic-deploy listen runs/hearing.safetensors
+	$(BIN)/mubic-deploy train data/train --recipe demo --vggish runs/hearing.safetensors --accelerator cpu --out runs/demo
 	$(BIN)/mubic-deploy pack runs/demo/model.safetensors mubic_deploy/weights/demo.safetensors
-	$(BIN)/mubic-deploy evaluate data/held_out --part all --sounds --baselines
+	$(BIN)/python bench/checkpoint.py data/held_out
 
 .venv/installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else "Python 3.11 is needed, not %d.%d: make PYTHON=..." % v)'
@@ -31,6 +33,9 @@ checkpoint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
+	@# TensorRT's Python bindings, 1 MB each, without TensorRT: the tests hold our code against both major versions
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target .venv/tensorrt/10 tensorrt-cu13-bindings==10.15.1.29
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target .venv/tensorrt/11 tensorrt-cu13-bindings==11.4.0.106
 	touch $@
 
 clean:

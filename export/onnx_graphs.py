@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 
@@ -26,13 +27,15 @@ from mubic_deploy.checkpoint import Source
 from mubic_deploy.engines import eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
-from mubic_deploy.graphs import Signature, signatures
+from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC, empty_inputs
+from mubic_deploy.model.precision import half, recorded, require_small
 from mubic_deploy.parity import CLIPS, Parity, compare
 
 OPSET = 20
 MAX_BATCH = 64  # the batch axis is dynamic from 1 to this
 FOLD_LIMIT = 1 << 26  # elements of a constant
+LISTED = 10  # modules with the largest activations, in the manifest
 PACKAGES = ("mubic-deploy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
@@ -60,28 +63,43 @@ def trace(module: torch.nn.Module, signature: Signature, path: Path) -> None:
     assert program is not None
     # again, without the limits that keep large tables from being folded: they are weights
     optimizer.optimize(program.model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    ask_the_converted(program.model)
     program.save(path, external_data=False)
 
 
-def export(model: MUBiC, source: Source, out: Path, progress: Progress = lambda *_: None) -> tuple[Artifacts, Parity]:
+def ask_the_converted(model: ir.Model) -> None:
+    """TensorRT takes a uint8 input only to convert it: whatever asks such an input for its shape, asks its Cast."""
+    for value in model.graph.inputs:
+        if value.dtype == ir.DataType.UINT8:
+            (cast,) = (node for node in value.consumers() if node.op_type == "Cast")
+            for node in [n for n in value.consumers() if n.op_type == "Shape"]:
+                node.replace_input_with(0, cast.outputs[0])
+    model.graph.sort()
+
+
+def export(
+    model: MUBiC, source: Source, out: Path, progress: Progress = lambda *_: None, precision: str = FLOAT32
+) -> tuple[Artifacts, Parity]:
     """All graphs of `model` and the manifest into `out`, which may hold an earlier export (it is replaced).
 
-    UserError if `out` is something else, cannot be written, or a graph differs from eager PyTorch."""
+    precision: float32, or float16 under the policy of `mubic_deploy.model.precision`. UserError if `out` is something
+    else, cannot be written, a graph differs from eager PyTorch in FP32, or an activation is too large for FP16."""
     out = Path(out)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} exists and is not an earlier export: choose another --out")
         with replacing(out) as folder:
-            parity = _export_into(folder, model, source, progress)
+            parity = _export_into(folder, model, source, progress, precision)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
     return Artifacts.open(out), parity
 
 
-def _export_into(folder: Path, model: MUBiC, source: Source, progress: Progress) -> Parity:
+def _export_into(folder: Path, model: MUBiC, source: Source, progress: Progress, precision: str) -> Parity:
     model.eval()
-    graphs = signatures(model.config)
+    graphs = signatures(model.config, precision)
+    exported = model if precision == FLOAT32 else half(model)
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -89,14 +107,14 @@ def _export_into(folder: Path, model: MUBiC, source: Source, progress: Progress)
         "source": source.to_json(),
         "config": model.config.to_json(),
         "opset": OPSET,
-        "precision": "float32",
+        "precision": precision,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "graphs": {},
     }
     for done, (name, signature) in enumerate(graphs.items()):
         progress(f"tracing {name}", done, total)
         path = folder / f"{name}.onnx"
-        trace(model.graph(name), signature, path)
+        trace(exported.graph(name), signature, path)
         manifest["graphs"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
 
     candidate = {n: onnxruntime.OnnxRuntimeEngine(folder / f"{n}.onnx", s) for n, s in graphs.items()}
@@ -108,9 +126,15 @@ def _export_into(folder: Path, model: MUBiC, source: Source, progress: Progress)
         progress("checking against eager PyTorch", done, total)
 
     progress("checking against eager PyTorch", done, total)
-    parity = compare(model.config, eager.load_engines(model), dict(candidate), progress=checked)
+    with recorded(model) as activations:
+        parity = compare(
+            model.config, eager.load_engines(model), dict(candidate), progress=checked, precision=precision
+        )
+    if precision != FLOAT32:
+        require_small(activations)
     parity.require()
     manifest["parity"] = parity.to_json()
+    manifest["largest_activations"] = dict(sorted(activations.items(), key=lambda item: -item[1])[:LISTED])
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return parity
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mubic_deploy.config import Config
+from mubic_deploy.config import PRECISIONS, Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, signatures
 
@@ -40,6 +40,11 @@ class Artifacts:
     config: Config
     manifest: dict[str, Any]
 
+    @property
+    def precision(self) -> str:
+        """float32 or float16: of the graphs, and of the tensors that flow between them."""
+        return self.manifest["precision"]
+
     def graph(self, name: str) -> Path:
         """The ONNX file of a graph."""
         return self.path / self.manifest["graphs"][name]["file"]
@@ -60,7 +65,9 @@ class Artifacts:
         try:
             config = Config.from_json(manifest["config"])
             manifest["source"]["seed"], manifest["parity"]  # read later
-            for name, signature in signatures(config).items():
+            if manifest["precision"] not in PRECISIONS:
+                raise UserError(f"{path}: the precision {manifest['precision']!r} is not known: export again")
+            for name, signature in signatures(config, manifest["precision"]).items():
                 entry = manifest["graphs"][name]
                 if entry["signature"] != describe(signature):
                     raise UserError(f"{path}: the signature of {name} is not this version's: export again")

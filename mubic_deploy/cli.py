@@ -14,10 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, VARIANTS
+from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, PRECISIONS, VARIANTS
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import FITS
-from mubic_deploy.training.settings import DATASETS, PARTS, PRECISIONS, RECIPES, SCHEDULES, SPLITS, Settings
+from mubic_deploy.training.settings import DATASETS, LIGHTNING_PRECISIONS, PARTS, RECIPES, SCHEDULES, SPLITS, Settings
 from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT
 
 INSTALL = "install it with: pip install 'mubic-deploy[{}]'"
@@ -26,7 +26,9 @@ EXTRAS = {
     "pytriton": "serve",
     **dict.fromkeys(("lightning_fabric", "tensorboard", "scipy", "PIL"), "train"),
 }  # else torch's
-HOMES = dict.fromkeys(("scenes", "train", "evaluate", "pack"), "mubic_deploy.training.commands")  # else commands
+HOMES = dict.fromkeys(
+    ("scenes", "listen", "train", "evaluate", "pack"), "mubic_deploy.training.commands"
+)  # else commands
 CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"
 
 
@@ -83,8 +85,12 @@ def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
 
 def _engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--engine", default="onnxruntime", metavar="E", help="onnxruntime (default), eager or triton://HOST:PORT"
+        "--engine",
+        default="onnxruntime",
+        metavar="E",
+        help="onnxruntime (default), eager, tensorrt (with --artifacts ENGINES) or triton://HOST:PORT",
     )
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="with tensorrt: launch kernel by kernel")
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +129,7 @@ SETTINGS_HELP: dict[str, tuple[Callable[[str], Any] | None, Sequence[str] | None
     "fit": (str, FITS, "how frames meet the model's size"),
     "flip": (None, None, "mirror half of the clips"),
     "jitter": (None, None, "start each clip a little later, anew in each epoch"),
-    "precision": (str, PRECISIONS, "Lightning Fabric's name"),
+    "precision": (str, LIGHTNING_PRECISIONS, "Lightning Fabric's name"),
     "validate": (positive, None, "clips of the test part to evaluate after each epoch"),
     "seed": (natural, None, "of everything random"),
 }
@@ -160,12 +166,21 @@ def _training(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--recipe", choices=tuple(RECIPES), help="settings to start from (default thesis)")
     train.add_argument("--checkpoint", metavar="C", help="start from these weights")
     train.add_argument("--visual", metavar="FILE", help="pretrained MViTv2-S: torchvision's or MMAction2's")
-    train.add_argument("--vggish", metavar="FILE", help="pretrained VGGish: vggish-10086976.pth")
+    train.add_argument("--vggish", metavar="FILE", help="pretrained VGGish: vggish-10086976.pth, or what `listen` made")
     train.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     train.add_argument("--devices", type=positive, default=1, help="how many (default 1)")
     train.add_argument("--workers", type=natural, default=2, help="processes that read clips (default 2)")
     _settings(train)
     _json(train)
+
+    listen = commands.add_parser(
+        "listen", help="teach a small VGGish the sounds of rendered scenes, for train --vggish"
+    )
+    listen.add_argument("out", metavar="OUT.safetensors", type=Path)
+    listen.add_argument("--config", choices=list(CONFIGS), default="demo", help="default demo")
+    listen.add_argument("--steps", type=positive, default=600, help="of 32 sounds each (default 600)")
+    listen.add_argument("--seed", type=natural, default=1, help="of scenes and weights (default 1)")
+    _json(listen)
 
     evaluate = commands.add_parser("evaluate", help="CC, NSS, SIM, AUC-Judd and shuffled AUC, the mean over the videos")
     _data(evaluate)
@@ -196,9 +211,22 @@ def build_parser() -> Parser:
     export = commands.add_parser("export", help="trace a checkpoint to ONNX graphs, checked against eager PyTorch")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     export.add_argument("--out", metavar="DIR", type=Path, required=True)
+    export.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help=f"default {PRECISIONS[0]}")
     _weights(export)
     _weights_seed(export)
     _json(export)
+
+    engines = commands.add_parser(
+        "engines", help="build TensorRT engines of exported graphs, on the GPU that runs them"
+    )
+    engines.add_argument("artifacts", metavar="GRAPHS", type=Path, help="what export made, with --precision float16")
+    engines.add_argument("--out", metavar="DIR", type=Path, required=True)
+    engines.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
+    engines.add_argument("--best-batch", type=positive, default=1, help="batch to choose kernels for (default 1)")
+    engines.add_argument("--level", type=natural, default=4, help="0, quick to build, to 5, quick to run (default 4)")
+    engines.add_argument("--version-compatible", action="store_true", help="to run with later minor versions too")
+    engines.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings, kept from build to build")
+    _json(engines)
 
     predict = commands.add_parser("predict", help="a film in, its saliency out")
     predict.add_argument("video", metavar="VIDEO")

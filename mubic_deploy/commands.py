@@ -18,6 +18,7 @@ from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
 from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.media.outputs import replacing
 from mubic_deploy.pipeline import Pipeline, Predictor
 from mubic_deploy.thesis import TABLE_4_3
@@ -95,7 +96,9 @@ def export(arguments: Namespace) -> int:
     """Graphs of a checkpoint into a folder."""
     began = time.monotonic()
     with bar("exporting") as progress:
-        artifacts = exported.export(arguments.checkpoint, arguments.out, arguments.variant, arguments.seed, progress)
+        artifacts = exported.export(
+            arguments.checkpoint, arguments.out, arguments.variant, arguments.seed, progress, arguments.precision
+        )
     parity = artifacts.manifest["parity"]
     if arguments.json:
         print_json({"out": str(artifacts.path), "seconds": time.monotonic() - began, "parity": parity})
@@ -126,7 +129,9 @@ def parity(arguments: Namespace) -> int:
 
         progress("comparing clips", 0, arguments.clips)
         engines = onnxruntime.load_engines(artifacts)
-        result = check.compare(artifacts.config, eager.load_engines(model), engines, arguments.clips, clip_done)
+        reference = eager.load_engines(model)
+        precision = artifacts.precision
+        result = check.compare(artifacts.config, reference, engines, arguments.clips, clip_done, precision)
     if arguments.json:
         print_json(result.to_json())
     else:
@@ -136,8 +141,31 @@ def parity(arguments: Namespace) -> int:
     return 0
 
 
-def _parity_table(parity: dict[str, Any]) -> None:
-    table = Table(title=f"ONNX Runtime against eager PyTorch, FP32, {parity['clips']} random clips")
+def engines(arguments: Namespace) -> int:
+    """TensorRT plans of a folder of graphs, on the GPU here."""
+    from mubic_deploy.sources import load_script, source_dir
+
+    began = time.monotonic()
+    artifacts = Artifacts.open(arguments.artifacts)
+    script = load_script(source_dir("export") / "tensorrt_engines.py")
+    options = script.Options(
+        arguments.max_batch, arguments.best_batch, arguments.level, arguments.version_compatible, arguments.timing_cache
+    )
+    with bar("building") as progress:
+        plans = script.build(artifacts, arguments.out, options, progress)
+    seconds, parity = time.monotonic() - began, plans.manifest["parity"]
+    if arguments.json:
+        print_json({"out": str(plans.path), "seconds": seconds, "parity": parity, "gpu": plans.manifest["gpu"]})
+        return 0
+    _parity_table(parity, "TensorRT against ONNX Runtime")
+    say(f"built for {plans.manifest['gpu']['name']} in {plans.path} in {seconds:.0f} s")
+    say(f"  try it: mubic-deploy predict FILM.mp4 -o OVERLAY.mp4 --engine tensorrt --artifacts {plans.path}")
+    return 0
+
+
+def _parity_table(parity: dict[str, Any], what: str = "ONNX Runtime against eager PyTorch") -> None:
+    named = "FP32" if parity["precision"] == FLOAT32 else "FP16, graphs in parts of the largest value"
+    table = Table(title=f"{what}, {named}, {parity['clips']} random clips")
     table.add_column("graph")
     table.add_column("tensor")
     table.add_column("largest difference", justify="right")
@@ -185,6 +213,17 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         artifacts = _artifacts(arguments)
         warnings = _untrained(artifacts.manifest["source"]["seed"])
         yield Pipeline(artifacts.config, onnxruntime.load_engines(artifacts)), warnings
+    elif engine == "tensorrt":
+        if arguments.artifacts is None or arguments.checkpoint or arguments.variant:
+            raise UserError(
+                "TensorRT runs engines that were built for this GPU: name their folder with --artifacts, without "
+                "--checkpoint and --variant (build it with mubic-deploy engines)"
+            )
+        from mubic_deploy.engines import tensorrt
+
+        plans = tensorrt.Plans.open(arguments.artifacts)
+        engines = tensorrt.load_engines(plans, cuda_graphs=not arguments.no_cuda_graphs)
+        yield Pipeline(plans.config, engines), _untrained(plans.manifest["source"]["seed"])
     elif engine == "eager":
         if arguments.artifacts:
             raise UserError("the eager engine runs a checkpoint: give --checkpoint instead of --artifacts")
@@ -194,7 +233,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         model, source = checkpoint.load(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant)
         yield Pipeline(model.config, eager.load_engines(model)), _untrained(source.seed)
     else:
-        raise UserError(f"unknown engine {engine!r}: use onnxruntime, eager or triton://HOST:PORT")
+        raise UserError(f"unknown engine {engine!r}: use onnxruntime, eager, tensorrt or triton://HOST:PORT")
 
 
 def predict(arguments: Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from mubic_deploy.errors import UserError
 
 VARIANTS = ("full", "no_beca", "no_skip", "concat", "no_diffusion", "visual_only")  # Table 4.3
+PRECISIONS = ("float32", "float16")  # of the graphs; NumPy's names
 
 # Constants of the method, the same for every size.
 DIFFUSION_STEPS = 1000  # T, Table 4.1

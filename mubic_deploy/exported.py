@@ -12,20 +12,28 @@ from pathlib import Path
 from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
 from mubic_deploy.config import DEMO_CHECKPOINT, DEMO_FILE
 from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.sources import load_script, source_dir
 
 Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
 
 
 def export(
-    checkpoint: str, out: Path, variant: str | None = None, seed: int = 0, progress: Progress = lambda *_: None
+    checkpoint: str,
+    out: Path,
+    variant: str | None = None,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+    precision: str = FLOAT32,
 ) -> Artifacts:
-    """Trace the graphs of a checkpoint (see `checkpoint.load`) into `out`, checked against eager PyTorch."""
+    """Trace the graphs of a checkpoint (see `checkpoint.load`) into `out`, checked against eager PyTorch in FP32.
+
+    precision: float32 or float16."""
     from mubic_deploy import checkpoint as checkpoints
 
     progress("loading weights", 0, 1)
     model, source = checkpoints.load(checkpoint, variant, seed)
-    artifacts, _ = load_script(source_dir("export") / "onnx_graphs.py").export(model, source, out, progress)
+    artifacts, _ = load_script(source_dir("export") / "onnx_graphs.py").export(model, source, out, progress, precision)
     return artifacts
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mubic_deploy.config import AUDIO_SAMPLES, AUDIO_SLICES, Config
+from mubic_deploy.config import AUDIO_SAMPLES, AUDIO_SLICES, PRECISIONS, Config
 from mubic_deploy.errors import UserError
 
+FLOAT32 = PRECISIONS[0]
 ENSEMBLE = "mubic"  # the whole chain as one model of Triton
 
 
@@ -57,27 +58,27 @@ def audio() -> Tensor:
     return Tensor("AUDIO", "float32", (AUDIO_SAMPLES,))
 
 
-def visual_features(c: Config) -> tuple[Tensor, ...]:
+def visual_features(c: Config, precision: str = FLOAT32) -> tuple[Tensor, ...]:
     """V1..V4, f_v of eq. 3.13, channels first."""
     pairs = zip(c.visual_channels, c.grids, strict=True)
-    return tuple(Tensor(f"V{i}", "float32", (n, c.time, *grid)) for i, (n, grid) in enumerate(pairs, 1))
+    return tuple(Tensor(f"V{i}", precision, (n, c.time, *grid)) for i, (n, grid) in enumerate(pairs, 1))
 
 
-def audio_features(c: Config) -> Tensor:
+def audio_features(c: Config, precision: str = FLOAT32) -> Tensor:
     """A, f_a of eq. 3.8, channels first: [C_a, T_a, h_a, w_a]."""
-    return Tensor("A", "float32", (c.vggish_channels[-1], AUDIO_SLICES, *c.audio_grid))
+    return Tensor("A", precision, (c.vggish_channels[-1], AUDIO_SLICES, *c.audio_grid))
 
 
-def conditioning(c: Config) -> tuple[Tensor, ...]:
+def conditioning(c: Config, precision: str = FLOAT32) -> tuple[Tensor, ...]:
     """COND: what the decoder uses at every step. CONTEXT1..3 are A_i of eq. 3.44, CONTEXT4 is f_con_4 (eq. 3.42)
     in the decoder's width, KEYS4 and VALUES4 its compressed keys and values (eq. 3.47)."""
     pairs = list(zip(c.decoder_channels, c.grids, strict=True))
-    contexts = [Tensor(f"CONTEXT{i}", "float32", (n, c.time, *grid)) for i, (n, grid) in enumerate(pairs, 1)]
+    contexts = [Tensor(f"CONTEXT{i}", precision, (n, c.time, *grid)) for i, (n, grid) in enumerate(pairs, 1)]
     if c.variant == "no_diffusion":
         return tuple(contexts)
     h, w = c.grids[-1]
     tokens = c.time * -(-h // 2) * -(-w // 2)
-    keys = [Tensor(name, "float32", (tokens, c.decoder_channels[-1])) for name in ("KEYS4", "VALUES4")]
+    keys = [Tensor(name, precision, (tokens, c.decoder_channels[-1])) for name in ("KEYS4", "VALUES4")]
     return (*contexts, *keys)
 
 
@@ -95,26 +96,29 @@ ENTROPY = Tensor("ENTROPY", "float32", (1,))  # of f_av_1, in [0, 1]
 ADAPTIVE_STEPS = Tensor("ADAPTIVE_STEPS", "int32", (1,))  # N of section 3.2.6, 1..12
 
 
-def signatures(c: Config) -> dict[str, Signature]:
-    """The graphs of a configuration by name, in the order they run. `visual_only` has no audio_encoder."""
-    encoded = (*visual_features(c), audio_features(c)) if c.has_audio else visual_features(c)
+def signatures(c: Config, precision: str = FLOAT32) -> dict[str, Signature]:
+    """The graphs of a configuration by name, in the order they run. `visual_only` has no audio_encoder.
+
+    precision: of what flows between the graphs; what people see (pictures, sound, maps) and the loop's S_T stay."""
+    features, cond = visual_features(c, precision), conditioning(c, precision)
+    encoded = (*features, audio_features(c, precision)) if c.has_audio else features
     saliency = Tensor("S_0", "float32", (1, *c.map_size))  # in [0, 1]
     graphs = [
-        Signature("visual_encoder", (video(c),), visual_features(c)),
-        Signature("audio_encoder", (audio(),), (audio_features(c),)),
-        Signature("fusion", encoded, (*conditioning(c), ENTROPY, ADAPTIVE_STEPS)),
+        Signature("visual_encoder", (video(c),), features),
+        Signature("audio_encoder", (audio(),), (audio_features(c, precision),)),
+        Signature("fusion", encoded, (*cond, ENTROPY, ADAPTIVE_STEPS)),
         Signature(
             "denoiser",
-            (*conditioning(c), *step_inputs(c)),
+            (*cond, *step_inputs(c)),
             (saliency, Tensor("S_NEXT", "float32", (1, *c.map_size))),
         ),
     ]
     return {g.name: g for g in graphs if c.has_audio or g.name != "audio_encoder"}
 
 
-def ddim(c: Config) -> Signature:
+def ddim(c: Config, precision: str = FLOAT32) -> Signature:
     """The sampling loop around `denoiser`: COND and a request's settings in, the map out."""
-    return Signature("ddim", (*conditioning(c), ADAPTIVE_STEPS, *settings()), results(c))
+    return Signature("ddim", (*conditioning(c, precision), ADAPTIVE_STEPS, *settings()), results(c))
 
 
 def pipeline(c: Config) -> Signature:

@@ -12,13 +12,32 @@ from mubic_deploy import graphs
 from mubic_deploy.config import Config
 from mubic_deploy.engines import Arrays, Engine
 from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.metrics import cc
 from mubic_deploy.pipeline import Pipeline
 
-GRAPH_TOLERANCE = 1e-4  # largest difference of any output tensor of a graph, FP32
-MAP_TOLERANCE = 1e-3  # of the final map
-MAP_CC = 0.9999
 CLIPS = 3
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a candidate may differ by.
+
+    graph     largest difference of any output tensor of a graph
+    map       of the final map
+    cc        lowest of the final map
+    relative  `graph` counts in parts of the largest value of each tensor, where that is above 1"""
+
+    graph: float
+    map: float
+    cc: float
+    relative: bool
+
+
+TOLERANCES = {
+    "float32": Tolerance(graph=1e-4, map=1e-3, cc=0.9999, relative=False),
+    "float16": Tolerance(graph=1e-2, map=2e-2, cc=0.999, relative=True),
+}
 
 
 @dataclass
@@ -29,16 +48,23 @@ class Parity:
     map_difference: float = 0.0
     map_cc: float = 1.0  # the lowest
     clips: int = 0
+    precision: str = FLOAT32  # of the candidate
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return TOLERANCES[self.precision]
 
     @property
     def ok(self) -> bool:
         # NumPy's, because NaN must not pass: max(0.0, nan) is 0.0
         worst = np.max([d for tensors in self.graphs.values() for d in tensors.values()])
-        return bool(worst <= GRAPH_TOLERANCE and self.map_difference <= MAP_TOLERANCE and self.map_cc >= MAP_CC)
+        allowed = self.tolerance
+        return bool(worst <= allowed.graph and self.map_difference <= allowed.map and self.map_cc >= allowed.cc)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "clips": self.clips,
+            "precision": self.precision,
             "graphs": self.graphs,
             "map_difference": self.map_difference,
             "map_cc": self.map_cc,
@@ -53,7 +79,7 @@ class Parity:
         difference, graph, tensor = flat[np.argmax([d for d, _, _ in flat])]
         raise UserError(
             f"the exported graphs differ from eager PyTorch: {tensor} of {graph} by {difference:.1e} (at most "
-            f"{GRAPH_TOLERANCE:.0e}), the map by {self.map_difference:.1e} (at most {MAP_TOLERANCE:.0e})"
+            f"{self.tolerance.graph:.0e}), the map by {self.map_difference:.1e} (at most {self.tolerance.map:.0e})"
         )
 
 
@@ -73,10 +99,11 @@ def compare(
     candidate: dict[str, Engine],
     clips: int = CLIPS,
     progress: Callable[[], None] = lambda: None,
+    precision: str = FLOAT32,
 ) -> Parity:
     """Each graph on the reference's own intermediate tensors, and the final map of the whole chain, for `clips`
-    random clips. `progress` is called after each clip."""
-    result = Parity(clips=clips)
+    random clips. The reference is FP32, the candidate of `precision`. `progress` is called after each clip."""
+    result = Parity(clips=clips, precision=precision)
     for seed in range(clips):
         clip = random_clip(config, seed)
         tensors = dict(clip)
@@ -85,11 +112,14 @@ def compare(
         tensors["STEP"] = np.full((1, 1), rng.integers(0, 1000), np.int32)
         tensors["ALPHA_NOW"] = rng.uniform(0.01, 0.5, (1, 1)).astype(np.float32)
         tensors["ALPHA_NEXT"] = rng.uniform(0.5, 1, (1, 1)).astype(np.float32)
-        for name, signature in graphs.signatures(config).items():
-            expected, got = reference[name](tensors), candidate[name](tensors)
+        for name, signature in graphs.signatures(config, precision).items():
+            given = {t.name: tensors[t.name].astype(t.dtype) for t in signature.inputs}
+            expected, got = reference[name](tensors), candidate[name](given)
             worst = result.graphs.setdefault(name, {})
             for tensor in signature.output_names:
                 difference = np.abs(expected[tensor].astype(np.float64) - got[tensor]).max()
+                if result.tolerance.relative:
+                    difference /= max(1.0, float(np.abs(expected[tensor]).max()))
                 worst[tensor] = float(np.maximum(worst.get(tensor, 0.0), difference))
             tensors |= expected
         maps = [Pipeline(config, e).predict(clip["VIDEO"], clip["AUDIO"], seed)[0][0] for e in (reference, candidate)]

@@ -77,16 +77,21 @@ class Pipeline:
         seed: int = 0,
     ) -> Pipeline:
         """The pipeline of a folder of exported graphs or of a checkpoint (see `checkpoint.load`), which is exported
-        first if it was not before. engine: onnxruntime, or eager, which takes a checkpoint. variant and seed: of
-        random weights. UserError for a source or an engine that is none."""
+        first if it was not before. engine: onnxruntime; eager, which takes a checkpoint; tensorrt, which takes a folder
+        of engines. variant and seed: of random weights. UserError for a source or an engine that is none."""
         if engine == "eager":
             from mubic_deploy import checkpoint
             from mubic_deploy.engines import eager
 
             model, _ = checkpoint.load(str(source), variant, seed)
             return cls(model.config, eager.load_engines(model))
+        if engine == "tensorrt":
+            from mubic_deploy.engines import tensorrt
+
+            plans = tensorrt.Plans.open(Path(source))
+            return cls(plans.config, tensorrt.load_engines(plans))
         if engine != "onnxruntime":
-            raise UserError(f"unknown engine {engine!r}: use onnxruntime or eager")
+            raise UserError(f"unknown engine {engine!r}: use onnxruntime, eager or tensorrt")
         from mubic_deploy import exported
         from mubic_deploy.artifacts import Artifacts
         from mubic_deploy.engines import onnxruntime

@@ -11,7 +11,7 @@ from mubic_deploy import cli, exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO_CHECKPOINT
 
-pytest_plugins = ("triton_fixtures", "field_fixtures")
+pytest_plugins = ("triton_fixtures", "field_fixtures", "half_fixtures")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -127,6 +127,7 @@ def write(config: Config, path: Path) -> Artifacts:
         builder.save(file)
         entries[name] = {"file": file.name, "sha256": sha256(file), "signature": describe(signature)}
     source = {"name": "toy", "seed": None, "sha256": None}
-    manifest = {"format": FORMAT, "source": source, "config": config.to_json(), "graphs": entries, "parity": {}}
+    facts = {"format": FORMAT, "source": source, "config": config.to_json(), "precision": "float32"}
+    manifest = {**facts, "graphs": entries, "parity": {}}
     (path / MANIFEST).write_text(json.dumps(manifest))
     return Artifacts.open(path)

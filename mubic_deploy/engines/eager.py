@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mubic_deploy.engines import Arrays, Engine
-from mubic_deploy.graphs import Signature, signatures
+from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC
 
 
@@ -24,7 +24,8 @@ class EagerEngine:
         return {name: x.cpu().numpy() for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 
-def load_engines(model: MUBiC) -> dict[str, Engine]:
-    """An engine for each graph of the model, which is put into eval mode."""
+def load_engines(model: MUBiC, precision: str = FLOAT32) -> dict[str, Engine]:
+    """An engine for each graph of the model, which is put into eval mode. precision: float16 for what
+    `precision.half` made."""
     model.eval()
-    return {name: EagerEngine(model.graph(name), s) for name, s in signatures(model.config).items()}
+    return {name: EagerEngine(model.graph(name), s) for name, s in signatures(model.config, precision).items()}

@@ -38,5 +38,5 @@ def load_engines(artifacts: Artifacts, threads: int = 0) -> dict[str, Engine]:
     """An engine for each graph of the artefacts."""
     return {
         name: OnnxRuntimeEngine(artifacts.graph(name), signature, threads)
-        for name, signature in signatures(artifacts.config).items()
+        for name, signature in signatures(artifacts.config, artifacts.precision).items()
     }

@@ -48,10 +48,19 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def product(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v (eq. 3.31), the softmax in FP32. scale: 1 / sqrt(d) if None. [.., N, d] each."""
+    if q.dtype == torch.float16 and torch.onnx.is_in_onnx_export():
+        # the exporter's own attention takes the softmax in FP16; the scale goes to q, so that no sum overflows
+        q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return (q @ k.transpose(-2, -1)).float().softmax(-1).half() @ v
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def attend(q: Tensor, keys: tuple[Tensor, Tensor], heads: int) -> Tensor:
     """Scaled dot-product attention (eq. 3.31). q [B, N, D], keys and values [B, M, D] each -> [B, N, D]."""
     k, v = keys
-    out = F.scaled_dot_product_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))
+    out = product(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads))
     return out.transpose(1, 2).flatten(2)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.video.mvit import MSBlockConfig, MultiscaleAttention, MultiscaleBlock, PositionalEncoding
 
 from mubic_deploy.config import Config
+from mubic_deploy.model.layers import product
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of the Kinetics-400 weights
 STRIDE_KV = (8, 4, 2, 1)  # keys and values are pooled to the coarsest grid at every scale
@@ -86,7 +87,7 @@ class FoldedAttention(MultiscaleAttention):
             # kernels that keep no attention matrix for the backward pass want values as wide as keys
             wide = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
             return F.scaled_dot_product_attention(q, k, wide, scale=1.0)[..., : v.shape[-1]]
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return product(q, k, v, scale=1.0)
 
     @staticmethod
     def _bias(q: Tensor, tables: list[Tensor]) -> Tensor:
@@ -155,8 +156,8 @@ class VisualEncoder(nn.Module):
         return block
 
     def forward(self, VIDEO: Tensor) -> tuple[Tensor, ...]:
-        x = VIDEO.permute(0, 4, 1, 2, 3).float().div(255).sub(PIXEL_MEAN).div(PIXEL_STD)
-        x = self.conv_proj(x)
+        x = VIDEO.float()  # before all else: TensorRT takes uint8 only to convert it
+        x = self.conv_proj(x.permute(0, 4, 1, 2, 3).div(255).sub(PIXEL_MEAN).div(PIXEL_STD))
         thw = (x.shape[2], x.shape[3], x.shape[4])
         x = self.pos_encoding(x.flatten(2).transpose(1, 2))
         features = []

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from mubic_deploy.commands import bar, messages, predictor, print_json, say, screen, warn
+from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.layout import CheckReport, Video, check, read_list
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
@@ -93,6 +94,35 @@ def _lines() -> Callable[[str, int, int], None]:
             messages.print(f"{text} ({done} of {total} steps)", markup=False, highlight=False, soft_wrap=True)
 
     return progress
+
+
+def listen(arguments: Namespace) -> int:
+    """An audio encoder that tells the sounds of scenes apart."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from mubic_deploy.media.outputs import check_targets, replacing
+    from mubic_deploy.training.listen import listen as run
+
+    out = {"weights": arguments.out}
+    check_targets(out, {"weights": (".safetensors",)}, None)
+    began = time.monotonic()
+    with bar("listening") as watched:
+        progress = watched if messages.is_terminal else _lines()
+        encoder, right, octaves = run(get_config(arguments.config), arguments.seed, arguments.steps, progress)
+    weights = {f"audio_encoder.{name}": value.contiguous() for name, value in encoder.state_dict().items()}
+    try:
+        with replacing(out) as staged:
+            save_file(weights, staged["weights"])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{arguments.out} cannot be written ({error}): choose another file") from None
+    seconds = time.monotonic() - began
+    if arguments.json:
+        print_json({"weights": str(arguments.out), "kinds_right": right, "octaves_off": octaves, "seconds": seconds})
+    else:
+        said = f"{100 * right:.0f} % of kinds named rightly, pitches off by {octaves:.2f} octaves"
+        say(f"{arguments.out}: {said}, in {seconds:.0f} s; train with --vggish {arguments.out}")
+    return 0
 
 
 def evaluate(arguments: Namespace) -> int:

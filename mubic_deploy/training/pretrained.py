@@ -5,6 +5,7 @@
 | `mvit_v2_s-*.pth` | torchvision (Kinetics-400) | `visual_encoder` |
 | `mvit-small-p244_16x4x1_kinetics400-rgb*.pth` | MMAction2 (Kinetics-400); DiffSal's start | `visual_encoder` |
 | `vggish-10086976.pth` | torchvggish (AudioSet) | `audio_encoder.vggish` |
+| any name | `mubic-deploy listen` (rendered scenes) | `audio_encoder` |
 
 Each may also be a .safetensors file with the same names. A file is loaded whole or not at all: it must hold every
 tensor of its network's trunk, position tables and class token too, and each must fit; the model changes only then."""
@@ -89,6 +90,7 @@ VGGISH = Layout(
     (Rule(r"features\.(.+)", r"vggish.\1"),),
     own=("refine.",),
 )
+LISTENER = Layout("MUBiC audio encoder", "audio_encoder.vggish.0.weight", (Rule(r"audio_encoder\.(.+)", r"\1"),))
 TABLE = re.compile(r".*\.rel_pos_[thw]")
 
 
@@ -136,7 +138,8 @@ def load_visual(model: MUBiC, path: str | Path) -> Report:
 
 
 def load_vggish(model: MUBiC, path: str | Path) -> Report:
-    """Load VGGish's six convolutions into `model.audio_encoder.vggish`; the temporal refinement is MUBiC's own.
+    """Load VGGish's six convolutions into `model.audio_encoder.vggish`; the temporal refinement is MUBiC's own. A file
+    that `mubic-deploy listen` made holds both, as they are.
 
     VGGish sees patches [96 frames, 64 mel] of log(mel + 0.01), natural logarithm, lowest band first. Ours are
     transposed and scaled to [0, 1], so the kernels are transposed and the scaling is folded into the first one. Then
@@ -145,7 +148,10 @@ def load_vggish(model: MUBiC, path: str | Path) -> Report:
     UserError as for `load_visual`, and for a model without an audio encoder."""
     if not model.config.has_audio:
         raise UserError(f"the variant {model.config.variant!r} has no audio encoder: leave VGGish's weights out")
-    tensors, report = _read_for(model.audio_encoder, Path(path), (VGGISH,), model.config)
+    tensors, report = _read_for(model.audio_encoder, Path(path), (VGGISH, LISTENER), model.config)
+    if report.format == LISTENER.format:
+        model.audio_encoder.load_state_dict(tensors, strict=False)
+        return report
     tensors = {name: value.mT if value.ndim == 4 else value for name, value in tensors.items()}
     # w * (LOG_LOW + (LOG_HIGH - LOG_LOW) x) + b
     kernel = tensors["vggish.0.weight"]
@@ -228,6 +234,8 @@ def _check(
         free = int(TABLE.fullmatch(name) is not None)  # a table's length is interpolated
         if theirs.ndim != ours.ndim or theirs.shape[free:] != ours.shape[free:]:
             remedy = "name another file" if config.name == FULL.name else f"use --config {FULL.name}"
+            if layout is LISTENER:
+                remedy = f"make one with mubic-deploy listen --config {config.name}"
             raise UserError(
                 f"{path} does not fit the config {config.name!r}: {theirs_name} is {list(theirs.shape)} in the file "
                 f"and {list(ours.shape)} in the model: {remedy}"

@@ -17,7 +17,7 @@ PARTS = ("train", "test")
 SPLITS = (1, 2, 3)
 
 SCHEDULES = ("piecewise", "plateau", "cosine")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # Lightning Fabric's names
+LIGHTNING_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # Lightning Fabric's names
 PIECES = ((0.5, 1.0), (0.75, 0.1), (1.0, 0.01))  # up to this part of the epochs, this part of the learning rate
 COSINE_END = 0.01
 
@@ -66,7 +66,7 @@ class Settings:
             "config": tuple(CONFIGS),
             "variant": VARIANTS,
             "schedule": SCHEDULES,
-            "precision": PRECISIONS,
+            "precision": LIGHTNING_PRECISIONS,
             "fit": FITS,
         }.items():
             if getattr(self, name) not in known:
@@ -120,20 +120,21 @@ class Settings:
         )
 
 
-# By the name that --recipe takes. `demo` starts from nothing: so VGGish is trained too, the learning rate is higher,
-# and what little time there is goes to the noisy steps, which teach encoders and fusion.
+# By the name that --recipe takes. `demo` starts from nothing but what `mubic-deploy listen` taught its VGGish: so
+# VGGish is trained too, the learning rate is higher, and what little time there is goes to the noisy steps, which
+# teach encoders and fusion.
 RECIPES = {
     "thesis": Settings(),
     "demo": Settings(
         config="demo",
-        epochs=8,
+        epochs=6,
         batch=4,
         learning_rate=7e-4,
         schedule="cosine",
         warmup=100,
         noises=2,
         timestep_power=3.0,
-        rollout=0.5,
+        rollout=0.75,
         stochastic_depth=0.0,
         freeze_vggish=False,
         stride=24,

@@ -21,7 +21,8 @@ def load_engine(graph: str, values: dict[str, str]) -> OnnxRuntimeEngine:
     settings = OnnxSettings.from_strings(values)
     if settings is None:
         raise UserError(f"the configuration of {graph} names no ONNX file: write the model repository again")
-    signature = signatures(parameters.config_from_string(values[parameters.CONFIG]))[graph]
+    config = parameters.config_from_string(values[parameters.CONFIG])
+    signature = signatures(config, settings.precision)[graph]
     return OnnxRuntimeEngine(settings.check_file(), signature, settings.threads)
 
 

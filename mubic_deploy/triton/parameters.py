@@ -13,7 +13,7 @@ from mubic_deploy.errors import UserError
 
 CONFIG = "CONFIG"  # the Config as JSON: every model has it, the ensemble too, so that a client knows what is served
 SOURCE = "SOURCE"  # of the weights, as the manifest says it; the ensemble has it
-_ONNX, _SHA256, _THREADS = "ONNX", "SHA256", "THREADS"
+_ONNX, _SHA256, _PRECISION, _THREADS = "ONNX", "SHA256", "PRECISION", "THREADS"
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class OnnxSettings:
 
     file: Path
     sha256: str
+    precision: str
     threads: int
 
     def to_strings(self) -> dict[str, str]:
         return {
             _ONNX: str(self.file),
             _SHA256: self.sha256,
+            _PRECISION: self.precision,
             _THREADS: str(self.threads),
         }
 
@@ -36,7 +38,7 @@ class OnnxSettings:
         """Inverse of `to_strings`; None if the values name no graph."""
         if _ONNX not in values:
             return None
-        return cls(Path(values[_ONNX]), values[_SHA256], int(values[_THREADS]))
+        return cls(Path(values[_ONNX]), values[_SHA256], values[_PRECISION], int(values[_THREADS]))
 
     def check_file(self) -> Path:
         """The graph's file. UserError if it is missing or not the one for which the repository was written."""

@@ -23,7 +23,13 @@ from mubic_deploy.triton import parameters
 from mubic_deploy.triton.parameters import OnnxSettings
 
 CONFIG_FILE = "config.pbtxt"
-_TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64", "float32": "TYPE_FP32"}
+_TYPES = {
+    "uint8": "TYPE_UINT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "float32": "TYPE_FP32",
+}
 
 
 def write_repository(
@@ -44,25 +50,25 @@ def write_repository(
 
     The repository names the ONNX files by absolute path and SHA-256: it serves these artefacts where they are.
     UserError if a setting is out of range or `out` holds something else."""
-    config = artifacts.config
+    config, precision = artifacts.config, artifacts.precision
     instances = dict(instances or {})
     models = {name: _settings(artifacts, name, threads) for name in graphs.signatures(config)}
     _check(max_batch, threads, instances, {*models, "ddim"})
-    configs = [_onnx_model(config, name, settings) for name, settings in models.items()]
-    configs.append(_ddim(config, None if call_denoiser else models["denoiser"]))
+    configs = [_onnx_model(config, precision, name, settings) for name, settings in models.items()]
+    configs.append(_ddim(config, precision, None if call_denoiser else models["denoiser"]))
     for model in configs:
         model.max_batch_size = max_batch
         if model.name != "ddim" or call_denoiser:
             # without a delay: what waits already is merged, nobody waits for company
             model.dynamic_batching.SetInParent()
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
-    configs.append(_ensemble(config, max_batch, artifacts.manifest["source"]))
+    configs.append(_ensemble(config, precision, max_batch, artifacts.manifest["source"]))
     _write(configs, Path(out))
 
 
 def _settings(artifacts: Artifacts, graph: str, threads: int) -> OnnxSettings:
     file = artifacts.graph(graph).resolve()
-    return OnnxSettings(file, artifacts.manifest["graphs"][graph]["sha256"], threads)
+    return OnnxSettings(file, artifacts.manifest["graphs"][graph]["sha256"], artifacts.precision, threads)
 
 
 def _check(max_batch: int, threads: int, instances: Mapping[str, int], names: set[str]) -> None:
@@ -89,30 +95,30 @@ def _model(signature: Signature, config: Config, **extra: str) -> ModelConfig:
     return model
 
 
-def _onnx_model(config: Config, graph: str, settings: OnnxSettings) -> ModelConfig:
+def _onnx_model(config: Config, precision: str, graph: str, settings: OnnxSettings) -> ModelConfig:
     """A graph in ONNX Runtime, through the Python backend."""
-    model = _model(graphs.signatures(config)[graph], config, **settings.to_strings())
+    model = _model(graphs.signatures(config, precision)[graph], config, **settings.to_strings())
     model.backend = "python"
     return model
 
 
-def _ddim(config: Config, denoiser: OnnxSettings | None) -> ModelConfig:
+def _ddim(config: Config, precision: str, denoiser: OnnxSettings | None) -> ModelConfig:
     """The loop. It answers with the denoiser's own S_0, which Triton reshapes: no tensor is touched for that."""
-    model = _model(graphs.ddim(config), config, **(denoiser.to_strings() if denoiser else {}))
+    model = _model(graphs.ddim(config, precision), config, **(denoiser.to_strings() if denoiser else {}))
     model.backend = "python"
     saliency = next(output for output in model.output if output.name == "SALIENCY")
     saliency.reshape.shape.extend((1, *config.map_size))
     return model
 
 
-def _ensemble(config: Config, max_batch: int, source: dict) -> ModelConfig:
+def _ensemble(config: Config, precision: str, max_batch: int, source: dict) -> ModelConfig:
     """The chain. A tensor has one name everywhere, so every map of names is the identity."""
     model = _model(graphs.pipeline(config), config, **{parameters.SOURCE: json.dumps(source)})
     model.platform = "ensemble"
     model.max_batch_size = max_batch
-    chain = [s for s in graphs.signatures(config).values() if s.name != "denoiser"]
-    wanted = {t.name for s in (*chain, graphs.ddim(config)) for t in s.inputs} | {"SALIENCY", "STEPS_USED"}
-    for signature in (*chain, graphs.ddim(config)):
+    chain = [s for s in graphs.signatures(config, precision).values() if s.name != "denoiser"]
+    wanted = {t.name for s in (*chain, graphs.ddim(config, precision)) for t in s.inputs} | {"SALIENCY", "STEPS_USED"}
+    for signature in (*chain, graphs.ddim(config, precision)):
         step = model.ensemble_scheduling.step.add(model_name=signature.name, model_version=-1)
         step.input_map.update({t.name: t.name for t in signature.inputs})
         step.output_map.update({t.name: t.name for t in signature.outputs if t.name in wanted})

@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""Build a TensorRT plan of each exported graph, on the GPU that will run it.
+
+    python export/tensorrt_engines.py GRAPHS --out DIR        (the same as: mubic-deploy engines GRAPHS --out DIR)
+
+The networks are strongly typed: every tensor has the precision that the graph says, so export with --precision float16.
+Nothing is left behind unless every plan was built and agrees with ONNX Runtime on the same graphs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mubic_deploy.artifacts import Artifacts, sha256
+from mubic_deploy.engines import onnxruntime
+from mubic_deploy.engines.cuda import GPU
+from mubic_deploy.engines.tensorrt import FORMAT, MANIFEST, Plans, import_tensorrt, load_engines, logger
+from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing
+from mubic_deploy.graphs import Signature, signatures
+from mubic_deploy.parity import CLIPS, compare
+
+OLDEST = (10, 12)
+
+Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Options:
+    """max_batch           the profile goes from 1 to this
+    best_batch          what TensorRT chooses its kernels for
+    level               builder optimisation level, 0 (quick to build) to 5 (quick to run)
+    version_compatible  the plans also run with later versions of the same major version, a little slower
+    timing_cache        measured kernels, kept from build to build; per GPU and TensorRT version"""
+
+    max_batch: int = 8
+    best_batch: int = 1
+    level: int = 4
+    version_compatible: bool = False
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.best_batch <= self.max_batch:
+            raise UserError(f"best batch {self.best_batch} is out of range: use 1 to --max-batch {self.max_batch}")
+        if not 0 <= self.level <= 5:
+            raise UserError(f"level {self.level} is out of range: use 0 to 5")
+
+
+def build(artifacts: Artifacts, out: Path, options: Options = Options(), progress: Progress = lambda *_: None) -> Plans:
+    """Plans of all graphs into `out`, which may hold earlier ones (they are replaced).
+
+    UserError without a GPU or TensorRT, if `out` is something else or cannot be written, if TensorRT refuses a graph or
+    runs out of memory, or if a plan does not compute what the graph computes."""
+    trt = import_tensorrt()
+    if tuple(int(n) for n in trt.__version__.split(".")[:2]) < OLDEST:
+        raise UserError(f"TensorRT {trt.__version__} is too old: install {OLDEST[0]}.{OLDEST[1]} or newer")
+    gpu = GPU()
+    out = Path(out)
+    try:
+        if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} exists and holds no earlier engines: choose another --out")
+        with replacing(out) as folder:
+            _build_into(folder, trt, gpu, artifacts, options, progress)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
+    return Plans.open(out)
+
+
+def _build_into(folder: Path, trt: Any, gpu: GPU, artifacts: Artifacts, options: Options, progress: Progress) -> None:
+    graphs = signatures(artifacts.config, artifacts.precision)
+    total = len(graphs) + CLIPS
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": artifacts.manifest["source"],
+        "config": artifacts.config.to_json(),
+        "precision": artifacts.precision,
+        "tensorrt": trt.__version__,
+        "gpu": asdict(gpu.facts),
+        "profile": {"min": 1, "best": options.best_batch, "max": options.max_batch},
+        "level": options.level,
+        "version_compatible": options.version_compatible,
+        "plans": {},
+    }
+    cache = _read_cache(options.timing_cache)
+    for done, (name, signature) in enumerate(graphs.items()):
+        progress(f"building {name}", done, total)
+        path = folder / f"{name}.plan"
+        with gpu.active():
+            plan, cache = build_plan(trt, artifacts.graph(name), signature, options, cache)
+        path.write_bytes(plan)
+        onnx = artifacts.manifest["graphs"][name]["sha256"]
+        manifest["plans"][name] = {"file": path.name, "sha256": sha256(path), "onnx_sha256": onnx}
+    if options.timing_cache is not None:
+        options.timing_cache.write_bytes(cache)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    done = len(graphs)
+
+    def checked() -> None:
+        nonlocal done
+        done += 1
+        progress("checking against ONNX Runtime", done, total)
+
+    progress("checking against ONNX Runtime", done, total)
+    candidate, reference = load_engines(Plans.open(folder)), onnxruntime.load_engines(artifacts)
+    parity = compare(artifacts.config, reference, candidate, progress=checked, precision=artifacts.precision)
+    parity.require()
+    manifest["parity"] = parity.to_json()
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def build_plan(trt: Any, onnx: Path, signature: Signature, options: Options, cache: bytes) -> tuple[bytes, bytes]:
+    """One plan, and the timing cache with what was measured for it."""
+    log = logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx)):
+        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise UserError(f"TensorRT {trt.__version__} does not take {onnx} ({'; '.join(reasons[:2])}): export it again")
+    _require_signature(trt, network, signature, onnx)
+
+    config = builder.create_builder_config()
+    config.builder_optimization_level = options.level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # what the graph keeps in FP32, the log-mel above all, needs all its bits
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    timings = config.create_timing_cache(cache)
+    if not config.set_timing_cache(timings, False):
+        raise UserError(f"{options.timing_cache} is of another GPU or TensorRT: name another --timing-cache")
+    profile = builder.create_optimization_profile()
+    for tensor in signature.inputs:
+        shapes = ((batch, *tensor.shape) for batch in (1, options.best_batch, options.max_batch))
+        profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        reason = "; ".join(log.errors[-2:]) or "no reason given"
+        raise UserError(
+            f"TensorRT cannot build {signature.name} ({reason}): if memory is short, end what uses the GPU or choose a "
+            f"smaller --max-batch"
+        )
+    return bytes(plan), bytes(config.get_timing_cache().serialize())
+
+
+def _require_signature(trt: Any, network: Any, signature: Signature, onnx: Path) -> None:
+    """UserError unless the network's inputs and outputs are the signature's: the file was not exported for this."""
+    kinds = {
+        "uint8": trt.DataType.UINT8,
+        "int32": trt.DataType.INT32,
+        "float16": trt.DataType.HALF,
+        "float32": trt.DataType.FLOAT,
+    }
+    found = [network.get_input(i) for i in range(network.num_inputs)]
+    found += [network.get_output(i) for i in range(network.num_outputs)]
+    mine = {t.name: (t.dtype, tuple(t.shape)[1:]) for t in found}
+    wanted = {t.name: (kinds[t.dtype], t.shape) for t in (*signature.inputs, *signature.outputs)}
+    if mine != wanted:
+        odd = next(name for name in sorted(mine.keys() | wanted.keys()) if mine.get(name) != wanted.get(name))
+        raise UserError(f"{onnx}: {odd} is {mine.get(odd)}, not {wanted.get(odd)}: export it again")
+
+
+def _read_cache(path: Path | None) -> bytes:
+    if path is None or not path.exists():
+        return b""
+    return path.read_bytes()
+
+
+if __name__ == "__main__":
+    from mubic_deploy.cli import main
+
+    sys.exit(main(["engines", *sys.argv[1:]]))

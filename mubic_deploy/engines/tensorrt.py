@@ -1,0 +1,201 @@
+"""TensorRT engines: a folder of plans, and what runs one. Device memory, streams and graphs are pycuda's; no PyTorch.
+
+A plan belongs to the GPU model and the TensorRT version that built it. The folder's `engines.json` says which, and is
+read before TensorRT sees a plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mubic_deploy.artifacts import sha256
+from mubic_deploy.config import Config
+from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts
+from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import Signature, signatures
+
+MANIFEST = "engines.json"
+FORMAT = 1
+AGAIN = "build it here with mubic-deploy engines"
+
+
+def import_tensorrt() -> Any:
+    """The module tensorrt. UserError if it is missing or cannot be loaded."""
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"TensorRT cannot be used ({error}): install it with pip install 'mubic-deploy[tensorrt]', or take the "
+            f"container of the Dockerfile"
+        ) from None
+    return tensorrt
+
+
+def logger(trt: Any) -> Any:
+    """A logger that keeps what went wrong: `.errors`, the last messages of severity ERROR and worse."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.Severity.ERROR):
+                self.errors.append(message.strip())
+
+    return Log()
+
+
+@dataclass(frozen=True)
+class Plans:
+    """A folder of plans that was found whole."""
+
+    path: Path
+    config: Config
+    manifest: dict[str, Any]
+
+    @property
+    def precision(self) -> str:
+        return self.manifest["precision"]
+
+    @property
+    def max_batch(self) -> int:
+        return self.manifest["profile"]["max"]
+
+    def plan(self, name: str) -> Path:
+        return self.path / self.manifest["plans"][name]["file"]
+
+    @classmethod
+    def open(cls, path: Path) -> Plans:
+        """UserError if `path` holds no finished plans, or one is not the file that was built."""
+        path = Path(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{path} holds no {MANIFEST}: {AGAIN}") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path / MANIFEST} cannot be read ({error}): {AGAIN}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"{path / MANIFEST} is not of format {FORMAT}: {AGAIN}")
+        try:
+            config = Config.from_json(manifest["config"])
+            for name in signatures(config, manifest["precision"]):
+                file = path / manifest["plans"][name]["file"]
+                if not file.is_file():
+                    raise UserError(f"{file} is missing: {AGAIN}")
+                if sha256(file) != manifest["plans"][name]["sha256"]:
+                    raise UserError(f"{file} is not the file that was built (SHA-256 differs): {AGAIN}")
+            manifest["profile"]["max"], manifest["tensorrt"], manifest["gpu"]["name"]  # read later
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path / MANIFEST} lacks {error}: {AGAIN}") from None
+        return cls(path, config, manifest)
+
+    def require(self, facts: Facts, version: str) -> None:
+        """UserError if the plans were built for another kind of GPU or another TensorRT than these."""
+        built = self.manifest["gpu"]
+        if (built["name"], built["compute_capability"]) != (facts.name, facts.compute_capability):
+            raise UserError(
+                f"{self.path} was built on {built['name']} (compute capability {built['compute_capability']}), this is "
+                f"{facts.name} ({facts.compute_capability}): {AGAIN}"
+            )
+        theirs = self.manifest["tensorrt"]
+        compatible = self.manifest["version_compatible"] and theirs.split(".")[0] == version.split(".")[0]
+        if theirs != version and not (compatible and _number(version) >= _number(theirs)):
+            raise UserError(f"{self.path} was built with TensorRT {theirs}, this is {version}: {AGAIN}")
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3])
+
+
+class TensorRTEngine:
+    """One plan on the GPU. Not for two threads at once.
+
+    Its inputs and outputs have memory of their own, on the GPU and pinned on the host, for the largest batch. Each
+    batch size gets an execution context, over one block of scratch memory, because a captured graph needs the context
+    that it was captured with as it was; from the second call of a size on, copies and kernels are one launch."""
+
+    def __init__(
+        self, trt: Any, gpu: GPU, runtime: Any, path: Path, signature: Signature, max_batch: int, cuda_graphs: bool
+    ) -> None:
+        self.signature, self.max_batch = signature, max_batch
+        self._trt, self._gpu, self._runtime, self._replay = trt, gpu, runtime, cuda_graphs
+        self._contexts: dict[int, Any] = {}
+        self._graphs: dict[int, CapturedGraph] = {}
+        with gpu.active():
+            self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
+            if self._engine is None:
+                reason = "; ".join(runtime.logger.errors[-2:]) or "no reason given"
+                raise UserError(f"{path} cannot be loaded ({reason}): {AGAIN}")
+            self._scratch = gpu.allocate(max(1, self._engine.device_memory_size_v2))
+            self._host: Arrays = {}
+            self._device: dict[str, Any] = {}
+            for tensor in (*signature.inputs, *signature.outputs):
+                array = gpu.pinned((max_batch, *tensor.shape), np.dtype(tensor.dtype))
+                self._host[tensor.name], self._device[tensor.name] = array, gpu.allocate(array.nbytes)
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        arrays = {t.name: t.check(inputs[t.name]) for t in self.signature.inputs}
+        batch = len(next(iter(arrays.values())))
+        if batch > self.max_batch:
+            raise UserError(
+                f"a batch of {batch} is above the engine's {self.max_batch}: send fewer at once, or build with "
+                f"--max-batch {batch}"
+            )
+        for name, array in arrays.items():
+            self._host[name][:batch] = array
+        with self._gpu.active():
+            if not self._replay:
+                self._enqueue(batch)
+            elif batch in self._graphs:
+                self._graphs[batch].launch()
+            else:
+                self._enqueue(batch)  # once outside of a graph: what TensorRT sets up at first must not be captured
+                self._gpu.stream.synchronize()
+                self._graphs[batch] = CapturedGraph(self._gpu, lambda: self._enqueue(batch))
+            self._gpu.stream.synchronize()
+        return {name: self._host[name][:batch].copy() for name in self.signature.output_names}
+
+    def _context(self, batch: int) -> Any:
+        """The execution context of a batch size, its shapes and addresses set."""
+        if batch not in self._contexts:
+            context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None:
+                reason = "; ".join(self._runtime.logger.errors[-2:]) or "no reason given"
+                raise UserError(f"TensorRT cannot run {self.signature.name} ({reason}): end what uses the GPU's memory")
+            context.set_device_memory(int(self._scratch), self._engine.device_memory_size_v2)
+            for tensor in self.signature.inputs:
+                context.set_input_shape(tensor.name, (batch, *tensor.shape))
+            for name, memory in self._device.items():
+                context.set_tensor_address(name, int(memory))
+            self._contexts[batch] = context
+        return self._contexts[batch]
+
+    def _enqueue(self, batch: int) -> None:
+        driver, stream = self._gpu.driver, self._gpu.stream
+        for tensor in self.signature.inputs:
+            driver.memcpy_htod_async(self._device[tensor.name], self._host[tensor.name][:batch], stream)
+        context = self._context(batch)
+        if not context.execute_async_v3(stream.handle):
+            raise UserError(f"TensorRT could not run {self.signature.name} at a batch of {batch}: see its log")
+        for tensor in self.signature.outputs:
+            driver.memcpy_dtoh_async(self._host[tensor.name][:batch], self._device[tensor.name], stream)
+
+
+def load_engines(plans: Plans, cuda_graphs: bool = True) -> dict[str, Engine]:
+    """An engine for each plan, on the first GPU. UserError if there is none, or the plans are not for it."""
+    trt = import_tensorrt()
+    gpu = GPU()
+    plans.require(gpu.facts, trt.__version__)
+    runtime = trt.Runtime(logger(trt))
+    if plans.manifest["version_compatible"]:
+        runtime.engine_host_code_allowed = True  # such a plan carries its own lean runtime
+    return {
+        name: TensorRTEngine(trt, gpu, runtime, plans.plan(name), signature, plans.max_batch, cuda_graphs)
+        for name, signature in signatures(plans.config, plans.precision).items()
+    }

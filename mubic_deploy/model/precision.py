@@ -1,0 +1,90 @@
+"""FP16 where it pays, FP32 where it matters: the one policy from which every half-precision graph is made.
+
+FP16: matrix products and convolutions with their weights, what flows between them, and the features and the
+conditioning that flow between graphs. FP32: LayerNorm and softmax, the log-mel, the step's embedding, the entropy and
+the adaptive steps, and from the decoder's last convolution on the map and the DDIM update. BatchNorm is folded into the
+convolution before it. The precision is in the graph itself, as casts: a strongly typed TensorRT network takes it as it
+is."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.denoiser import NoiseStage
+from mubic_deploy.model.mubic import MUBiC
+
+PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
+NORMS = (nn.LayerNorm,)
+KEPT = ("denoiser.step_embedding", "fusion.adaptive")  # in FP32 with all that is in them
+LARGEST = 16_384.0  # of an activation: a quarter of what FP16 holds
+
+
+def half(model: MUBiC) -> MUBiC:
+    """A copy of `model` in eval mode under the policy above. Its signatures are those of precision float16.
+
+    UserError if a weight is too large for FP16."""
+    out = copy.deepcopy(model).eval()
+    fold_batch_norm(out)
+    for name, module in out.named_modules():
+        if name.startswith(KEPT):
+            continue
+        if isinstance(module, NORMS):
+            module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+            module.register_forward_hook(lambda _, args, y: y.half())
+            continue
+        for key, value in module.named_parameters(recurse=False):
+            if value.abs().max() > LARGEST:
+                raise UserError(f"{name}.{key} reaches {value.abs().max():.3g}, too large for FP16: export in FP32")
+            value.data = value.data.half()
+        if isinstance(module, PRODUCTS):
+            module.register_forward_pre_hook(lambda _, args: tuple(x.half() for x in args))
+    out.denoiser.decoder.head.register_forward_hook(lambda _, args, y: y.float())
+    return out
+
+
+def fold_batch_norm(model: MUBiC) -> None:
+    """Puts each BatchNorm's scale and shift into the convolution before it. In place, for eval mode only."""
+    for stage in model.modules():
+        if isinstance(stage, NoiseStage):
+            for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
+                setattr(stage, conv, fuse_conv_bn_eval(getattr(stage, conv), getattr(stage, norm)))
+                setattr(stage, norm, nn.Identity())
+
+
+def require_small(activations: Mapping[str, float]) -> None:
+    """UserError that names the module with the largest activation if that is near what FP16 holds, or is NaN."""
+    for name, value in activations.items():
+        if not value <= LARGEST:
+            raise UserError(f"activations of {name} reach {value:.3g}, too large for FP16: export in FP32")
+
+
+@contextmanager
+def recorded(model: MUBiC) -> Iterator[dict[str, float]]:
+    """The largest absolute value that left each module while the block ran, by the module's name. Of FP32 models:
+    whatever the attention keeps inside is not seen, and is FP32 in half precision too."""
+    largest: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, out: object) -> None:
+            for tensor in out if isinstance(out, Iterable) and not isinstance(out, Tensor) else (out,):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    value = float(tensor.detach().abs().max())
+                    largest[name] = value if math.isnan(value) else max(value, largest.get(name, 0.0))
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            yield largest
+    finally:
+        for handle in handles:
+            handle.remove()
