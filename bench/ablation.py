@@ -4,7 +4,8 @@ model with 1, 2, 4, 8 and 12 steps.
 
     mubic-deploy scenes data/train --videos 480 --seed 1 --seconds 5
     mubic-deploy scenes data/held_out --videos 60 --seed 1001 --seconds 5
-    python bench/ablation.py data/train data/held_out --runs runs/ablation --save
+    mubic-deploy listen runs/hearing.safetensors
+    python bench/ablation.py data/train data/held_out --vggish runs/hearing.safetensors --save
 
 A run that is there is not trained again, and one that was stopped goes on. The thesis's figures stand beside ours; they
 are of another size of model on other data (AVAD), so only the order of the variants compares."""
@@ -21,15 +22,19 @@ from rich.console import Console
 from rich.table import Table
 
 from mubic_deploy import checkpoint
+from mubic_deploy.artifacts import sha256
 from mubic_deploy.commands import bar
 from mubic_deploy.config import VARIANTS
 from mubic_deploy.engines import eager
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.thesis import TABLE_4_3
 from mubic_deploy.training import curves
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
 from mubic_deploy.training.layout import Video, read_list
+from mubic_deploy.training.pretrained import load_vggish
 from mubic_deploy.training.settings import PARTS, RECIPES
 from mubic_deploy.training.train import Machine, train
 
@@ -37,18 +42,30 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = (1, 2, 4, 8, 12)
 
 
-def trained(variant: str, epochs: int | None, data: Path, runs: Path, machine: Machine) -> Path:
+def trained(variant: str, epochs: int | None, data: Path, runs: Path, machine: Machine, vggish: Path | None) -> Path:
     """The finished checkpoint of a variant, trained now unless it was before."""
     settings = replace(RECIPES["demo"], variant=variant)
     if epochs is not None:
         settings = replace(settings, epochs=epochs)
-    out = runs / variant
+    out, mark = runs / variant, runs / variant / "vggish.sha256"
+    heard = sha256(vggish) if vggish is not None and variant != "visual_only" else ""
+    if (mark.read_text() if mark.exists() else "") != heard and (out / "settings.json").exists():
+        raise UserError(f"{out} began with another --vggish: name the same, or other --runs")
     if (out / "model.safetensors").is_file():
         return out / "model.safetensors"
+
+    def prepare(model: MUBiC) -> None:
+        if vggish is not None and model.config.has_audio:
+            load_vggish(model, vggish)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(heard)
+
     parts = [read_list(data, "Scenes", part, 1) for part in PARTS]
     with bar(variant) as progress:
         resume = (out / "state.safetensors").is_file()
-        return train(settings, parts[0], parts[1], out, resume=resume, machine=machine, progress=progress)
+        return train(
+            settings, parts[0], parts[1], out, resume=resume, prepare=prepare, machine=machine, progress=progress
+        )
 
 
 def scores(path: Path, videos: list[Video], stride: int, steps: int | None = None) -> dict[str, Any]:
@@ -63,6 +80,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="scenes to train on")
     parser.add_argument("held_out", type=Path, help="scenes of another seed")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--vggish", type=Path, help="what `mubic-deploy listen` made, for the variants that hear")
     parser.add_argument("--epochs", type=int, help="fewer or more than the recipe's, the same for all")
     parser.add_argument("--stride", type=int, default=8)
     parser.add_argument("--accelerator", default="auto")
@@ -73,7 +91,7 @@ def main() -> None:
     machine = Machine(arguments.accelerator, 1, 1)
     rows: dict[str, dict[str, Any]] = {}
     for variant in arguments.variants:
-        path = trained(variant, arguments.epochs, arguments.data, arguments.runs, machine)
+        path = trained(variant, arguments.epochs, arguments.data, arguments.runs, machine, arguments.vggish)
         rows[variant] = scores(path, videos, arguments.stride)
         if variant == "full":
             steps = {str(n): scores(path, videos, arguments.stride, n) for n in STEPS}
@@ -91,7 +109,9 @@ def main() -> None:
     Console().print(table)
     if arguments.save:
         settings = json.loads((arguments.runs / arguments.variants[0] / "settings.json").read_text())
-        result = {"settings": settings, "variants": rows, "steps": steps if "full" in rows else {}}
+        heard = sha256(arguments.vggish) if arguments.vggish else None
+        facts = {"settings": settings, "vggish_sha256": heard}
+        result = {**facts, "variants": rows, "steps": steps if "full" in rows else {}}
         (RESULTS / "ablation.json").write_text(json.dumps(result, indent=2) + "\n")
         histories = {v: json.loads((arguments.runs / v / "history.json").read_text()) for v in rows}
         curves.draw(histories, Path(__file__).parent.parent / "docs" / "ablation.png")

@@ -9,6 +9,7 @@ Nothing is left behind unless every plan was built and agrees with ONNX Runtime 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mubic_deploy.artifacts import Artifacts, sha256
-from mubic_deploy.engines import onnxruntime
+from mubic_deploy.artifacts import Artifacts, describe, sha256
+from mubic_deploy.engines import cuda, onnxruntime
 from mubic_deploy.engines.cuda import GPU
-from mubic_deploy.engines.tensorrt import FORMAT, MANIFEST, Plans, import_tensorrt, load_engines, logger
+from mubic_deploy.engines.tensorrt import FORMAT, MANIFEST, Plans, created, import_tensorrt, load_engines, logger
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
 from mubic_deploy.graphs import Signature, signatures
@@ -51,27 +52,42 @@ class Options:
             raise UserError(f"level {self.level} is out of range: use 0 to 5")
 
 
-def build(artifacts: Artifacts, out: Path, options: Options = Options(), progress: Progress = lambda *_: None) -> Plans:
-    """Plans of all graphs into `out`, which may hold earlier ones (they are replaced).
+def build(
+    artifacts: Artifacts,
+    out: Path,
+    options: Options = Options(),
+    progress: Progress = lambda *_: None,
+    cuda_graphs: bool = True,
+) -> Plans:
+    """Plans of all graphs into `out`, which may hold earlier ones (they are replaced). cuda_graphs: in the check.
 
     UserError without a GPU or TensorRT, if `out` is something else or cannot be written, if TensorRT refuses a graph or
     runs out of memory, or if a plan does not compute what the graph computes."""
     trt = import_tensorrt()
     if tuple(int(n) for n in trt.__version__.split(".")[:2]) < OLDEST:
         raise UserError(f"TensorRT {trt.__version__} is too old: install {OLDEST[0]}.{OLDEST[1]} or newer")
-    gpu = GPU()
+    gpu = cuda.gpu()
+    _require_writable(options.timing_cache)
     out = Path(out)
     try:
         if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} exists and holds no earlier engines: choose another --out")
         with replacing(out) as folder:
-            _build_into(folder, trt, gpu, artifacts, options, progress)
+            _build_into(folder, trt, gpu, artifacts, options, progress, cuda_graphs)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
     return Plans.open(out)
 
 
-def _build_into(folder: Path, trt: Any, gpu: GPU, artifacts: Artifacts, options: Options, progress: Progress) -> None:
+def _build_into(
+    folder: Path,
+    trt: Any,
+    gpu: GPU,
+    artifacts: Artifacts,
+    options: Options,
+    progress: Progress,
+    cuda_graphs: bool,
+) -> None:
     graphs = signatures(artifacts.config, artifacts.precision)
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
@@ -94,10 +110,14 @@ def _build_into(folder: Path, trt: Any, gpu: GPU, artifacts: Artifacts, options:
         with gpu.active():
             plan, cache = build_plan(trt, artifacts.graph(name), signature, options, cache)
         path.write_bytes(plan)
+        _write_cache(options.timing_cache, cache)
         onnx = artifacts.manifest["graphs"][name]["sha256"]
-        manifest["plans"][name] = {"file": path.name, "sha256": sha256(path), "onnx_sha256": onnx}
-    if options.timing_cache is not None:
-        options.timing_cache.write_bytes(cache)
+        manifest["plans"][name] = {
+            "file": path.name,
+            "sha256": sha256(path),
+            "onnx_sha256": onnx,
+            "signature": describe(signature),
+        }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     done = len(graphs)
@@ -108,9 +128,13 @@ def _build_into(folder: Path, trt: Any, gpu: GPU, artifacts: Artifacts, options:
         progress("checking against ONNX Runtime", done, total)
 
     progress("checking against ONNX Runtime", done, total)
-    candidate, reference = load_engines(Plans.open(folder)), onnxruntime.load_engines(artifacts)
+    candidate, reference = load_engines(Plans.open(folder), cuda_graphs), onnxruntime.load_engines(artifacts)
+    said = "TensorRT's engines differ from ONNX Runtime on the same graphs"
     parity = compare(artifacts.config, reference, candidate, progress=checked, precision=artifacts.precision)
-    parity.require()
+    parity.require(said)
+    # and whether the samples of the largest batch stay apart
+    most = options.max_batch
+    compare(artifacts.config, reference, candidate, 1, precision=artifacts.precision, batch=most).require(said)
     manifest["parity"] = parity.to_json()
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -118,7 +142,7 @@ def _build_into(folder: Path, trt: Any, gpu: GPU, artifacts: Artifacts, options:
 def build_plan(trt: Any, onnx: Path, signature: Signature, options: Options, cache: bytes) -> tuple[bytes, bytes]:
     """One plan, and the timing cache with what was measured for it."""
     log = logger(trt)
-    builder = trt.Builder(log)
+    builder = created(trt.Builder, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
@@ -171,7 +195,30 @@ def _require_signature(trt: Any, network: Any, signature: Signature, onnx: Path)
 def _read_cache(path: Path | None) -> bytes:
     if path is None or not path.exists():
         return b""
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name another --timing-cache") from None
+
+
+def _write_cache(path: Path | None, cache: bytes) -> None:
+    """Beside, then renamed."""
+    if path is None:
+        return
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(cache)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another --timing-cache") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _require_writable(path: Path | None) -> None:
+    """UserError before anything is built, if the timing cache could not be written after it."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+        raise UserError(f"{path} cannot be written: name another --timing-cache")
 
 
 if __name__ == "__main__":

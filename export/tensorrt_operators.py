@@ -55,7 +55,8 @@ def problems(model: onnx.ModelProto) -> Iterator[str]:
         if node.op_type not in OPERATORS:
             yield f"{node.op_type} {node.name}"
             continue
-        for name in [n for n in (*node.input, *node.output) if n]:
+        inputs = node.input[:1] if node.op_type == "Resize" else node.input  # its others are sizes or scales
+        for name in [n for n in (*inputs, *node.output) if n]:
             if types[name] not in OPERATORS[node.op_type]:
                 yield f"{node.op_type} {node.name} of {TensorProto.DataType.Name(types[name])}"
         if node.op_type.startswith("Reduce") and len(node.input) > 1 and node.input[1] not in constants:

@@ -225,6 +225,7 @@ def build_parser() -> Parser:
     engines.add_argument("--best-batch", type=positive, default=1, help="batch to choose kernels for (default 1)")
     engines.add_argument("--level", type=natural, default=4, help="0, quick to build, to 5, quick to run (default 4)")
     engines.add_argument("--version-compatible", action="store_true", help="to run with later minor versions too")
+    engines.add_argument("--no-cuda-graphs", action="store_true", help="launch kernel by kernel when checking")
     engines.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings, kept from build to build")
     _json(engines)
 
@@ -247,6 +248,19 @@ def build_parser() -> Parser:
     serve.add_argument("--metrics-port", type=natural, default=METRICS_PORT, help=f"default {METRICS_PORT}")
     serve.add_argument("--threads", type=natural, default=0, help="of each graph (default: one a core)")
     serve.add_argument("--log", type=Path, default=Path("tritonserver.log"), help="default tritonserver.log")
+
+    repository = commands.add_parser("repository", help="write Triton's model repository, for a server of your own")
+    repository.add_argument("artifacts", metavar="DIR", type=Path, help="exported graphs, or TensorRT engines")
+    repository.add_argument("--engine", choices=("onnxruntime", "tensorrt"), default="onnxruntime")
+    repository.add_argument("--out", metavar="REPOSITORY", type=Path, required=True)
+    repository.add_argument("--instances", type=positive, default=1, help="of each graph (default 1)")
+    loops = "tensorrt: instances of the DDIM loop (default 4)"
+    repository.add_argument("--loops", type=positive, help=loops)
+    delay = "tensorrt: microseconds that a request waits for company (default 100)"
+    repository.add_argument("--queue-delay", type=natural, metavar="US", help=delay)
+    off: dict[str, Any] = {"action": "store_const", "const": False}
+    repository.add_argument("--no-cuda-graphs", dest="cuda_graphs", help="tensorrt: launch kernel by kernel", **off)
+    repository.add_argument("--no-warm-up", dest="warm_up", help="tensorrt: be ready before the first request", **off)
 
     stream = commands.add_parser("stream", help="send a film's windows to a running server as they come")
     stream.add_argument("source", metavar="SOURCE")

@@ -18,7 +18,7 @@ from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import FLOAT32
+from mubic_deploy.graphs import FLOAT32, signatures
 from mubic_deploy.media.outputs import replacing
 from mubic_deploy.pipeline import Pipeline, Predictor
 from mubic_deploy.thesis import TABLE_4_3
@@ -151,8 +151,10 @@ def engines(arguments: Namespace) -> int:
     options = script.Options(
         arguments.max_batch, arguments.best_batch, arguments.level, arguments.version_compatible, arguments.timing_cache
     )
+    if artifacts.precision == FLOAT32:
+        warn(["these graphs are FP32, and so will be the engines: export them with --precision float16 for speed"])
     with bar("building") as progress:
-        plans = script.build(artifacts, arguments.out, options, progress)
+        plans = script.build(artifacts, arguments.out, options, progress, not arguments.no_cuda_graphs)
     seconds, parity = time.monotonic() - began, plans.manifest["parity"]
     if arguments.json:
         print_json({"out": str(plans.path), "seconds": seconds, "parity": parity, "gpu": plans.manifest["gpu"]})
@@ -200,6 +202,8 @@ def _artifacts(arguments: Namespace, seed: int = 0) -> Artifacts:
 def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
     """What predicts, by --engine, and what there is to say about it."""
     engine = arguments.engine
+    if arguments.no_cuda_graphs and engine != "tensorrt":
+        raise UserError("--no-cuda-graphs is for --engine tensorrt: leave it out")
     if engine.startswith("triton://"):
         if arguments.checkpoint or arguments.artifacts or arguments.variant:
             raise UserError("a Triton server has its own graphs: leave out --checkpoint, --artifacts and --variant")
@@ -223,7 +227,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
 
         plans = tensorrt.Plans.open(arguments.artifacts)
         engines = tensorrt.load_engines(plans, cuda_graphs=not arguments.no_cuda_graphs)
-        yield Pipeline(plans.config, engines), _untrained(plans.manifest["source"]["seed"])
+        yield Pipeline(plans.config, engines, plans.max_batch), _untrained(plans.manifest["source"]["seed"])
     elif engine == "eager":
         if arguments.artifacts:
             raise UserError("the eager engine runs a checkpoint: give --checkpoint instead of --artifacts")
@@ -307,6 +311,31 @@ def serve(arguments: Namespace) -> int:
             log=arguments.log,
         )
     say("stopped")
+    return 0
+
+
+def repository(arguments: Namespace) -> int:
+    """A model repository, for a server of one's own."""
+    from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository, write_repository
+
+    options = {"loops": arguments.loops, "queue_delay_us": arguments.queue_delay}
+    options |= {"cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
+    given = {name: value for name, value in options.items() if value is not None}
+    served = f"tritonserver --model-repository {arguments.out}"
+    if arguments.engine == "tensorrt":
+        from mubic_deploy.engines.tensorrt import Plans
+
+        plans = Plans.open(arguments.artifacts)
+        write_gpu_repository(plans, arguments.out, GpuSettings(instances=arguments.instances, **given))
+        if plans.manifest["version_compatible"]:
+            served += " --backend-config=tensorrt,version-compatible=true"
+    elif given:
+        raise UserError("--loops, --queue-delay, --no-cuda-graphs and --no-warm-up are for --engine tensorrt")
+    else:
+        artifacts = Artifacts.open(arguments.artifacts)
+        instances = dict.fromkeys(signatures(artifacts.config), arguments.instances)
+        write_repository(artifacts, arguments.out, instances=instances)
+    say(f"{arguments.out}: serve it with {served}")
     return 0
 
 

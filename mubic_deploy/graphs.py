@@ -121,6 +121,11 @@ def ddim(c: Config, precision: str = FLOAT32) -> Signature:
     return Signature("ddim", (*conditioning(c, precision), ADAPTIVE_STEPS, *settings()), results(c))
 
 
+def host() -> Signature:
+    """A model of Triton's that moves ADAPTIVE_STEPS from a GPU to the host."""
+    return Signature("host", (ADAPTIVE_STEPS,), (Tensor("ON_HOST", ADAPTIVE_STEPS.dtype, ADAPTIVE_STEPS.shape),))
+
+
 def pipeline(c: Config) -> Signature:
     """The whole chain, in process and as Triton's ensemble."""
     media = (video(c), audio()) if c.has_audio else (video(c),)

@@ -62,11 +62,13 @@ def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, ste
 
 
 class Pipeline:
-    """Clips in, saliency maps out. `engines` holds one engine for each graph of `config`."""
+    """Clips in, saliency maps out. `engines` holds one engine for each graph of `config`; max_batch: clips that they
+    take at once, if there is a limit."""
 
-    def __init__(self, config: Config, engines: dict[str, Engine]) -> None:
+    def __init__(self, config: Config, engines: dict[str, Engine], max_batch: int | None = None) -> None:
         self.config = config
         self.engines = engines
+        self.max_batch = max_batch
 
     @classmethod
     def open(
@@ -89,7 +91,7 @@ class Pipeline:
             from mubic_deploy.engines import tensorrt
 
             plans = tensorrt.Plans.open(Path(source))
-            return cls(plans.config, tensorrt.load_engines(plans))
+            return cls(plans.config, tensorrt.load_engines(plans), plans.max_batch)
         if engine != "onnxruntime":
             raise UserError(f"unknown engine {engine!r}: use onnxruntime, eager or tensorrt")
         from mubic_deploy import exported
@@ -107,10 +109,18 @@ class Pipeline:
         seed [B] or one for all; steps 1 to 12, or 0 for adaptive, [B] or one for all, None for the default
         -> saliency float32 [B, h, w] in [0, 1] for the middle frame, and the steps used, int32 [B, 1].
 
-        The same clip and seed give the same map in every engine. UserError for a wrong shape, dtype, seed or step."""
+        The same clip and seed give the same map in every engine. A batch that is larger than the engines take goes in
+        parts. UserError for a wrong shape, dtype, seed or step."""
         arrays = request(self.config, video, audio, seed, steps)
-        results = sample(self.config, self.engines["denoiser"], self.condition(arrays), arrays["SEED"], arrays["STEPS"])
-        return results["SALIENCY"], results["STEPS_USED"]
+        size = self.max_batch or len(video)
+        results = []
+        for first in range(0, len(video), size):
+            part = {name: array[first : first + size] for name, array in arrays.items()}
+            cond = self.condition(part)
+            results.append(sample(self.config, self.engines["denoiser"], cond, part["SEED"], part["STEPS"]))
+        if len(results) == 1:
+            return results[0]["SALIENCY"], results[0]["STEPS_USED"]
+        return tuple(np.concatenate([part[name] for part in results]) for name in ("SALIENCY", "STEPS_USED"))
 
     def condition(self, arrays: Arrays) -> Arrays:
         """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip."""

@@ -155,6 +155,10 @@ class Driver(ModuleType):
                 executable._obj.value = graph.value
                 return 0
 
+            def cuGraphExecDestroy(self, executable: Any) -> int:  # noqa: N802
+                driver.launched.append("destroyed")
+                return 0
+
             def cuGraphDestroy(self, graph: Any) -> int:  # noqa: N802
                 return 0
 
@@ -391,6 +395,9 @@ def installed(patch: Any, api: Api, driver: Driver) -> Any:
     """Inside, `import tensorrt`, `import pycuda.driver` and libcuda are the doubles."""
     import sys
 
+    from mubic_deploy.engines import cuda
+
+    cuda.gpu.cache_clear()
     package = ModuleType("pycuda")
     package.driver = driver  # type: ignore[attr-defined]
     module = tensorrt(api, driver)
@@ -400,3 +407,4 @@ def installed(patch: Any, api: Api, driver: Driver) -> Any:
         inner.setitem(sys.modules, "tensorrt", module)
         inner.setattr(ctypes, "CDLL", driver.libcuda)
         yield module
+    cuda.gpu.cache_clear()

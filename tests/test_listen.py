@@ -79,7 +79,7 @@ def test_the_command_leaves_a_file_that_train_takes(run, tmp_path: Path, monkeyp
     monkeypatch.setattr(listening, "SCENES", 2)
     monkeypatch.setattr(listening, "CHECKED", 2)
     out = tmp_path / "hearing.safetensors"
-    report = json.loads(run("listen", out, "--steps", 1, "--json").out)
+    report = json.loads(run("listen", out, "--steps", 10, "--json").out)
     assert set(report) == {"weights", "kinds_right", "octaves_off", "seconds"}
     model = random_model(DEMO)
     loaded = load_vggish(model, out)
@@ -92,4 +92,7 @@ def test_the_command_leaves_a_file_that_train_takes(run, tmp_path: Path, monkeyp
         load_vggish(random_model(replace(DEMO, vggish_channels=(16, 32, 64, 48))), out)
     assert run("listen", tmp_path / "no" / "h.safetensors").code == 2
     assert run("listen", tmp_path / "h.pth").code == 2
+    ran = run("listen", tmp_path / "h.safetensors", "--steps", 2)
+    assert (ran.code, ran.err) == (2, "mubic-deploy: steps 2 is out of range: use 10 or more\n")
+    assert not (tmp_path / "h.safetensors").exists()
     assert len(KINDS) + 1 == len(CLASSES)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from types import ModuleType
 import fake_gpu
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from half_fixtures import TINY
 from tensorrt_api import MAJORS, Api, ask
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
 from mubic_deploy.engines import cuda, onnxruntime, tensorrt
@@ -161,7 +164,8 @@ def test_a_plan_that_computes_something_else_is_not_kept(
         return {k: v * 1.5 if k == "CONTEXT2" else v for k, v in original(self, inputs).items()}
 
     monkeypatch.setattr(tensorrt.TensorRTEngine, "__call__", wrong)
-    with pytest.raises(UserError, match="CONTEXT2 of fusion"):
+    says = "TensorRT's engines differ from ONNX Runtime on the same graphs: CONTEXT2 of fusion"
+    with pytest.raises(UserError, match=says):
         tensorrt_engines.build(half_artifacts, tmp_path / "e")
     assert not list(tmp_path.iterdir())
 
@@ -178,6 +182,7 @@ def test_what_the_builder_refuses_is_said(
     refused("cannot build visual_encoder .*out of memory.*smaller --max-batch", max_batch=128)
     refused("best batch 9 is out of range: use 1 to --max-batch 8", best_batch=9)
     refused("level 6 is out of range", level=6)
+    refused("no/t cannot be written: name another --timing-cache", timing_cache=tmp_path / "no" / "t")
     (tmp_path / "t").write_bytes(b"of another GPU")
     refused("t is of another GPU or TensorRT: name another --timing-cache", timing_cache=tmp_path / "t")
     refused(
@@ -254,6 +259,7 @@ def test_plans_of_another_machine_are_refused_before_tensorrt_sees_them(
     with pytest.raises(UserError, match=r"built on NVIDIA H200 .*this is NVIDIA H100 \(9.0\): build it here"):
         load_engines(plans)
     driver.name = "NVIDIA H200"
+    cuda.gpu.cache_clear()
     monkeypatch.setattr(trt, "__version__", trt.__version__.replace(".", ".9", 1))
     with pytest.raises(UserError, match=r"built with TensorRT .*, this is .*: build it here"):
         load_engines(plans)
@@ -263,9 +269,7 @@ def test_plans_of_another_machine_are_refused_before_tensorrt_sees_them(
     ("theirs", "here", "fine"),
     [("10.13.0.1", "10.15.1.29", True), ("10.15.1.29", "10.13.0.1", False), ("10.15.1.29", "11.4.0.106", False)],
 )
-def test_version_compatible_plans_run_with_later_versions(
-    plans: Plans, theirs: str, here: str, fine: bool
-) -> None:
+def test_version_compatible_plans_run_with_later_versions(plans: Plans, theirs: str, here: str, fine: bool) -> None:
     facts = cuda.Facts(**plans.manifest["gpu"])
     compatible = replace(plans, manifest={**plans.manifest, "tensorrt": theirs, "version_compatible": True})
     if fine:
@@ -314,6 +318,7 @@ def test_a_gpu_that_is_missing_old_or_full_is_said(plans: Plans, driver: fake_gp
     plans.manifest["gpu"]["memory"] = driver.total
     with pytest.raises(UserError, match=r"MB are wanted on NVIDIA H200, .* MB are free: .*smaller --max-batch"):
         load_engines(plans)
+    cuda.gpu.cache_clear()
     driver.version = 11_080
     with pytest.raises(UserError, match=r"supports CUDA 11.8 at most: install one for CUDA 12 or newer"):
         load_engines(plans)
@@ -322,7 +327,11 @@ def test_a_gpu_that_is_missing_old_or_full_is_said(plans: Plans, driver: fake_gp
         load_engines(plans)
 
 
-def test_without_tensorrt_or_a_gpu_the_commands_say_so(run, half_artifacts: Artifacts, tmp_path: Path) -> None:
+def test_without_tensorrt_or_a_gpu_the_commands_say_so(
+    run, half_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt", "pycuda", "pycuda.driver"):  # as on a machine that lacks them
+        monkeypatch.setitem(sys.modules, name, None)
     ran = run("engines", half_artifacts.path, "--out", tmp_path / "e")
     assert ran.code == 2
     assert "TensorRT cannot be used" in ran.err
@@ -350,3 +359,59 @@ def test_the_commands(
     ran = run(*predict, "--engine", "tensorrt")
     assert ran.code == 2
     assert "name their folder with --artifacts" in ran.err
+    ran = run(*predict, "--no-cuda-graphs")
+    assert ran.code == 2
+    assert "is for --engine tensorrt" in ran.err
+
+
+def test_the_repository_command_takes_its_options(run, plans: Plans, half_artifacts: Artifacts, tmp_path: Path) -> None:
+    command = ("repository", plans.path, "--engine", "tensorrt", "--out", tmp_path / "r")
+    ran = run(*command, "--instances", 2, "--loops", 3, "--queue-delay", 50, "--no-warm-up")
+    assert ran.code == 0
+    assert "version-compatible" not in ran.out
+
+    def read(name: str) -> ModelConfig:
+        return text_format.Parse((tmp_path / "r" / name / "config.pbtxt").read_text(), ModelConfig())
+
+    fusion = read("fusion")
+    assert fusion.instance_group[0].count == 2
+    assert fusion.dynamic_batching.max_queue_delay_microseconds == 50
+    assert fusion.optimization.cuda.graphs
+    assert not fusion.model_warmup
+    assert read("ddim").instance_group[0].count == 3
+    assert (tmp_path / "r" / "fusion" / "1" / "model.plan").read_bytes() == plans.plan("fusion").read_bytes()
+    ran = run("repository", half_artifacts.path, "--out", tmp_path / "cpu", "--loops", 3)
+    assert ran.code == 2
+    assert "are for --engine tensorrt" in ran.err
+    text = (plans.path / "engines.json").read_text()
+    (plans.path / "engines.json").write_text(text.replace('"version_compatible": false', '"version_compatible": true'))
+    assert "--backend-config=tensorrt,version-compatible=true" in run(*command, "--no-cuda-graphs").out
+    assert not read("fusion").optimization.cuda.graphs
+
+
+def test_a_batch_that_is_too_large_goes_in_parts(plans: Plans, half_artifacts: Artifacts) -> None:
+    clip, seeds = random_clip(TINY, 4, 11), np.arange(11)
+    reference = Pipeline(TINY, onnxruntime.load_engines(half_artifacts))
+    expected, _ = reference.predict(clip["VIDEO"], clip["AUDIO"], seeds)
+    got, used = Pipeline.open(plans.path, engine="tensorrt").predict(clip["VIDEO"], clip["AUDIO"], seeds)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert used.shape == (11, 1)
+
+
+def test_batches_of_different_size_are_refused(plans: Plans) -> None:
+    engine = load_engines(plans)["denoiser"]
+    inputs = {t.name: np.zeros((2 if t.name == "STEP" else 1, *t.shape), t.dtype) for t in engine.signature.inputs}
+    with pytest.raises(UserError, match="denoiser must have the same batch size"):
+        engine(inputs)
+
+
+def test_a_driver_that_is_too_old_for_tensorrt_is_said(
+    plans: Plans, trt: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(log):
+        log.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Runtime", nothing)
+    with pytest.raises(UserError, match=r"TensorRT cannot start \(CUDA initialization failure with error: 35\)"):
+        load_engines(plans)

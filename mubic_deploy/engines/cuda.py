@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,39 +31,45 @@ class Facts:
 
 class GPU:
     """The first NVIDIA GPU that the process may see (CUDA_VISIBLE_DEVICES), through its primary context, which PyTorch
-    and ONNX Runtime share. UserError if there is none, or the driver or pycuda is missing or too old."""
+    and ONNX Runtime share. Take it from `gpu`: one for the life of the process, for one thread at a time.
+
+    UserError if there is none, it cannot be had, or the driver or pycuda is missing or too old."""
 
     def __init__(self) -> None:
         try:
             import pycuda.driver as driver
         except ImportError as error:
+            if "libcuda" in str(error):
+                raise UserError(f"there is no NVIDIA driver here ({error}): use --engine onnxruntime") from None
             raise UserError(
                 f"pycuda cannot be used ({error}): install it with pip install 'mubic-deploy[tensorrt]'"
             ) from None
+        self.driver: Any = driver
         try:
             driver.init()
             device = driver.Device(0)
+            version = driver.get_driver_version()
+            if version < OLDEST_DRIVER:
+                raise UserError(
+                    f"the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10} at most: "
+                    f"install one for CUDA {OLDEST_DRIVER // 1000} or newer"
+                )
+            major, minor = device.compute_capability()
+            self.facts = Facts(device.name(), f"{major}.{minor}", version, device.total_memory())
+            self._context = device.retain_primary_context()
+            with self.active():
+                self.stream = driver.Stream()
         except driver.Error as error:
             raise UserError(f"there is no NVIDIA GPU to use ({error}): use --engine onnxruntime") from None
-        version = driver.get_driver_version()
-        if version < OLDEST_DRIVER:
-            raise UserError(
-                f"the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10} at most: "
-                f"install one for CUDA {OLDEST_DRIVER // 1000} or newer"
-            )
-        self.driver: Any = driver
-        major, minor = device.compute_capability()
-        self.facts = Facts(device.name(), f"{major}.{minor}", version, device.total_memory())
-        self._context = device.retain_primary_context()
-        with self.active():
-            self.stream = driver.Stream()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, this thread's calls go to this GPU."""
+        """Inside, this thread's calls go to this GPU. What CUDA reports is a UserError."""
         self._context.push()
         try:
             yield
+        except self.driver.Error as error:
+            raise UserError(f"{self.facts.name} failed ({error}): see whether another process uses it") from None
         finally:
             self._context.pop()
 
@@ -78,8 +85,19 @@ class GPU:
             ) from None
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array in host memory that the GPU can reach by itself."""
-        return self.driver.pagelocked_empty(shape, dtype)
+        """An array in host memory that the GPU can reach by itself. UserError if there is not so much."""
+        try:
+            return self.driver.pagelocked_empty(shape, dtype)
+        except self.driver.MemoryError:
+            raise UserError(
+                f"the host cannot pin an array of {shape}: free memory, or build engines for a smaller --max-batch"
+            ) from None
+
+
+@functools.cache
+def gpu() -> GPU:
+    """The process's GPU."""
+    return GPU()
 
 
 class CapturedGraph:
@@ -97,8 +115,14 @@ class CapturedGraph:
             ended = self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
         if ended:
             raise UserError(f"the GPU cannot replay this as a CUDA graph (error {ended}): use --no-cuda-graphs")
-        self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
-        self._call("cuGraphDestroy", graph)
+        try:
+            self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
+        finally:
+            self._call("cuGraphDestroy", graph)
+
+    def __del__(self) -> None:
+        if getattr(self, "_executable", None):
+            self._cuda.cuGraphExecDestroy(self._executable)
 
     def launch(self) -> None:
         self._call("cuGraphLaunch", self._executable, self._stream)

@@ -6,15 +6,16 @@ read before TensorRT sees a plan."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mubic_deploy.artifacts import sha256
+from mubic_deploy.artifacts import describe, sha256
 from mubic_deploy.config import Config
-from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.engines import Arrays, Engine, cuda
 from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, signatures
@@ -30,8 +31,7 @@ def import_tensorrt() -> Any:
         import tensorrt
     except (ImportError, OSError) as error:
         raise UserError(
-            f"TensorRT cannot be used ({error}): install it with pip install 'mubic-deploy[tensorrt]', or take the "
-            f"container of the Dockerfile"
+            f"TensorRT cannot be used ({error}): install it with pip install 'mubic-deploy[tensorrt]'"
         ) from None
     return tensorrt
 
@@ -49,6 +49,15 @@ def logger(trt: Any) -> Any:
                 self.errors.append(message.strip())
 
     return Log()
+
+
+def created(make: Callable[[Any], Any], log: Any) -> Any:
+    """A Builder or a Runtime. UserError if TensorRT cannot start, as with a driver that is older than its CUDA."""
+    try:
+        return make(log)
+    except TypeError:  # pybind11's, for a constructor that gave nothing
+        reason = "; ".join(log.errors[-2:]) or "no reason given"
+        raise UserError(f"TensorRT cannot start ({reason}): install an NVIDIA driver for its CUDA version") from None
 
 
 @dataclass(frozen=True)
@@ -84,15 +93,20 @@ class Plans:
             raise UserError(f"{path / MANIFEST} is not of format {FORMAT}: {AGAIN}")
         try:
             config = Config.from_json(manifest["config"])
-            for name in signatures(config, manifest["precision"]):
+            for name, signature in signatures(config, manifest["precision"]).items():
+                if manifest["plans"][name]["signature"] != describe(signature):
+                    raise UserError(f"{path}: the signature of {name} is not this version's: export and {AGAIN}")
                 file = path / manifest["plans"][name]["file"]
                 if not file.is_file():
                     raise UserError(f"{file} is missing: {AGAIN}")
                 if sha256(file) != manifest["plans"][name]["sha256"]:
                     raise UserError(f"{file} is not the file that was built (SHA-256 differs): {AGAIN}")
-            manifest["profile"]["max"], manifest["tensorrt"], manifest["gpu"]["name"]  # read later
+            manifest["profile"]["max"], manifest["tensorrt"], manifest["version_compatible"]  # read later
+            manifest["gpu"]["name"], manifest["gpu"]["compute_capability"], manifest["source"]["seed"]
         except (KeyError, TypeError) as error:
             raise UserError(f"{path / MANIFEST} lacks {error}: {AGAIN}") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be used ({error}): {AGAIN}") from None
         return cls(path, config, manifest)
 
     def require(self, facts: Facts, version: str) -> None:
@@ -114,7 +128,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 class TensorRTEngine:
-    """One plan on the GPU. Not for two threads at once.
+    """One plan on the GPU. All engines of a process share a stream: they are for one thread at a time.
 
     Its inputs and outputs have memory of their own, on the GPU and pinned on the host, for the largest batch. Each
     batch size gets an execution context, over one block of scratch memory, because a captured graph needs the context
@@ -141,7 +155,9 @@ class TensorRTEngine:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         arrays = {t.name: t.check(inputs[t.name]) for t in self.signature.inputs}
-        batch = len(next(iter(arrays.values())))
+        batch, *others = {len(array) for array in arrays.values()}
+        if others:
+            raise UserError(f"the tensors of {self.signature.name} must have the same batch size")
         if batch > self.max_batch:
             raise UserError(
                 f"a batch of {batch} is above the engine's {self.max_batch}: send fewer at once, or build with "
@@ -166,13 +182,12 @@ class TensorRTEngine:
         if batch not in self._contexts:
             context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None:
-                reason = "; ".join(self._runtime.logger.errors[-2:]) or "no reason given"
-                raise UserError(f"TensorRT cannot run {self.signature.name} ({reason}): end what uses the GPU's memory")
+                raise UserError(f"TensorRT cannot run {self.signature.name}{self._why()}: end what uses the GPU")
             context.set_device_memory(int(self._scratch), self._engine.device_memory_size_v2)
-            for tensor in self.signature.inputs:
-                context.set_input_shape(tensor.name, (batch, *tensor.shape))
-            for name, memory in self._device.items():
-                context.set_tensor_address(name, int(memory))
+            taken = [context.set_input_shape(t.name, (batch, *t.shape)) for t in self.signature.inputs]
+            taken += [context.set_tensor_address(name, int(memory)) for name, memory in self._device.items()]
+            if not all(taken):
+                raise UserError(f"TensorRT does not take a batch of {batch} for {self.signature.name}{self._why()}")
             self._contexts[batch] = context
         return self._contexts[batch]
 
@@ -182,17 +197,22 @@ class TensorRTEngine:
             driver.memcpy_htod_async(self._device[tensor.name], self._host[tensor.name][:batch], stream)
         context = self._context(batch)
         if not context.execute_async_v3(stream.handle):
-            raise UserError(f"TensorRT could not run {self.signature.name} at a batch of {batch}: see its log")
+            raise UserError(f"TensorRT could not run {self.signature.name} at a batch of {batch}{self._why()}")
         for tensor in self.signature.outputs:
             driver.memcpy_dtoh_async(self._host[tensor.name][:batch], self._device[tensor.name], stream)
+
+    def _why(self) -> str:
+        """What TensorRT logged last, in brackets."""
+        errors = self._runtime.logger.errors[-2:]
+        return f" ({'; '.join(errors)})" if errors else ""
 
 
 def load_engines(plans: Plans, cuda_graphs: bool = True) -> dict[str, Engine]:
     """An engine for each plan, on the first GPU. UserError if there is none, or the plans are not for it."""
     trt = import_tensorrt()
-    gpu = GPU()
+    gpu = cuda.gpu()
     plans.require(gpu.facts, trt.__version__)
-    runtime = trt.Runtime(logger(trt))
+    runtime = created(trt.Runtime, logger(trt))
     if plans.manifest["version_compatible"]:
         runtime.engine_host_code_allowed = True  # such a plan carries its own lean runtime
     return {

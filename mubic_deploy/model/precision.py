@@ -9,13 +9,16 @@ is."""
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.denoiser import NoiseStage
@@ -68,22 +71,33 @@ def require_small(activations: Mapping[str, float]) -> None:
 
 @contextmanager
 def recorded(model: MUBiC) -> Iterator[dict[str, float]]:
-    """The largest absolute value that left each module while the block ran, by the module's name. Of FP32 models:
-    whatever the attention keeps inside is not seen, and is FP32 in half precision too."""
+    """The largest absolute value that left each module of an FP32 model while the block ran, by the module's name; and
+    for what attention keeps inside, its products of queries and keys, the largest that they can be."""
     largest: dict[str, float] = {}
+
+    class Scores(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is F.scaled_dot_product_attention:
+                q, k = (x.detach().norm(dim=-1).max() for x in args[:2])
+                scale = kwargs.get("scale")
+                note("attention scores", float(q * k) * (args[0].shape[-1] ** -0.5 if scale is None else scale))
+            return func(*args, **kwargs)
+
+    def note(name: str, value: float) -> None:
+        largest[name] = float(np.maximum(value, largest.get(name, 0.0)))  # NumPy's, because a NaN must stay
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, out: object) -> None:
             for tensor in out if isinstance(out, Iterable) and not isinstance(out, Tensor) else (out,):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    value = float(tensor.detach().abs().max())
-                    largest[name] = value if math.isnan(value) else max(value, largest.get(name, 0.0))
+                    note(name, float(tensor.detach().abs().max()))
 
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Scores():
             yield largest
     finally:
         for handle in handles:

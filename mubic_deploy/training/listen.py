@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mubic_deploy.config import Config
+from mubic_deploy.errors import UserError
 from mubic_deploy.model.audio import AudioEncoder
 from mubic_deploy.scenes.plan import KINDS, OFF_SCREEN, Plan, make_plan, streams
 from mubic_deploy.scenes.sound import synthesize
@@ -27,6 +28,7 @@ MIDDLE_HZ = 300.0  # pitches are learned in octaves from here
 BATCH = 32
 RATE, WARMUP = 1e-3, 50
 CHECKS = 512  # excerpts
+FEWEST = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,10 @@ def listen(
     config: Config, seed: int = 1, steps: int = 600, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> tuple[AudioEncoder, float, float]:
     """Trains a fresh audio encoder -> it, and on scenes of seed + 1 how many kinds it names rightly (of 1) and by how
-    many octaves it misses a pitch in the mean. The same settings give the same weights on the same machine."""
+    many octaves it misses a pitch in the mean. The same settings give the same weights on the same machine. UserError
+    for less than FEWEST steps."""
+    if steps < FEWEST:
+        raise UserError(f"steps {steps} is out of range: use {FEWEST} or more")
     progress("making sounds", 0, steps)
     sounds = Sounds(seed, SCENES)
     with torch.random.fork_rng(devices=[]):

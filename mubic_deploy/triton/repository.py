@@ -1,4 +1,5 @@
-"""Triton's model repository for a folder of artefacts: the four graphs, `ddim` and the ensemble `mubic`.
+"""Triton's model repository: the four graphs, `ddim` and the ensemble `mubic`, for a CPU from a folder of ONNX graphs,
+for a GPU from a folder of TensorRT plans.
 
 Every config.pbtxt is made from `graphs` and written through the protobuf schema that tritonclient ships."""
 
@@ -7,7 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
@@ -15,6 +18,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import Config
+from mubic_deploy.engines.tensorrt import Plans
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
 from mubic_deploy.graphs import Signature
@@ -23,6 +27,8 @@ from mubic_deploy.triton import parameters
 from mubic_deploy.triton.parameters import OnnxSettings
 
 CONFIG_FILE = "config.pbtxt"
+PLAN = "model.plan"  # Triton's own name for it
+_POWERS = tuple(2**n for n in range(11))
 _TYPES = {
     "uint8": "TYPE_UINT8",
     "int32": "TYPE_INT32",
@@ -64,6 +70,85 @@ def write_repository(
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
     configs.append(_ensemble(config, precision, max_batch, artifacts.manifest["source"]))
     _write(configs, Path(out))
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """instances       of each engine, on each GPU
+    loops           instances of `ddim`: as many batches of clips step side by side, and none waits for another's loop
+    queue_delay_us  microseconds that a request waits for company
+    cuda_graphs     Triton captures each preferred batch size of each engine and replays it
+    warm_up         random requests to each engine before the server says that it is ready"""
+
+    instances: int = 1
+    loops: int = 4
+    queue_delay_us: int = 100
+    cuda_graphs: bool = True
+    warm_up: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("instances", "loops"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} is out of range: use 1 or more")
+        if self.queue_delay_us < 0:
+            raise UserError(f"queue delay {self.queue_delay_us} is out of range: use 0 or more microseconds")
+
+
+def write_gpu_repository(plans: Plans, out: Path, settings: GpuSettings = GpuSettings()) -> None:
+    """Writes the model repository for an NVIDIA GPU into the folder `out`, which is replaced if it is such a
+    repository: the plans as `tensorrt_plan` models, `ddim` that calls the denoiser, and the ensemble. Between the
+    encoders and the map nothing leaves the GPU.
+
+    The plans are copied: the repository is whole by itself. UserError if `out` holds something else."""
+    config, precision = plans.config, plans.precision
+    batches = [n for n in _POWERS if n <= plans.max_batch]
+    configs, files = [], {}
+    for name, signature in graphs.signatures(config, precision).items():
+        model = _model(signature, config)
+        model.platform, model.max_batch_size = "tensorrt_plan", plans.max_batch
+        model.default_model_filename = PLAN
+        model.dynamic_batching.preferred_batch_size.extend(n for n in batches if n > 1)
+        model.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
+        model.instance_group.add(count=settings.instances, kind=ModelInstanceGroup.KIND_GPU)
+        if settings.cuda_graphs:
+            model.optimization.cuda.graphs = True
+            for batch in batches:
+                model.optimization.cuda.graph_spec.add(batch_size=batch)
+        if settings.warm_up:
+            _warm_up(model, signature, batches)
+        configs.append(model)
+        files[name] = plans.plan(name)
+    configs += [_gpu_ddim(config, precision, plans.max_batch, settings), _host(config, plans.max_batch)]
+    configs.append(_ensemble(config, precision, plans.max_batch, plans.manifest["source"]))
+    _write(configs, Path(out), files)
+
+
+def _gpu_ddim(config: Config, precision: str, max_batch: int, settings: GpuSettings) -> ModelConfig:
+    model = _ddim(config, precision, None)
+    model.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
+    model.max_batch_size = max_batch
+    model.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
+    # the loop itself computes nothing: its tensors are on the GPU, its process is not
+    model.instance_group.add(count=settings.loops, kind=ModelInstanceGroup.KIND_CPU)
+    return model
+
+
+def _host(config: Config, max_batch: int) -> ModelConfig:
+    model = _model(graphs.host(), config)
+    model.backend, model.max_batch_size = "python", max_batch
+    model.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
+    return model
+
+
+def _warm_up(model: ModelConfig, signature: Signature, batches: list[int]) -> None:
+    """Random pictures, sound and features; steps of zero, because a random one is no step."""
+    for batch in batches:
+        request = model.model_warmup.add(name=f"batch {batch}", batch_size=batch, count=1)
+        for tensor in signature.inputs:
+            given = request.inputs[tensor.name]
+            given.data_type = DataType.Value(_TYPES[tensor.dtype])
+            given.dims.extend(tensor.shape)
+            setattr(given, "zero_data" if tensor.dtype == "int32" else "random_data", True)
 
 
 def _settings(artifacts: Artifacts, graph: str, threads: int) -> OnnxSettings:
@@ -125,8 +210,8 @@ def _ensemble(config: Config, precision: str, max_batch: int, source: dict) -> M
     return model
 
 
-def _write(configs: list[ModelConfig], out: Path) -> None:
-    """Beside `out` first, then renamed: a repository is whole or not there."""
+def _write(configs: list[ModelConfig], out: Path, plans: Mapping[str, Path] = MappingProxyType({})) -> None:
+    """Beside `out` first, then renamed: a repository is whole or not there. plans: files to copy, by model."""
     try:
         if out.exists() and not (out.is_dir() and (_is_repository(out) or not any(out.iterdir()))):
             raise UserError(f"{out} exists and is no model repository: give another folder or remove it")
@@ -137,6 +222,8 @@ def _write(configs: list[ModelConfig], out: Path) -> None:
                 (fresh / model.name / CONFIG_FILE).write_text(text_format.MessageToString(model))
                 if model.backend == "python":
                     shutil.copyfile(source_dir("triton_models") / model.name / "1" / "model.py", version / "model.py")
+                if model.name in plans:
+                    shutil.copyfile(plans[model.name], version / PLAN)
     except OSError as error:
         raise UserError(f"the model repository {out} cannot be written: {error}") from None
 

@@ -1,8 +1,8 @@
 """Triton's Python backend: the DDIM loop around the denoiser (thesis, Algorithm 2).
 
 With an ONNX file among its parameters the model runs the denoiser itself; without one it calls the model `denoiser`
-(BLS). Then the loop passes opaque tensors: it reads SEED, STEPS and ADAPTIVE_STEPS, and what else lies on a device
-stays there."""
+(BLS). Then the loop passes opaque tensors: it reads SEED and STEPS, and ADAPTIVE_STEPS where STEPS asks for it, which
+the model `host` brings over if it lies on a device; what else lies there stays there."""
 
 import asyncio
 from typing import Any
@@ -42,21 +42,29 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         return pb_utils.InferenceResponse(outputs)
 
-    def settings(self, request: Any) -> tuple[np.ndarray, np.ndarray]:
-        """SEED int64 [B, 1], and the steps of each sample, int32 [B, 1]. UserError if one is out of range."""
-        seed, steps, adaptive = (
-            pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("SEED", "STEPS", "ADAPTIVE_STEPS")
-        )
+    def setting(self, request: Any, name: str) -> np.ndarray:
+        """SEED or STEPS. UserError if the client put it on a device."""
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        if not tensor.is_cpu():
+            raise UserError(f"{name} lies on a GPU: send it from the host's memory")
+        return tensor.as_numpy()
+
+    def settings(self, request: Any, adaptive: Any) -> tuple[np.ndarray, np.ndarray]:
+        """SEED int64 [B, 1], and the steps of each sample, int32 [B, 1]. `adaptive`: ADAPTIVE_STEPS, on the host if it
+        is wanted. UserError if one is out of range."""
+        seed, steps = (self.setting(request, name) for name in ("SEED", "STEPS"))
         for n in steps[:, 0]:
             self.config.check_steps(int(n))
-        used = np.where(steps > 0, steps, adaptive).astype(np.int32)
+        if (steps > 0).all():
+            return seed, steps
+        used = np.where(steps > 0, steps, adaptive.as_numpy()).astype(np.int32)
         if not ((used >= 1) & (used <= self.config.max_steps)).all():
             raise UserError(f"ADAPTIVE_STEPS is out of range: it must be 1 to {self.config.max_steps}")
         return seed, used
 
     def run_here(self, request: Any, denoiser: Engine) -> list[Any]:
         """The loop of the in-process pipeline, with the graph in this process."""
-        seed, steps = self.settings(request)
+        seed, steps = self.settings(request, pb_utils.get_input_tensor_by_name(request, "ADAPTIVE_STEPS"))
         names = [t.name for t in (*graphs.conditioning(self.config), graphs.ADAPTIVE_STEPS)]
         cond = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names}
         results = sample(self.config, denoiser, cond, seed, steps)
@@ -67,7 +75,10 @@ class TritonPythonModel:
 
     async def run_calls(self, request: Any) -> list[Any]:
         """The same loop over calls of the model `denoiser`; its tensors are renamed, never read."""
-        seed, steps = self.settings(request)
+        adaptive = pb_utils.get_input_tensor_by_name(request, "ADAPTIVE_STEPS")
+        if not (self.setting(request, "STEPS") > 0).all() and not adaptive.is_cpu():
+            adaptive = await self.call("host", [adaptive], "ON_HOST")
+        seed, steps = self.settings(request, adaptive)
         cond = [pb_utils.get_input_tensor_by_name(request, t.name) for t in graphs.conditioning(self.config)]
         s_t = pb_utils.Tensor("S_T", noise(seed[:, 0], self.config.map_size))
         calls = list(zip(*schedule(steps[:, 0]), strict=True))
@@ -75,13 +86,13 @@ class TritonPythonModel:
             names = ("STEP", "ALPHA_NOW", "ALPHA_NEXT")
             step = [pb_utils.Tensor(name, array) for name, array in zip(names, arrays, strict=True)]
             # only the tensor that is needed comes back: the next S_T, at last the map
-            result = await self.call([*cond, s_t, *step], "S_NEXT" if left else "S_0")
+            result = await self.call("denoiser", [*cond, s_t, *step], "S_NEXT" if left else "S_0")
             s_t = pb_utils.Tensor.from_dlpack("S_T" if left else "SALIENCY", result)
         return [s_t, pb_utils.Tensor("STEPS_USED", steps)]
 
-    async def call(self, inputs: list[Any], output: str) -> Any:
-        request = pb_utils.InferenceRequest(model_name="denoiser", requested_output_names=[output], inputs=inputs)
+    async def call(self, model: str, inputs: list[Any], output: str) -> Any:
+        request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[output], inputs=inputs)
         response = await request.async_exec()
         if response.has_error():
-            raise UserError(f"denoiser: {response.error().message()}")
+            raise UserError(f"{model}: {response.error().message()}")
         return pb_utils.get_output_tensor_by_name(response, output)

@@ -1,0 +1,116 @@
+"""The loop of `triton_models/ddim` over tensors that lie on a GPU: which models it calls with what, and what it reads.
+
+The server's own module is a double here, because on a CPU no tensor is ever on a device; the loop in the real server is
+in test_triton.py and test_triton_gpu.py."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mubic_deploy import graphs
+from mubic_deploy.config import DEMO
+from mubic_deploy.diffusion import schedule
+from mubic_deploy.sources import load_script, source_dir
+
+
+class Tensor:
+    """As in Triton: NumPy's way to the values is barred while they are on a device."""
+
+    def __init__(self, name: str, values: np.ndarray, on_device: bool = False) -> None:
+        self.name, self.values, self.on_device = name, values, on_device
+
+    def is_cpu(self) -> bool:
+        return not self.on_device
+
+    def as_numpy(self) -> np.ndarray:
+        assert not self.on_device, "Tensor is stored in GPU and cannot be converted to NumPy"
+        return self.values
+
+    @classmethod
+    def from_dlpack(cls, name: str, tensor: Tensor) -> Tensor:
+        return cls(name, tensor.values, tensor.on_device)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor], list[str]]]:
+    """Model, inputs and wanted outputs of each call. `denoiser` adds 1 to S_T; everything it gives is on the device."""
+    made: list[tuple[str, dict[str, Tensor], list[str]]] = []
+
+    class InferenceRequest:
+        def __init__(self, model_name: str, requested_output_names: list[str], inputs: list[Tensor]) -> None:
+            self.call = (model_name, {t.name: t for t in inputs}, requested_output_names)
+
+        async def async_exec(self) -> Any:
+            made.append(self.call)
+            model, inputs, (output,) = self.call
+            if model == "host":
+                result = Tensor(output, inputs["ADAPTIVE_STEPS"].values)
+            else:
+                result = Tensor(output, inputs["S_T"].values + 1, on_device=True)
+            return SimpleNamespace(has_error=lambda: False, tensors={output: result})
+
+    def get(tensors: Any, name: str) -> Tensor:
+        return tensors.tensors[name]
+
+    double = ModuleType("triton_python_backend_utils")
+    for name, value in {
+        "Tensor": Tensor,
+        "InferenceRequest": InferenceRequest,
+        "InferenceResponse": lambda output_tensors=None, error=None: SimpleNamespace(out=output_tensors, error=error),
+        "TritonError": str,
+        "get_input_tensor_by_name": get,
+        "get_output_tensor_by_name": get,
+    }.items():
+        setattr(double, name, value)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", double)
+    return made
+
+
+def run(steps: list[int], adaptive: list[int], **on_device: bool) -> Any:
+    """The answer to one request whose conditioning and ADAPTIVE_STEPS are on the device."""
+    model = load_script(source_dir("triton_models") / "ddim" / "1" / "model.py").TritonPythonModel()
+    model.config, model.denoiser = DEMO, None
+    count = len(steps)
+    tensors = {t.name: Tensor(t.name, np.zeros((count, 1)), True) for t in graphs.conditioning(DEMO)}
+    tensors["SEED"] = Tensor("SEED", np.arange(count)[:, None], on_device.get("SEED", False))
+    tensors["STEPS"] = Tensor("STEPS", np.array(steps, np.int32)[:, None], on_device.get("STEPS", False))
+    tensors["ADAPTIVE_STEPS"] = Tensor("ADAPTIVE_STEPS", np.array(adaptive, np.int32)[:, None], True)
+    return asyncio.run(model.execute([SimpleNamespace(tensors=tensors)]))[0]
+
+
+def test_fixed_steps_bring_nothing_to_the_host(calls) -> None:
+    answer = run([2, 2], [5, 5])
+    assert [(model, wanted) for model, _, wanted in calls] == [("denoiser", ["S_NEXT"]), ("denoiser", ["S_0"])]
+    saliency, used = answer.out
+    assert (saliency.name, saliency.on_device) == ("SALIENCY", True)
+    assert used.values.tolist() == [[2], [2]]
+    for (_, inputs, _), step in zip(calls, schedule(np.array([2, 2])).step, strict=True):
+        assert {t.name for t in graphs.conditioning(DEMO)} < set(inputs)
+        assert inputs["STEP"].values.tolist() == step.tolist()
+    assert not calls[0][1]["S_T"].on_device  # the noise
+    assert calls[1][1]["S_T"].on_device  # what the first call gave, where it is
+
+
+def test_adaptive_steps_are_fetched_by_host(calls) -> None:
+    answer = run([0, 4], [3, 9])
+    assert [model for model, *_ in calls] == ["host"] + 4 * ["denoiser"]
+    assert calls[0][2] == ["ON_HOST"]
+    assert answer.out[1].values.tolist() == [[3], [4]]
+    assert run([0], [13]).error.startswith("ADAPTIVE_STEPS is out of range")
+
+
+@pytest.mark.parametrize("name", ["SEED", "STEPS"])
+def test_settings_on_a_gpu_are_an_error_of_their_request(calls, name: str) -> None:
+    assert run([4], [4], **{name: True}).error == f"{name} lies on a GPU: send it from the host's memory"
+    assert not calls
+
+
+def test_the_double_bars_what_triton_bars() -> None:
+    with pytest.raises(AssertionError, match="stored in GPU"):
+        Tensor("X", np.zeros(1), True).as_numpy()

@@ -1,0 +1,192 @@
+"""The repository for a GPU: its configurations by Triton's own schema, and its Python and ensemble parts in the real
+server, with ONNX Runtime in the place of each TensorRT plan."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from google.protobuf import text_format
+from triton_serving import FREE_PORTS, clips
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
+
+from mubic_deploy import graphs
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import DEMO
+from mubic_deploy.engines.tensorrt import Plans
+from mubic_deploy.errors import UserError
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.sources import source_dir
+from mubic_deploy.triton.client import TritonPredictor
+from mubic_deploy.triton.parameters import OnnxSettings
+from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository
+from mubic_deploy.triton.server import TritonServer
+
+GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser")
+
+
+@pytest.fixture(scope="module")
+def plans(toy_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Plans:
+    """Plans by name only; the toy graphs are FP32."""
+    folder = tmp_path_factory.mktemp("plans")
+    for name in GRAPHS:
+        (folder / f"{name}.plan").write_bytes(name.encode())
+    manifest = {
+        "precision": "float32",
+        "profile": {"min": 1, "best": 1, "max": 6},
+        "plans": {name: {"file": f"{name}.plan"} for name in GRAPHS},
+        "source": toy_artifacts.manifest["source"],
+    }
+    return Plans(folder, toy_artifacts.config, manifest)
+
+
+@pytest.fixture(scope="module")
+def written(plans: Plans, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gpu") / "repository"
+    write_gpu_repository(plans, out)
+    return out
+
+
+def read(repository: Path, name: str) -> ModelConfig:
+    return text_format.Parse((repository / name / "config.pbtxt").read_text(), ModelConfig())
+
+
+# ---- the configurations
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_each_plan_is_a_model(written: Path, name: str) -> None:
+    model = read(written, name)
+    assert (model.platform, model.max_batch_size) == ("tensorrt_plan", 6)
+    assert (written / name / "1" / "model.plan").read_bytes() == name.encode()
+    assert [(g.kind, g.count) for g in model.instance_group] == [(ModelInstanceGroup.KIND_GPU, 1)]
+    assert list(model.dynamic_batching.preferred_batch_size) == [2, 4]
+    assert model.dynamic_batching.max_queue_delay_microseconds == 100
+    assert model.optimization.cuda.graphs
+    assert [g.batch_size for g in model.optimization.cuda.graph_spec] == [1, 2, 4]
+    signature = graphs.signatures(DEMO)[name]
+    assert [t.name for t in model.input] == signature.input_names
+    assert [t.name for t in model.output] == signature.output_names
+    assert [w.batch_size for w in model.model_warmup] == [1, 2, 4]
+    for warm_up in model.model_warmup:
+        for tensor in signature.inputs:
+            given = warm_up.inputs[tensor.name]
+            assert tuple(given.dims) == tensor.shape
+            assert given.WhichOneof("input_data_type") == ("zero_data" if tensor.name == "STEP" else "random_data")
+
+
+def test_the_loop_takes_tensors_where_they_are(written: Path) -> None:
+    ddim = read(written, "ddim")
+    assert ddim.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
+    assert "ONNX" not in ddim.parameters  # it calls the denoiser
+    assert ddim.instance_group[0].count == 4
+    assert "FORCE_CPU_ONLY_INPUT_TENSORS" not in read(written, "host").parameters
+
+
+def test_settings(plans: Plans, tmp_path: Path) -> None:
+    settings = GpuSettings(instances=2, loops=7, queue_delay_us=0, cuda_graphs=False, warm_up=False)
+    write_gpu_repository(plans, tmp_path / "r", settings)
+    fusion = read(tmp_path / "r", "fusion")
+    assert fusion.instance_group[0].count == 2
+    assert fusion.HasField("dynamic_batching")
+    assert fusion.dynamic_batching.max_queue_delay_microseconds == 0
+    assert not fusion.optimization.cuda.graphs
+    assert not fusion.model_warmup
+    assert read(tmp_path / "r", "ddim").instance_group[0].count == 7
+    for wrong in (
+        lambda: GpuSettings(instances=0),
+        lambda: GpuSettings(loops=0),
+        lambda: GpuSettings(queue_delay_us=-1),
+    ):
+        with pytest.raises(UserError, match="out of range"):
+            wrong()
+
+
+def test_half_precision_travels_between_the_plans(plans: Plans, tmp_path: Path) -> None:
+    halves = Plans(plans.path, plans.config, {**plans.manifest, "precision": "float16"})
+    write_gpu_repository(halves, tmp_path / "r")
+    kinds = {t.name: DataType.Name(t.data_type) for t in read(tmp_path / "r", "denoiser").input}
+    assert kinds["CONTEXT1"] == kinds["KEYS4"] == "TYPE_FP16"
+    assert kinds["S_T"] == kinds["ALPHA_NOW"] == "TYPE_FP32"
+    assert {DataType.Name(t.data_type) for t in read(tmp_path / "r", "mubic").output} == {"TYPE_FP32", "TYPE_INT32"}
+
+
+def test_every_tensor_of_the_ensemble_has_one_maker(written: Path) -> None:
+    ensemble = read(written, "mubic")
+    known = {t.name for t in ensemble.input}
+    for step in ensemble.ensemble_scheduling.step:
+        model = read(written, step.model_name)
+        assert set(step.input_map) == {t.name for t in model.input}
+        assert set(step.output_map) <= {t.name for t in model.output}
+        assert set(step.input_map.values()) <= known
+        assert not set(step.output_map.values()) & known
+        known |= set(step.output_map.values())
+    assert {t.name for t in ensemble.output} <= known
+
+
+def test_the_command(run, toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    ran = run("repository", toy_artifacts.path, "--out", tmp_path / "cpu", "--instances", 2)
+    assert ran.code == 0
+    assert read(tmp_path / "cpu", "fusion").instance_group[0].count == 2
+    ran = run("repository", toy_artifacts.path, "--engine", "tensorrt", "--out", tmp_path / "gpu")
+    assert ran.code == 2
+    assert "holds no engines.json" in ran.err
+    assert not (tmp_path / "gpu").exists()
+
+
+# ---- in the real server
+
+
+@pytest.fixture(scope="module")
+def server(written: Path, toy_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """The repository as it was written, but for the plans: a CPU stand-in of the same signature each."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(written, folder / "repository")
+    for name in GRAPHS:
+        model = read(folder / "repository", name)
+        file = toy_artifacts.graph(name).resolve()
+        stand_in = OnnxSettings(file, toy_artifacts.manifest["graphs"][name]["sha256"], "float32", 1)
+        model.platform, model.backend, model.default_model_filename = "", "python", ""
+        model.ClearField("optimization")
+        model.instance_group[0].kind = ModelInstanceGroup.KIND_CPU
+        for key, value in stand_in.to_strings().items():
+            model.parameters[key].string_value = value
+        version = folder / "repository" / name / "1"
+        (version / "model.plan").unlink()
+        shutil.copyfile(source_dir("triton_models") / name / "1" / "model.py", version / "model.py")
+        (version.parent / "config.pbtxt").write_text(text_format.MessageToString(model))
+    with TritonServer(folder / "repository", log=folder / "triton.log", **FREE_PORTS) as running:
+        yield running
+
+
+@pytest.mark.parametrize("steps", [1, 4, 0])
+def test_the_chain_is_the_pipelines(server: TritonServer, toy_pipeline: Pipeline, steps: int) -> None:
+    video, audio = clips(DEMO, 3)
+    expected, expected_used = toy_pipeline.predict(video, audio, np.arange(3), steps)
+    with TritonPredictor(server.url) as remote:
+        got, used = remote.predict(video, audio, np.arange(3), steps)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert used.tolist() == expected_used.tolist()
+
+
+def test_clips_at_different_steps_go_side_by_side(server: TritonServer, toy_pipeline: Pipeline) -> None:
+    video, audio = clips(DEMO, 6)
+    steps = np.array([1, 12, 4, 0, 2, 8])
+    expected, _ = toy_pipeline.predict(video, audio, np.arange(6), steps)
+    with TritonPredictor(server.url) as remote:
+        futures = [remote.predict_async(video[i : i + 1], audio[i : i + 1], i, int(steps[i])) for i in range(6)]
+        got = np.concatenate([future.result()[0] for future in futures])
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_host_hands_on_what_it_gets(server: TritonServer) -> None:
+    values = np.array([[3], [12]], np.int32)
+    given = triton.InferInput("ADAPTIVE_STEPS", values.shape, "INT32")
+    given.set_data_from_numpy(values)
+    client = triton.InferenceServerClient(server.url)
+    assert client.infer("host", [given]).as_numpy("ON_HOST").tolist() == values.tolist()
+    client.close()
