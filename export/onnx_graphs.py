@@ -59,9 +59,10 @@ def trace(module: torch.nn.Module, signature: Signature, path: Path) -> None:
             output_names=signature.output_names,
             dynamic_shapes=shapes,
             verbose=False,
+            optimize=False,  # once is enough, below
         )
     assert program is not None
-    # again, without the limits that keep large tables from being folded: they are weights
+    # without the limits that keep large tables from being folded: they are weights
     optimizer.optimize(program.model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     ask_the_converted(program.model)
     program.save(path, external_data=False)

@@ -329,7 +329,11 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
             "objects.pth",
             "holds Python objects, which could run code: if you trust it, save its state_dict alone and name that file",
         ),
-        ("other.pth", "holds none of the tensors expected: name a file of torchvggish VGGish (features.0.weight)"),
+        (
+            "other.pth",
+            "holds none of the tensors expected: name a file of torchvggish VGGish (features.0.weight), "
+            "MUBiC audio encoder (audio_encoder.vggish.0.weight)",
+        ),
     ):
         assert_refused(load_vggish, model, tmp_path / name, message)
     assert_refused(
