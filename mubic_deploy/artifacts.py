@@ -4,8 +4,10 @@ The manifest is written last, so a folder without one is not finished. Opening c
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,61 @@ def describe(signature: Signature) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """A folder of one file a graph under a manifest.
+
+    manifest  the manifest's name
+    format    of the manifest; a reader refuses another
+    files     its entry for the files, by graph: file, sha256, signature
+    needs     other entries that are read later, each a path of keys
+    again     what to do where something is wrong"""
+
+    manifest: str
+    format: int
+    files: str
+    needs: tuple[tuple[str, ...], ...]
+    again: str
+
+    def read(self, path: Path) -> tuple[Config, dict[str, Any]]:
+        """The configuration and the manifest. UserError if the folder is none of these, unfinished, of another version,
+        or if a file is missing or not the one that the manifest means."""
+        file = path / self.manifest
+        try:
+            manifest = json.loads(file.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{path} holds no {self.manifest}: {self.again}") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({error}): {self.again}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != self.format:
+            raise UserError(f"{file} is not of format {self.format}: {self.again}")
+        try:
+            config = Config.from_json(manifest["config"])
+            for keys in self.needs:
+                functools.reduce(operator.getitem, keys, manifest)
+            if manifest["precision"] not in PRECISIONS:
+                raise UserError(f"{path}: the precision {manifest['precision']!r} is not known: {self.again}")
+            for name, signature in signatures(config, manifest["precision"]).items():
+                self._check(path, name, manifest[self.files][name], signature)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{file} lacks {error}: {self.again}") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be used ({error}): {self.again}") from None
+        return config, manifest
+
+    def _check(self, path: Path, name: str, entry: dict[str, Any], signature: Signature) -> None:
+        if entry["signature"] != describe(signature):
+            raise UserError(f"{path}: the signature of {name} is not this version's: {self.again}")
+        file = path / entry["file"]
+        if not file.is_file():
+            raise UserError(f"{file} is missing: {self.again}")
+        if sha256(file) != entry["sha256"]:
+            raise UserError(f"{file} is not the file that the manifest means (SHA-256 differs): {self.again}")
+
+
+LAYOUT = Layout(MANIFEST, FORMAT, "graphs", (("source", "seed"), ("parity",)), "make it with mubic-deploy export")
+
+
+@dataclass(frozen=True)
 class Artifacts:
     """Exported graphs that were found whole."""
 
@@ -51,33 +108,6 @@ class Artifacts:
 
     @classmethod
     def open(cls, path: Path) -> Artifacts:
-        """The artefacts in `path`. UserError if it is no such folder, unfinished, of another version, or if a file
-        is missing or not the one that was exported."""
-        path = Path(path)
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path} holds no {MANIFEST}: make it with mubic-deploy export") from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path / MANIFEST} cannot be read ({error}): export again") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path / MANIFEST} is not of format {FORMAT}: export again with this version")
-        try:
-            config = Config.from_json(manifest["config"])
-            manifest["source"]["seed"], manifest["parity"]  # read later
-            if manifest["precision"] not in PRECISIONS:
-                raise UserError(f"{path}: the precision {manifest['precision']!r} is not known: export again")
-            for name, signature in signatures(config, manifest["precision"]).items():
-                entry = manifest["graphs"][name]
-                if entry["signature"] != describe(signature):
-                    raise UserError(f"{path}: the signature of {name} is not this version's: export again")
-                file = path / entry["file"]
-                if not file.is_file():
-                    raise UserError(f"{file} is missing: export again")
-                if sha256(file) != entry["sha256"]:
-                    raise UserError(f"{file} is not the file that was exported (SHA-256 differs): export again")
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path / MANIFEST} lacks {error}: export again") from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} cannot be used ({error}): export again") from None
-        return cls(path, config, manifest)
+        """The artefacts in `path`. UserError as for `Layout.read`."""
+        config, manifest = LAYOUT.read(Path(path))
+        return cls(Path(path), config, manifest)

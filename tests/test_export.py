@@ -192,7 +192,7 @@ def damage(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("edited", r"fusion\.onnx is not the file that was exported"),
+        ("edited", r"fusion\.onnx is not the file that the manifest means"),
         ("missing", r"denoiser\.onnx is missing"),
         ("unfinished", r"holds no manifest\.json"),
         ("no json", "cannot be read"),

@@ -227,5 +227,5 @@ def test_half_precision_is_served(half_artifacts: Artifacts, tmp_path: Path) -> 
 
 def test_an_unknown_precision_is_refused(half_artifacts: Artifacts, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text((half_artifacts.path / MANIFEST).read_text().replace('"float16"', '"float8"'))
-    with pytest.raises(UserError, match="the precision 'float8' is not known: export again"):
+    with pytest.raises(UserError, match="the precision 'float8' is not known: make it with mubic-deploy export"):
         Artifacts.open(tmp_path)

@@ -290,7 +290,7 @@ def test_damaged_folders_are_named(plans: Plans, half_artifacts: Artifacts) -> N
     plan = plans.plan("fusion")
     content = plan.read_bytes()
     plan.write_bytes(content + b"x")
-    refused(r"fusion.plan is not the file that was built")
+    refused(r"fusion.plan is not the file that the manifest means")
     plan.unlink()
     refused(r"fusion.plan is missing")
     plan.write_bytes(content)

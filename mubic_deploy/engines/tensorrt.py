@@ -5,7 +5,6 @@ read before TensorRT sees a plan."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mubic_deploy.artifacts import describe, sha256
+from mubic_deploy.artifacts import Layout
 from mubic_deploy.config import Config
 from mubic_deploy.engines import Arrays, Engine, cuda
 from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts
@@ -23,6 +22,15 @@ from mubic_deploy.graphs import Signature, signatures
 MANIFEST = "engines.json"
 FORMAT = 1
 AGAIN = "build it here with mubic-deploy engines"
+NEEDS = (
+    ("profile", "max"),
+    ("tensorrt",),
+    ("version_compatible",),
+    ("gpu", "name"),
+    ("gpu", "compute_capability"),
+    ("source", "seed"),
+)
+LAYOUT = Layout(MANIFEST, FORMAT, "plans", NEEDS, AGAIN)
 
 
 def import_tensorrt() -> Any:
@@ -81,33 +89,9 @@ class Plans:
 
     @classmethod
     def open(cls, path: Path) -> Plans:
-        """UserError if `path` holds no finished plans, or one is not the file that was built."""
-        path = Path(path)
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path} holds no {MANIFEST}: {AGAIN}") from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path / MANIFEST} cannot be read ({error}): {AGAIN}") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path / MANIFEST} is not of format {FORMAT}: {AGAIN}")
-        try:
-            config = Config.from_json(manifest["config"])
-            for name, signature in signatures(config, manifest["precision"]).items():
-                if manifest["plans"][name]["signature"] != describe(signature):
-                    raise UserError(f"{path}: the signature of {name} is not this version's: export and {AGAIN}")
-                file = path / manifest["plans"][name]["file"]
-                if not file.is_file():
-                    raise UserError(f"{file} is missing: {AGAIN}")
-                if sha256(file) != manifest["plans"][name]["sha256"]:
-                    raise UserError(f"{file} is not the file that was built (SHA-256 differs): {AGAIN}")
-            manifest["profile"]["max"], manifest["tensorrt"], manifest["version_compatible"]  # read later
-            manifest["gpu"]["name"], manifest["gpu"]["compute_capability"], manifest["source"]["seed"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path / MANIFEST} lacks {error}: {AGAIN}") from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} cannot be used ({error}): {AGAIN}") from None
-        return cls(path, config, manifest)
+        """The plans in `path`. UserError as for `artifacts.Layout.read`."""
+        config, manifest = LAYOUT.read(Path(path))
+        return cls(Path(path), config, manifest)
 
     def require(self, facts: Facts, version: str) -> None:
         """UserError if the plans were built for another kind of GPU or another TensorRT than these."""
