@@ -34,7 +34,7 @@ import numpy as np
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import get_config
-from mubic_deploy.engines import onnxruntime
+from mubic_deploy.engines import Arrays, onnxruntime
 from mubic_deploy.parity import compare, random_clip
 from mubic_deploy.pipeline import Pipeline, request, sample
 
@@ -105,7 +105,7 @@ def visual(rounds: int) -> dict[str, Any]:
     return {
         "times": summary(times),
         "onnxruntime_over_torchvision": median(times["onnxruntime"]) / median(times["eager_torchvision"]),
-        "largest_difference": {n: float(np.abs(expected[n] - got[n]).max()) for n in expected},
+        "largest_difference": {n: float(np.abs(np.asarray(expected[n]) - np.asarray(got[n])).max()) for n in expected},
     }
 
 
@@ -135,7 +135,7 @@ def steps(rounds: int) -> dict[str, Any]:
     denoiser = engines["denoiser"]
     calls: list[float] = []
 
-    def timed(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def timed(inputs: Arrays) -> Arrays:
         began = time.perf_counter()
         outputs = denoiser(inputs)
         calls.append(time.perf_counter() - began)

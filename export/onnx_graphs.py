@@ -26,8 +26,8 @@ from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.engines import eager, onnxruntime
 from mubic_deploy.errors import UserError
-from mubic_deploy.folders import replacing
-from mubic_deploy.graphs import FLOAT32, Signature, signatures
+from mubic_deploy.folders import replacing, require_replaceable
+from mubic_deploy.graphs import FLOAT32, SAMPLER, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC, empty_inputs
 from mubic_deploy.model.precision import half, recorded, require_small
 from mubic_deploy.parity import CLIPS, Parity, compare
@@ -46,8 +46,8 @@ def trace(module: torch.nn.Module, signature: Signature, path: Path) -> None:
     inputs = empty_inputs(signature, batch=2)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes: Any = tuple({0: batch} for _ in inputs)
-    if signature.name == "denoiser":
-        shapes = (shapes,)  # its forward takes *inputs
+    if signature.name in ("denoiser", SAMPLER):
+        shapes = (shapes,)  # their forward takes *inputs
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -79,27 +79,36 @@ def ask_the_converted(model: ir.Model) -> None:
 
 
 def export(
-    model: MUBiC, source: Source, out: Path, progress: Progress = lambda *_: None, precision: str = FLOAT32
+    model: MUBiC,
+    source: Source,
+    out: Path,
+    progress: Progress = lambda *_: None,
+    precision: str = FLOAT32,
+    fixed_steps: int | None = None,
 ) -> tuple[Artifacts, Parity]:
     """All graphs of `model` and the manifest into `out`, which may hold an earlier export (it is replaced).
 
-    precision: float32, or float16 under the policy of `mubic_deploy.model.precision`. UserError if `out` is something
-    else, cannot be written, a graph differs from eager PyTorch in FP32, or an activation is too large for FP16."""
+    precision: float32, or float16 under the policy of `mubic_deploy.model.precision`. fixed_steps: also the sampler,
+    the loop of so many steps as one graph. UserError if `out` is something else, cannot be written, a graph differs
+    from eager PyTorch in FP32, or an activation is too large for FP16."""
     out = Path(out)
+    if fixed_steps is not None:
+        model.config.check_fixed_steps(fixed_steps)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} exists and is not an earlier export: choose another --out")
+        require_replaceable(out, MANIFEST, "is not an earlier export")
         with replacing(out) as folder:
-            parity = _export_into(folder, model, source, progress, precision)
+            parity = _export_into(folder, model, source, progress, precision, fixed_steps)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
     return Artifacts.open(out), parity
 
 
-def _export_into(folder: Path, model: MUBiC, source: Source, progress: Progress, precision: str) -> Parity:
+def _export_into(
+    folder: Path, model: MUBiC, source: Source, progress: Progress, precision: str, fixed_steps: int | None
+) -> Parity:
     model.eval()
-    graphs = signatures(model.config, precision)
+    graphs = signatures(model.config, precision, sampler=fixed_steps is not None)
     exported = model if precision == FLOAT32 else half(model)
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
@@ -109,13 +118,14 @@ def _export_into(folder: Path, model: MUBiC, source: Source, progress: Progress,
         "config": model.config.to_json(),
         "opset": OPSET,
         "precision": precision,
+        "fixed_steps": fixed_steps,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "graphs": {},
     }
     for done, (name, signature) in enumerate(graphs.items()):
         progress(f"tracing {name}", done, total)
         path = folder / f"{name}.onnx"
-        trace(exported.graph(name), signature, path)
+        trace(exported.graph(name, fixed_steps), signature, path)
         manifest["graphs"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
 
     candidate = {n: onnxruntime.OnnxRuntimeEngine(folder / f"{n}.onnx", s) for n, s in graphs.items()}
@@ -129,7 +139,11 @@ def _export_into(folder: Path, model: MUBiC, source: Source, progress: Progress,
     progress("checking against eager PyTorch", done, total)
     with recorded(model) as activations:
         parity = compare(
-            model.config, eager.load_engines(model), dict(candidate), progress=checked, precision=precision
+            model.config,
+            eager.load_engines(model, fixed_steps=fixed_steps),
+            dict(candidate),
+            progress=checked,
+            precision=precision,
         )
     if precision != FLOAT32:
         require_small(activations)

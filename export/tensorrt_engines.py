@@ -22,8 +22,8 @@ from mubic_deploy.engines import cuda, onnxruntime
 from mubic_deploy.engines.cuda import GPU
 from mubic_deploy.engines.tensorrt import FORMAT, MANIFEST, Plans, created, import_tensorrt, load_engines, logger
 from mubic_deploy.errors import UserError
-from mubic_deploy.folders import replacing
-from mubic_deploy.graphs import Signature, signatures
+from mubic_deploy.folders import replacing, require_replaceable
+from mubic_deploy.graphs import Signature
 from mubic_deploy.parity import CLIPS, compare
 
 OLDEST = (10, 12)
@@ -70,8 +70,7 @@ def build(
     _require_writable(options.timing_cache)
     out = Path(out)
     try:
-        if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} exists and holds no earlier engines: choose another --out")
+        require_replaceable(out, MANIFEST, "holds no earlier engines")
         with replacing(out) as folder:
             _build_into(folder, trt, gpu, artifacts, options, progress, cuda_graphs)
     except OSError as error:
@@ -88,7 +87,7 @@ def _build_into(
     progress: Progress,
     cuda_graphs: bool,
 ) -> None:
-    graphs = signatures(artifacts.config, artifacts.precision)
+    graphs = artifacts.signatures
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -96,6 +95,7 @@ def _build_into(
         "source": artifacts.manifest["source"],
         "config": artifacts.config.to_json(),
         "precision": artifacts.precision,
+        "fixed_steps": artifacts.fixed_steps,
         "tensorrt": trt.__version__,
         "gpu": asdict(gpu.facts),
         "profile": {"min": 1, "best": options.best_batch, "max": options.max_batch},
@@ -108,7 +108,7 @@ def _build_into(
         progress(f"building {name}", done, total)
         path = folder / f"{name}.plan"
         with gpu.active():
-            plan, cache = build_plan(trt, artifacts.graph(name), signature, options, cache)
+            plan, cache = build_plan(trt, artifacts.file(name), signature, options, cache)
         path.write_bytes(plan)
         _write_cache(options.timing_cache, cache)
         onnx = artifacts.manifest["graphs"][name]["sha256"]

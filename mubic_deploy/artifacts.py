@@ -10,14 +10,14 @@ import json
 import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from mubic_deploy.config import PRECISIONS, Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, signatures
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the manifest; a reader refuses another
+FORMAT = 2  # of the manifest; a reader refuses another
 
 
 def sha256(path: Path) -> str:
@@ -68,7 +68,10 @@ class Layout:
                 functools.reduce(operator.getitem, keys, manifest)
             if manifest["precision"] not in PRECISIONS:
                 raise UserError(f"{path}: the precision {manifest['precision']!r} is not known: {self.again}")
-            for name, signature in signatures(config, manifest["precision"]).items():
+            steps = manifest["fixed_steps"]
+            if steps is not None:
+                config.check_fixed_steps(steps)
+            for name, signature in signatures(config, manifest["precision"], sampler=steps is not None).items():
                 self._check(path, name, manifest[self.files][name], signature)
         except (KeyError, TypeError) as error:
             raise UserError(f"{file} lacks {error}: {self.again}") from None
@@ -86,28 +89,48 @@ class Layout:
             raise UserError(f"{file} is not the file that the manifest means (SHA-256 differs): {self.again}")
 
 
-LAYOUT = Layout(MANIFEST, FORMAT, "graphs", (("source", "seed"), ("parity",)), "make it with mubic-deploy export")
-
-
 @dataclass(frozen=True)
-class Artifacts:
-    """Exported graphs that were found whole."""
+class Folder:
+    """Files that were found whole, one for each graph."""
 
     path: Path
     config: Config
     manifest: dict[str, Any]
+
+    LAYOUT: ClassVar[Layout]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """What is in `path`. UserError as for `Layout.read`."""
+        config, manifest = cls.LAYOUT.read(Path(path))
+        return cls(Path(path), config, manifest)
+
+    def file(self, graph: str) -> Path:
+        """The file of a graph."""
+        return self.path / self.manifest[self.LAYOUT.files][graph]["file"]
 
     @property
     def precision(self) -> str:
         """float32 or float16: of the graphs, and of the tensors that flow between them."""
         return self.manifest["precision"]
 
-    def graph(self, name: str) -> Path:
-        """The ONNX file of a graph."""
-        return self.path / self.manifest["graphs"][name]["file"]
+    @property
+    def fixed_steps(self) -> int | None:
+        """Of the sampler, if there is one."""
+        return self.manifest["fixed_steps"]
 
-    @classmethod
-    def open(cls, path: Path) -> Artifacts:
-        """The artefacts in `path`. UserError as for `Layout.read`."""
-        config, manifest = LAYOUT.read(Path(path))
-        return cls(Path(path), config, manifest)
+    @property
+    def source(self) -> dict[str, Any]:
+        """Of the weights, as `checkpoint.Source.to_json` says it."""
+        return self.manifest["source"]
+
+    @property
+    def signatures(self) -> dict[str, Signature]:
+        """Of the graphs that are here."""
+        return signatures(self.config, self.precision, sampler=self.fixed_steps is not None)
+
+
+class Artifacts(Folder):
+    """Exported graphs."""
+
+    LAYOUT = Layout(MANIFEST, FORMAT, "graphs", (("source", "seed"), ("parity",)), "make it with mubic-deploy export")

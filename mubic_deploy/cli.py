@@ -88,9 +88,10 @@ def _engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         default="onnxruntime",
         metavar="E",
-        help="onnxruntime (default), eager, tensorrt (with --artifacts ENGINES) or triton://HOST:PORT",
+        help="onnxruntime (default), onnxruntime-cuda, eager, aotinductor (with --artifacts PACKAGES), tensorrt (with "
+        "--artifacts ENGINES) or triton://HOST:PORT, or triton://HOST:PORT/mubic_fixed for the model of fixed steps",
     )
-    parser.add_argument("--no-cuda-graphs", action="store_true", help="with tensorrt: launch kernel by kernel")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="on a GPU: launch kernel by kernel")
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -212,6 +213,8 @@ def build_parser() -> Parser:
     export.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     export.add_argument("--out", metavar="DIR", type=Path, required=True)
     export.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help=f"default {PRECISIONS[0]}")
+    fixed = "also the loop of N steps as one graph, for the lowest latency"
+    export.add_argument("--fixed-steps", type=positive, metavar="N", help=fixed)
     _weights(export)
     _weights_seed(export)
     _json(export)
@@ -228,6 +231,18 @@ def build_parser() -> Parser:
     engines.add_argument("--no-cuda-graphs", action="store_true", help="launch kernel by kernel when checking")
     engines.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings, kept from build to build")
     _json(engines)
+
+    compiled = commands.add_parser("compile", help="compile a checkpoint with AOTInductor, on the machine that runs it")
+    compiled.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    compiled.add_argument("--out", metavar="DIR", type=Path, required=True)
+    compiled.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    compiled.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help=f"default {PRECISIONS[0]}")
+    compiled.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
+    compiled.add_argument("--fixed-steps", type=positive, metavar="N", help=fixed)
+    compiled.add_argument("--autotune", action="store_true", help="measure all kernels there are to choose from")
+    _weights(compiled)
+    _weights_seed(compiled)
+    _json(compiled)
 
     predict = commands.add_parser("predict", help="a film in, its saliency out")
     predict.add_argument("video", metavar="VIDEO")

@@ -18,13 +18,19 @@ from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import FLOAT32, signatures
+from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.media.outputs import replacing
-from mubic_deploy.pipeline import Pipeline, Predictor
+from mubic_deploy.pipeline import ENGINES, Pipeline, Predictor
 from mubic_deploy.thesis import TABLE_4_3
 
 UNTRAINED = "the weights are random (seed {seed}): the maps show that the machinery runs, not where people look"
 DEMO_SCENE_SEED = 1001  # of the scenes that the shipped checkpoint is evaluated on
+
+CAPTURING = ("tensorrt", "aotinductor", "onnxruntime-cuda")  # engines that can replay CUDA graphs
+BUILT = {
+    "tensorrt": ("plans that were built for this GPU", "mubic-deploy engines"),
+    "aotinductor": ("packages that were compiled for this machine", "mubic-deploy compile"),
+}
 
 screen = Console()
 messages = Console(stderr=True)
@@ -97,7 +103,13 @@ def export(arguments: Namespace) -> int:
     began = time.monotonic()
     with bar("exporting") as progress:
         artifacts = exported.export(
-            arguments.checkpoint, arguments.out, arguments.variant, arguments.seed, progress, arguments.precision
+            arguments.checkpoint,
+            arguments.out,
+            arguments.variant,
+            arguments.seed,
+            progress,
+            arguments.precision,
+            arguments.fixed_steps,
         )
     parity = artifacts.manifest["parity"]
     if arguments.json:
@@ -129,7 +141,7 @@ def parity(arguments: Namespace) -> int:
 
         progress("comparing clips", 0, arguments.clips)
         engines = onnxruntime.load_engines(artifacts)
-        reference = eager.load_engines(model)
+        reference = eager.load_engines(model, fixed_steps=artifacts.fixed_steps)
         precision = artifacts.precision
         result = check.compare(artifacts.config, reference, engines, arguments.clips, clip_done, precision)
     if arguments.json:
@@ -162,6 +174,30 @@ def engines(arguments: Namespace) -> int:
     _parity_table(parity, "TensorRT against ONNX Runtime")
     say(f"built for {plans.manifest['gpu']['name']} in {plans.path} in {seconds:.0f} s")
     say(f"  try it: mubic-deploy predict FILM.mp4 -o OVERLAY.mp4 --engine tensorrt --artifacts {plans.path}")
+    return 0
+
+
+def compile(arguments: Namespace) -> int:
+    """Packages of a checkpoint, for the machine here."""
+    from mubic_deploy import checkpoint
+    from mubic_deploy.sources import load_script, source_dir
+
+    began = time.monotonic()
+    script = load_script(source_dir("export") / "aotinductor_packages.py")
+    options = script.Options(
+        arguments.device, arguments.precision, arguments.max_batch, arguments.fixed_steps, arguments.autotune
+    )
+    with bar("compiling") as progress:
+        progress("loading weights", 0, None)
+        model, source = checkpoint.load(arguments.checkpoint, arguments.variant, arguments.seed)
+        packages = script.build(model, source, arguments.out, options, progress)
+    seconds, parity = time.monotonic() - began, packages.manifest["parity"]
+    if arguments.json:
+        print_json({"out": str(packages.path), "seconds": seconds, "parity": parity})
+        return 0
+    _parity_table(parity, "AOTInductor against eager PyTorch")
+    say(f"compiled for this {arguments.device} in {packages.path} in {seconds:.0f} s")
+    say(f"  try it: mubic-deploy predict FILM.mp4 -o OVERLAY.mp4 --engine aotinductor --artifacts {packages.path}")
     return 0
 
 
@@ -202,8 +238,10 @@ def _artifacts(arguments: Namespace, seed: int = 0) -> Artifacts:
 def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
     """What predicts, by --engine, and what there is to say about it."""
     engine = arguments.engine
-    if arguments.no_cuda_graphs and engine != "tensorrt":
-        raise UserError("--no-cuda-graphs is for --engine tensorrt: leave it out")
+    if engine not in ENGINES and not engine.startswith("triton://"):
+        raise UserError(f"unknown engine {engine!r}: use {', '.join(ENGINES)} or triton://HOST:PORT")
+    if arguments.no_cuda_graphs and engine not in CAPTURING:
+        raise UserError(f"--no-cuda-graphs is for --engine {', '.join(CAPTURING)}: leave it out")
     if engine.startswith("triton://"):
         if arguments.checkpoint or arguments.artifacts or arguments.variant:
             raise UserError("a Triton server has its own graphs: leave out --checkpoint, --artifacts and --variant")
@@ -211,33 +249,22 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
 
         with TritonPredictor(engine) as remote:
             yield remote, _untrained(remote.source["seed"])
-    elif engine == "onnxruntime":
-        from mubic_deploy.engines import onnxruntime
-
-        artifacts = _artifacts(arguments)
-        warnings = _untrained(artifacts.manifest["source"]["seed"])
-        yield Pipeline(artifacts.config, onnxruntime.load_engines(artifacts)), warnings
-    elif engine == "tensorrt":
-        if arguments.artifacts is None or arguments.checkpoint or arguments.variant:
+        return
+    given = arguments.artifacts
+    if engine == "eager" and given is not None:
+        raise UserError("the eager engine runs a checkpoint: give --checkpoint instead of --artifacts")
+    if engine in BUILT:
+        what, command = BUILT[engine]
+        if given is None or arguments.checkpoint or arguments.variant:
             raise UserError(
-                "TensorRT runs engines that were built for this GPU: name their folder with --artifacts, without "
-                "--checkpoint and --variant (build it with mubic-deploy engines)"
+                f"{engine} runs {what}: name their folder with --artifacts, without --checkpoint and --variant "
+                f"(make it with {command})"
             )
-        from mubic_deploy.engines import tensorrt
-
-        plans = tensorrt.Plans.open(arguments.artifacts)
-        engines = tensorrt.load_engines(plans, cuda_graphs=not arguments.no_cuda_graphs)
-        yield Pipeline(plans.config, engines, plans.max_batch), _untrained(plans.manifest["source"]["seed"])
-    elif engine == "eager":
-        if arguments.artifacts:
-            raise UserError("the eager engine runs a checkpoint: give --checkpoint instead of --artifacts")
-        from mubic_deploy import checkpoint
-        from mubic_deploy.engines import eager
-
-        model, source = checkpoint.load(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant)
-        yield Pipeline(model.config, eager.load_engines(model)), _untrained(source.seed)
-    else:
-        raise UserError(f"unknown engine {engine!r}: use onnxruntime, eager, tensorrt or triton://HOST:PORT")
+    elif engine != "eager":
+        given = _artifacts(arguments).path  # with a progress bar, if it must be exported
+    source = given or arguments.checkpoint or DEMO_CHECKPOINT
+    pipeline = Pipeline.open(source, engine, arguments.variant, cuda_graphs=not arguments.no_cuda_graphs)
+    yield pipeline, _untrained(pipeline.source["seed"])
 
 
 def predict(arguments: Namespace) -> int:
@@ -257,7 +284,7 @@ def predict(arguments: Namespace) -> int:
             fit=arguments.fit,
             progress=lambda done, total: progress("predicting frames", done, total),
         )
-        asked = model.config.default_steps if arguments.steps is None else arguments.steps
+        asked = model.default_steps if arguments.steps is None else arguments.steps
     warnings = warnings + result.warnings
     if arguments.json:
         print_json(
@@ -333,7 +360,7 @@ def repository(arguments: Namespace) -> int:
         raise UserError("--loops, --queue-delay, --no-cuda-graphs and --no-warm-up are for --engine tensorrt")
     else:
         artifacts = Artifacts.open(arguments.artifacts)
-        instances = dict.fromkeys(signatures(artifacts.config), arguments.instances)
+        instances = dict.fromkeys(artifacts.signatures, arguments.instances)
         write_repository(artifacts, arguments.out, instances=instances)
     say(f"{arguments.out}: serve it with {served}")
     return 0

@@ -108,6 +108,12 @@ class Config:
             raise UserError(f"steps {steps} is out of range: use 1 to {self.max_steps}, or adaptive")
         return steps
 
+    def check_fixed_steps(self, steps: int) -> int:
+        """`steps` if it is 1..max_steps, else UserError."""
+        if not 1 <= steps <= self.max_steps:
+            raise UserError(f"fixed steps {steps} is out of range: use 1 to {self.max_steps}")
+        return steps
+
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
 

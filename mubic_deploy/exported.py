@@ -25,15 +25,17 @@ def export(
     seed: int = 0,
     progress: Progress = lambda *_: None,
     precision: str = FLOAT32,
+    fixed_steps: int | None = None,
 ) -> Artifacts:
     """Trace the graphs of a checkpoint (see `checkpoint.load`) into `out`, checked against eager PyTorch in FP32.
 
-    precision: float32 or float16."""
+    precision: float32 or float16; fixed_steps: also the sampler of so many steps."""
     from mubic_deploy import checkpoint as checkpoints
 
     progress("loading weights", 0, 1)
     model, source = checkpoints.load(checkpoint, variant, seed)
-    artifacts, _ = load_script(source_dir("export") / "onnx_graphs.py").export(model, source, out, progress, precision)
+    script = load_script(source_dir("export") / "onnx_graphs.py")
+    artifacts, _ = script.export(model, source, out, progress, precision, fixed_steps)
     return artifacts
 
 

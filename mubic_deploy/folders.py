@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mubic_deploy.errors import UserError
+
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
@@ -27,3 +29,9 @@ def replacing(out: Path) -> Iterator[Path]:
             old.rename(out)
         for folder in (fresh, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_replaceable(out: Path, manifest: str, what: str) -> None:
+    """UserError, which says `what` it is not, unless `out` is new, an empty folder, or one of ours by its manifest."""
+    if out.exists() and not (out / manifest).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and {what}: choose another --out")

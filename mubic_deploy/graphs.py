@@ -1,4 +1,4 @@
-"""The signatures of the four graphs: the one source for names, shapes and types of every tensor.
+"""The signatures of the graphs: the one source for names, shapes and types of every tensor.
 
 Export, engines, Triton configurations, clients and checks read them here. A tensor has the same name everywhere.
 Shapes leave out the batch axis, which is the first and the only dynamic one."""
@@ -6,6 +6,7 @@ Shapes leave out the batch axis, which is the first and the only dynamic one."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,21 @@ from mubic_deploy.errors import UserError
 
 FLOAT32 = PRECISIONS[0]
 ENSEMBLE = "mubic"  # the whole chain as one model of Triton
+FIXED_ENSEMBLE = "mubic_fixed"  # the same with the sampler instead of the loop
+SAMPLER = "sampler"
+
+
+class Shaped(Protocol):
+    """NumPy's arrays, and what engines keep on a device."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+ShapedT = TypeVar("ShapedT", bound=Shaped)
 
 
 @dataclass(frozen=True)
@@ -22,9 +38,9 @@ class Tensor:
     dtype: str  # NumPy's name
     shape: tuple[int, ...]  # without the batch axis
 
-    def check(self, array: np.ndarray) -> np.ndarray:
+    def check(self, array: ShapedT) -> ShapedT:
         """`array` if it is [B, *shape] of this dtype, else UserError."""
-        if array.dtype != self.dtype or array.ndim != len(self.shape) + 1 or array.shape[1:] != self.shape:
+        if array.dtype != self.dtype or len(array.shape) != len(self.shape) + 1 or array.shape[1:] != self.shape:
             want = ", ".join(str(n) for n in ("batch", *self.shape))
             raise UserError(
                 f"tensor {self.name} must be {self.dtype} [{want}], not {array.dtype} {list(array.shape)}: "
@@ -82,24 +98,31 @@ def conditioning(c: Config, precision: str = FLOAT32) -> tuple[Tensor, ...]:
     return (*contexts, *keys)
 
 
+def initial_noise(c: Config) -> Tensor:
+    """S_T: the noisy map in [-1, 1]'s scale, at first nothing but noise."""
+    return Tensor("S_T", "float32", (1, *c.map_size))
+
+
 def step_inputs(c: Config) -> tuple[Tensor, ...]:
-    """The noisy map in [-1, 1]'s scale, its step t, and alpha-bar of this step and of the next, per sample."""
+    """The noisy map, its step t, and alpha-bar of this step and of the next, per sample."""
     return (
-        Tensor("S_T", "float32", (1, *c.map_size)),
+        initial_noise(c),
         Tensor("STEP", "int32", (1,)),
         Tensor("ALPHA_NOW", "float32", (1,)),
         Tensor("ALPHA_NEXT", "float32", (1,)),
     )
 
 
+SEED = Tensor("SEED", "int64", (1,))  # keys the noise, >= 0
 ENTROPY = Tensor("ENTROPY", "float32", (1,))  # of f_av_1, in [0, 1]
 ADAPTIVE_STEPS = Tensor("ADAPTIVE_STEPS", "int32", (1,))  # N of section 3.2.6, 1..12
 
 
-def signatures(c: Config, precision: str = FLOAT32) -> dict[str, Signature]:
+def signatures(c: Config, precision: str = FLOAT32, sampler: bool = False) -> dict[str, Signature]:
     """The graphs of a configuration by name, in the order they run. `visual_only` has no audio_encoder.
 
-    precision: of what flows between the graphs; what people see (pictures, sound, maps) and the loop's S_T stay."""
+    precision: of what flows between the graphs; what people see (pictures, sound, maps) and the loop's S_T stay.
+    sampler: with the graph that stands for the denoiser and its loop where the number of steps is fixed."""
     features, cond = visual_features(c, precision), conditioning(c, precision)
     encoded = (*features, audio_features(c, precision)) if c.has_audio else features
     saliency = Tensor("S_0", "float32", (1, *c.map_size))  # in [0, 1]
@@ -113,7 +136,14 @@ def signatures(c: Config, precision: str = FLOAT32) -> dict[str, Signature]:
             (saliency, Tensor("S_NEXT", "float32", (1, *c.map_size))),
         ),
     ]
+    if sampler:
+        graphs.append(Signature(SAMPLER, (*cond, initial_noise(c)), (saliency_map(c),)))
     return {g.name: g for g in graphs if c.has_audio or g.name != "audio_encoder"}
+
+
+def noise(c: Config) -> Signature:
+    """A model of Triton's that draws the sampler's noise."""
+    return Signature("noise", (SEED,), (initial_noise(c),))
 
 
 def ddim(c: Config, precision: str = FLOAT32) -> Signature:
@@ -126,17 +156,31 @@ def host() -> Signature:
     return Signature("host", (ADAPTIVE_STEPS,), (Tensor("ON_HOST", ADAPTIVE_STEPS.dtype, ADAPTIVE_STEPS.shape),))
 
 
+def media(c: Config) -> tuple[Tensor, ...]:
+    """What a clip is: VIDEO, and AUDIO unless the variant is deaf."""
+    return (video(c), audio()) if c.has_audio else (video(c),)
+
+
 def pipeline(c: Config) -> Signature:
     """The whole chain, in process and as Triton's ensemble."""
-    media = (video(c), audio()) if c.has_audio else (video(c),)
-    return Signature(ENSEMBLE, (*media, *settings()), results(c))
+    return Signature(ENSEMBLE, (*media(c), *settings()), results(c))
+
+
+def fixed_pipeline(c: Config) -> Signature:
+    """The chain with the sampler, as Triton's ensemble: the number of steps is the sampler's."""
+    return Signature(FIXED_ENSEMBLE, (*media(c), SEED), (saliency_map(c),))
 
 
 def settings() -> tuple[Tensor, ...]:
-    """SEED keys the noise (>= 0); STEPS is N, or 0 for adaptive N."""
-    return Tensor("SEED", "int64", (1,)), Tensor("STEPS", "int32", (1,))
+    """SEED; STEPS is N, or 0 for adaptive N."""
+    return SEED, Tensor("STEPS", "int32", (1,))
+
+
+def saliency_map(c: Config) -> Tensor:
+    """The map in [0, 1] for the clip's middle frame."""
+    return Tensor("SALIENCY", "float32", c.map_size)
 
 
 def results(c: Config) -> tuple[Tensor, ...]:
-    """The map in [0, 1] for the clip's middle frame, and how many steps made it."""
-    return Tensor("SALIENCY", "float32", c.map_size), Tensor("STEPS_USED", "int32", (1,))
+    """The map, and how many steps made it."""
+    return saliency_map(c), Tensor("STEPS_USED", "int32", (1,))

@@ -10,7 +10,7 @@ import numpy as np
 
 from mubic_deploy import graphs
 from mubic_deploy.config import Config
-from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.engines import Array, Engine, HostArrays
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.metrics import cc
@@ -83,7 +83,7 @@ class Parity:
         )
 
 
-def random_clip(config: Config, seed: int, batch: int = 1) -> Arrays:
+def random_clip(config: Config, seed: int, batch: int = 1) -> HostArrays:
     """VIDEO and AUDIO of uniform noise, seeded, as `graphs.pipeline` says."""
     rng = np.random.default_rng(seed)
     video, audio = graphs.video(config), graphs.audio()
@@ -103,19 +103,21 @@ def compare(
     batch: int = 1,
 ) -> Parity:
     """Each graph on the reference's own intermediate tensors, and the final map of the whole chain, for `clips` batches
-    of random clips. precision: of the candidate. `progress` is called after each batch."""
+    of random clips. precision: of the candidate. `progress` is called after each batch. The sampler is compared if the
+    candidate has one, and the chain with its loop."""
     result = Parity(clips=clips, precision=precision)
     for seed in range(clips):
         clip = random_clip(config, seed, batch)
-        tensors = dict(clip)
+        tensors: dict[str, Array] = {**clip}
         rng = np.random.default_rng(seed)
         tensors["S_T"] = rng.standard_normal((batch, 1, *config.map_size), np.float32)
         tensors["STEP"] = np.full((batch, 1), rng.integers(0, 1000), np.int32)
         tensors["ALPHA_NOW"] = rng.uniform(0.01, 0.5, (batch, 1)).astype(np.float32)
         tensors["ALPHA_NEXT"] = rng.uniform(0.5, 1, (batch, 1)).astype(np.float32)
-        for name, signature in graphs.signatures(config, precision).items():
-            given = {t.name: tensors[t.name].astype(t.dtype) for t in signature.inputs}
-            expected, got = reference[name](tensors), candidate[name](given)
+        for name, signature in graphs.signatures(config, precision, sampler=graphs.SAMPLER in candidate).items():
+            given = {t.name: np.asarray(tensors[t.name]).astype(t.dtype) for t in signature.inputs}
+            expected = {key: np.asarray(array) for key, array in reference[name](tensors).items()}
+            got = {key: np.asarray(array) for key, array in candidate[name](given).items()}
             worst = result.graphs.setdefault(name, {})
             for tensor in signature.output_names:
                 difference = np.abs(expected[tensor].astype(np.float64) - got[tensor]).max()

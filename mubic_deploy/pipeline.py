@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
 from mubic_deploy import graphs
+from mubic_deploy.artifacts import Artifacts, Folder
 from mubic_deploy.config import DEMO_CHECKPOINT, Config
 from mubic_deploy.diffusion import noise, schedule
-from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.engines import Arrays, Engine, HostArrays
 from mubic_deploy.errors import UserError
+
+ENGINES = ("onnxruntime", "onnxruntime-cuda", "eager", "aotinductor", "tensorrt")
 
 
 class Predictor(Protocol):
     """Anything that turns clips into maps: the pipeline here, or a Triton server far away."""
 
     config: Config
+    default_steps: int  # what steps = None stands for
 
     def predict(
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
@@ -27,14 +33,14 @@ class Predictor(Protocol):
 
 
 def request(
-    config: Config, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int, steps: np.ndarray | int | None
-) -> Arrays:
+    config: Config, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int, steps: np.ndarray | int
+) -> HostArrays:
     """The arrays of one call, checked: VIDEO, AUDIO (if the variant hears), SEED and STEPS, all [B, ...]."""
     batch = len(video)
     if batch == 0:
         raise UserError("there is no clip in the batch: give at least one")
-    given = {"SEED": seed, "STEPS": config.default_steps if steps is None else steps}
-    arrays = {"VIDEO": video, "AUDIO": audio}
+    given = {"SEED": seed, "STEPS": steps}
+    arrays: HostArrays = {"VIDEO": video, "AUDIO": audio}
     for tensor in graphs.settings():
         try:
             values = np.broadcast_to(np.asarray(given[tensor.name], tensor.dtype), batch)
@@ -49,26 +55,42 @@ def request(
     return arrays
 
 
-def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> Arrays:
+def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> HostArrays:
     """The DDIM loop. cond: COND and ADAPTIVE_STEPS [B, 1]; seed int64 [B, 1]; steps int32 [B, 1], 0 for adaptive
     -> SALIENCY float32 [B, h, w] and STEPS_USED int32 [B, 1]."""
-    used = np.where(steps > 0, steps, cond["ADAPTIVE_STEPS"]).astype(np.int32)
     inputs = {t.name: cond[t.name] for t in graphs.conditioning(config)}
     inputs["S_T"] = noise(seed[:, 0], config.map_size)
+    used = steps
+    if not (steps > 0).all():  # or a GPU would be waited for
+        used = np.where(steps > 0, steps, np.asarray(cond["ADAPTIVE_STEPS"])).astype(np.int32)
     for step, alpha_now, alpha_next in zip(*schedule(used[:, 0]), strict=True):
         outputs = denoiser({**inputs, "STEP": step, "ALPHA_NOW": alpha_now, "ALPHA_NEXT": alpha_next})
         inputs["S_T"] = outputs["S_NEXT"]
-    return {"SALIENCY": outputs["S_0"][:, 0], "STEPS_USED": used}
+    return {"SALIENCY": np.asarray(outputs["S_0"])[:, 0], "STEPS_USED": used}
 
 
 class Pipeline:
-    """Clips in, saliency maps out. `engines` holds one engine for each graph of `config`; max_batch: clips that they
-    take at once, if there is a limit."""
+    """Clips in, saliency maps out.
 
-    def __init__(self, config: Config, engines: dict[str, Engine], max_batch: int | None = None) -> None:
+    engines      one for each graph of `config`
+    max_batch    clips that they take at once, if there is a limit
+    fixed_steps  of the sampler, if there is one among them: it takes the loop's place where a batch asks for so many
+    source       of the weights, as `checkpoint.Source.to_json` says it"""
+
+    def __init__(
+        self,
+        config: Config,
+        engines: Mapping[str, Engine],
+        max_batch: int | None = None,
+        fixed_steps: int | None = None,
+        source: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.config = config
+        self.default_steps = config.default_steps
         self.engines = engines
         self.max_batch = max_batch
+        self.fixed_steps = fixed_steps
+        self.source = source
 
     @classmethod
     def open(
@@ -77,30 +99,49 @@ class Pipeline:
         engine: str = "onnxruntime",
         variant: str | None = None,
         seed: int = 0,
+        cuda_graphs: bool = True,
     ) -> Pipeline:
-        """The pipeline of a folder of exported graphs or of a checkpoint (see `checkpoint.load`), which is exported
-        first if it was not before. engine: onnxruntime; eager, which takes a checkpoint; tensorrt, which takes a folder
-        of engines. variant and seed: of random weights. UserError for a source or an engine that is none."""
+        """The pipeline of one of ENGINES. source, by engine:
+
+        onnxruntime, onnxruntime-cuda  a folder of exported graphs, or a checkpoint (see `checkpoint.load`), which is
+                                       exported first if it was not before
+        eager                          a checkpoint
+        aotinductor                    a folder of compiled packages
+        tensorrt                       a folder of plans
+
+        variant and seed: of random weights. cuda_graphs: whether a GPU replays a batch size's kernels as one launch.
+        UserError for a source or an engine that is none, or that this machine cannot run."""
+        folder: Folder
         if engine == "eager":
             from mubic_deploy import checkpoint
             from mubic_deploy.engines import eager
 
-            model, _ = checkpoint.load(str(source), variant, seed)
-            return cls(model.config, eager.load_engines(model))
+            model, weights = checkpoint.load(str(source), variant, seed)
+            return cls(model.config, eager.load_engines(model), source=weights.to_json())
         if engine == "tensorrt":
             from mubic_deploy.engines import tensorrt
 
-            plans = tensorrt.Plans.open(Path(source))
-            return cls(plans.config, tensorrt.load_engines(plans), plans.max_batch)
-        if engine != "onnxruntime":
-            raise UserError(f"unknown engine {engine!r}: use onnxruntime, eager or tensorrt")
-        from mubic_deploy import exported
-        from mubic_deploy.artifacts import Artifacts
-        from mubic_deploy.engines import onnxruntime
+            folder = plans = tensorrt.Plans.open(Path(source))
+            engines, max_batch = tensorrt.load_engines(plans, cuda_graphs), plans.max_batch
+        elif engine == "aotinductor":
+            from mubic_deploy.engines import aotinductor
 
-        folder = Path(source).is_dir()
-        artifacts = Artifacts.open(Path(source)) if folder else exported.cached(str(source), variant, seed)
-        return cls(artifacts.config, onnxruntime.load_engines(artifacts))
+            folder = packages = aotinductor.Packages.open(Path(source))
+            engines, max_batch = aotinductor.load_engines(packages, cuda_graphs), packages.max_batch
+        elif engine in ("onnxruntime", "onnxruntime-cuda"):
+            from mubic_deploy import exported
+            from mubic_deploy.engines import onnxruntime
+
+            there = Path(source).is_dir()
+            folder = artifacts = Artifacts.open(Path(source)) if there else exported.cached(str(source), variant, seed)
+            max_batch = None
+            if engine == "onnxruntime":
+                engines = onnxruntime.load_engines(artifacts)
+            else:
+                engines = onnxruntime.load_cuda_engines(artifacts, cuda_graphs)
+        else:
+            raise UserError(f"unknown engine {engine!r}: use {', '.join(ENGINES)}")
+        return cls(folder.config, engines, max_batch, folder.fixed_steps, folder.source)
 
     def predict(
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
@@ -111,13 +152,12 @@ class Pipeline:
 
         The same clip and seed give the same map in every engine. A batch that is larger than the engines take goes in
         parts. UserError for a wrong shape, dtype, seed or step."""
-        arrays = request(self.config, video, audio, seed, steps)
+        arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)
         size = self.max_batch or len(video)
         results = []
         for first in range(0, len(video), size):
             part = {name: array[first : first + size] for name, array in arrays.items()}
-            cond = self.condition(part)
-            results.append(sample(self.config, self.engines["denoiser"], cond, part["SEED"], part["STEPS"]))
+            results.append(self._sampled(self.condition(part), part["SEED"], part["STEPS"]))
         if len(results) == 1:
             return results[0]["SALIENCY"], results[0]["STEPS_USED"]
         return tuple(np.concatenate([part[name] for part in results]) for name in ("SALIENCY", "STEPS_USED"))
@@ -126,5 +166,12 @@ class Pipeline:
         """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip."""
         features = self.engines["visual_encoder"](arrays)
         if self.config.has_audio:
-            features |= self.engines["audio_encoder"](arrays)
+            features = {**features, **self.engines["audio_encoder"](arrays)}
         return self.engines["fusion"](features)
+
+    def _sampled(self, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> HostArrays:
+        """See `sample`."""
+        if self.fixed_steps is None or (steps != self.fixed_steps).any():
+            return sample(self.config, self.engines["denoiser"], cond, seed, steps)
+        outputs = self.engines[graphs.SAMPLER]({**cond, "S_T": noise(seed[:, 0], self.config.map_size)})
+        return {"SALIENCY": np.asarray(outputs["SALIENCY"]), "STEPS_USED": steps}

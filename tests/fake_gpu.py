@@ -41,6 +41,8 @@ class Driver(ModuleType):
         self.recording: list[Callable[[], None]] | None = None
         self.graphs: list[list[Callable[[], None]]] = []
         self.launched: list[str] = []  # "run" and "graph" in the order they happened
+        self.copies: list[tuple[str, int]] = []  # kind and bytes
+        self.waiting: list[Callable[[], None]] = []  # on the stream, until somebody waits for it
         self.refuses_capture = False
         driver = self
 
@@ -77,6 +79,9 @@ class Driver(ModuleType):
 
             def synchronize(self) -> None:
                 assert driver.recording is None, "synchronising inside a capture is an error"
+                for action in driver.waiting:
+                    action()
+                driver.waiting.clear()
 
         self.Device, self.Stream = Device, Stream
 
@@ -106,24 +111,34 @@ class Driver(ModuleType):
         return np.full(shape, 99, dtype)
 
     def do(self, action: Callable[[], None]) -> None:
-        """What an asynchronous call does: at once, or when the graph that is being captured is launched."""
+        """What an asynchronous call does, as late as it may: when the stream is waited for, or after the graph that is
+        being captured was launched. What was overwritten by then is lost, as on a GPU that is slow."""
         self.require_active()
-        if self.recording is not None:
-            self.recording.append(action)
-        else:
-            action()
+        (self.waiting if self.recording is None else self.recording).append(action)
 
     def memcpy_htod_async(self, target: int, source: np.ndarray, stream: Any) -> None:
         assert stream.handle == HANDLE
         assert source.nbytes <= len(self.memory[target])
+        self.copies.append(("to device", source.nbytes))
 
         def copy() -> None:
             self.memory[target][: source.nbytes] = source.tobytes()
 
         self.do(copy)
 
+    def memcpy_dtod_async(self, target: int, source: int, count: int, stream: Any) -> None:
+        assert stream.handle == HANDLE
+        assert count <= min(len(self.memory[target]), len(self.memory[source]))
+        self.copies.append(("on device", count))
+
+        def copy() -> None:
+            self.memory[target][:count] = self.memory[source][:count]
+
+        self.do(copy)
+
     def memcpy_dtoh_async(self, target: np.ndarray, source: int, stream: Any) -> None:
         assert stream.handle == HANDLE
+        self.copies.append(("to host", target.nbytes))
 
         def copy() -> None:
             target[...] = np.frombuffer(self.memory[source][: target.nbytes], target.dtype).reshape(target.shape)
@@ -163,9 +178,8 @@ class Driver(ModuleType):
                 return 0
 
             def cuGraphLaunch(self, executable: Any, stream: Any) -> int:  # noqa: N802
-                driver.launched.append("graph")
-                for action in driver.graphs[executable.value - 1]:
-                    action()
+                driver.waiting.append(lambda: driver.launched.append("graph"))
+                driver.waiting.extend(driver.graphs[executable.value - 1])
                 return 0
 
         return Library()

@@ -1,4 +1,4 @@
-"""A tiny model and its graphs in half precision, exported once a test run."""
+"""A tiny model and its graphs in half precision, with a sampler of two steps, exported once a test run."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def tiny_model() -> MUBiC:
 def half_artifacts(tiny_model: MUBiC, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     out = tmp_path_factory.mktemp("half") / "graphs"
     script = load_script(source_dir("export") / "onnx_graphs.py")
-    return script.export(tiny_model, checkpoint.Source("test", 3), out, precision="float16")[0]
+    return script.export(tiny_model, checkpoint.Source("test", 3), out, precision="float16", fixed_steps=2)[0]

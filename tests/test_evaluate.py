@@ -28,6 +28,7 @@ class Known:
 
     def __init__(self, clips: Clips, answer: Callable[[int, np.ndarray], np.ndarray] = lambda _, target: target):
         self.config: Config = clips.config
+        self.default_steps = 4
         self.maps: dict[bytes, np.ndarray] = {}
         self.calls: list[tuple[int, Any, Any]] = []  # batch, seed, steps
         for i in range(len(clips)):

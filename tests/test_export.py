@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,7 +39,7 @@ def types(graph: onnx.GraphProto, values: list) -> list[tuple]:
 
 @pytest.mark.parametrize("name", ["visual_encoder", "audio_encoder", "fusion", "denoiser"])
 def test_graphs_are_as_their_signatures_say(demo_artifacts: Artifacts, name: str) -> None:
-    model = onnx.load(demo_artifacts.graph(name))
+    model = onnx.load(demo_artifacts.file(name))
     onnx.checker.check_model(model, full_check=True)
     assert next(o.version for o in model.opset_import if o.domain == "") >= 20
     signature = signatures(DEMO)[name]
@@ -52,7 +53,7 @@ def test_graphs_are_as_their_signatures_say(demo_artifacts: Artifacts, name: str
 
 def test_position_tables_are_weights(demo_artifacts: Artifacts) -> None:
     """Nothing that depends on the weights alone is computed in the graph: every node needs an input."""
-    graph = onnx.load(demo_artifacts.graph("visual_encoder")).graph
+    graph = onnx.load(demo_artifacts.file("visual_encoder")).graph
     known = {value.name for value in graph.input}
     for node in graph.node:
         depends = any(name in known for name in node.input)
@@ -107,7 +108,7 @@ def test_every_variant_exports(variant: str, tmp_path: Path) -> None:
     config = replace(get_config("demo", variant), height=64, width=96, audio_patch=(32, 48))
     model = random_model(config)
     reference = eager.load_engines(model)
-    tensors = random_clip(config, 0)
+    tensors: dict[str, Any] = {**random_clip(config, 0)}
     tensors |= {"S_T": np.ones((1, 1, 32, 48), np.float32), "STEP": np.full((1, 1), 499, np.int32)}
     tensors |= {"ALPHA_NOW": np.full((1, 1), 0.5, np.float32), "ALPHA_NEXT": np.full((1, 1), 0.8, np.float32)}
     for name, signature in signatures(config).items():
@@ -123,7 +124,7 @@ def test_a_graph_that_differs_is_not_written(
     demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tracer hands out the graphs of other weights, as a wrong rewrite would."""
-    monkeypatch.setattr(onnx_graphs, "trace", lambda _, s, path: shutil.copy(demo_artifacts.graph(s.name), path))
+    monkeypatch.setattr(onnx_graphs, "trace", lambda _, s, path: shutil.copy(demo_artifacts.file(s.name), path))
     with pytest.raises(UserError, match="the exported graphs differ from eager PyTorch"):
         onnx_graphs.export(random_model(DEMO, 1), checkpoint.Source("test", 1), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -196,7 +197,7 @@ def damage(folder: Path, what: str) -> None:
         ("missing", r"denoiser\.onnx is missing"),
         ("unfinished", r"holds no manifest\.json"),
         ("no json", "cannot be read"),
-        ("other format", "is not of format 1"),
+        ("other format", "is not of format 2"),
         ("no graphs", "lacks 'visual_encoder'"),
         ("no source", "lacks 'source'"),
         ("three scales", "cannot be used"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
+from half_fixtures import TINY
 from torchvision.models.video import mvit
 from torchvision.models.video.mvit import MultiscaleAttention
 
@@ -292,6 +293,35 @@ def test_wrong_settings_are_named(changes, message):
     clip = random_clip(DEMO, 0)
     with pytest.raises(UserError, match=message):
         pipeline.predict(**{"video": clip["VIDEO"], "audio": clip["AUDIO"]} | changes)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_sampler_is_the_loop(steps):
+    model = random_model(TINY, 5)
+    looped = Pipeline(TINY, eager.load_engines(model))
+    engines = eager.load_engines(model, fixed_steps=steps)
+    del engines["denoiser"]  # it takes no part
+    sampled = Pipeline(TINY, engines, fixed_steps=steps)
+    clip = random_clip(TINY, 1, batch=2)
+    expected, _ = looped.predict(clip["VIDEO"], clip["AUDIO"], np.array([4, 9]), steps)
+    saliency, used = sampled.predict(clip["VIDEO"], clip["AUDIO"], np.array([4, 9]), steps)
+    np.testing.assert_allclose(saliency, expected, rtol=0, atol=1e-6)
+    assert used.tolist() == [[steps]] * 2
+    assert "sampler" not in dict(model.named_modules())  # it is no part of the checkpoint
+
+
+def test_other_steps_than_the_samplers_go_through_the_loop():
+    model = random_model(TINY, 5)
+    looped, sampled = (Pipeline(TINY, eager.load_engines(model, fixed_steps=n), fixed_steps=n) for n in (None, 2))
+    clip = random_clip(TINY, 1, batch=2)
+    for steps in (1, np.array([2, 3]), 0):
+        expected, n = looped.predict(clip["VIDEO"], clip["AUDIO"], 0, steps)
+        saliency, m = sampled.predict(clip["VIDEO"], clip["AUDIO"], 0, steps)
+        np.testing.assert_array_equal(saliency, expected)
+        assert n.tolist() == m.tolist()
+    for config, wrong in ((TINY, 13), (TINY, 0), (replace(TINY, variant="no_diffusion"), 2)):
+        with pytest.raises(UserError, match=f"fixed steps {wrong} is out of range: use 1 to"):
+            eager.load_engines(random_model(config), fixed_steps=wrong)
 
 
 def test_random_weights_are_the_seeds_and_leave_the_global_state():

@@ -34,7 +34,7 @@ from mubic_deploy.triton.client import TritonPredictor
 onnx_graphs = load_script(source_dir("export") / "onnx_graphs.py")
 tensorrt_operators = load_script(source_dir("export") / "tensorrt_operators.py")
 
-GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser")
+GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser", "sampler")
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 # products that stay: the log-mel's Fourier and mel filters, the adaptive steps' MLP, the step embedding's
 KEPT = {"audio_encoder": {"Conv": 1, "MatMul": 1}, "fusion": {"Gemm": 2}, "denoiser": {"Gemm": 2}}
@@ -50,7 +50,7 @@ def element_types(graph: onnx.GraphProto) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_products_are_fp16_and_norms_and_softmax_fp32(half_artifacts: Artifacts, name: str) -> None:
-    graph = shape_inference.infer_shapes(onnx.load(half_artifacts.graph(name)), strict_mode=True).graph
+    graph = shape_inference.infer_shapes(onnx.load(half_artifacts.file(name)), strict_mode=True).graph
     types = element_types(graph)
     kept, made = Counter[str](), Counter[str]()
     for node in graph.node:
@@ -70,8 +70,8 @@ def test_products_are_fp16_and_norms_and_softmax_fp32(half_artifacts: Artifacts,
 @pytest.mark.parametrize("batch", [1, 8])
 def test_shapes_and_types_are_the_signatures(half_artifacts: Artifacts, name: str, batch: int) -> None:
     """ONNX's own inference, from the inputs at this batch on."""
-    model = onnx.load(half_artifacts.graph(name))
-    signature = signatures(TINY, "float16")[name]
+    model = onnx.load(half_artifacts.file(name))
+    signature = signatures(TINY, "float16", sampler=True)[name]
     for value in model.graph.input:
         value.type.tensor_type.shape.dim[0].dim_value = batch
     for value in model.graph.output:
@@ -86,7 +86,7 @@ def test_shapes_and_types_are_the_signatures(half_artifacts: Artifacts, name: st
 
 
 def test_what_people_see_stays_fp32() -> None:
-    whole, halves = signatures(TINY), signatures(TINY, "float16")
+    whole, halves = signatures(TINY, sampler=True), signatures(TINY, "float16", sampler=True)
     changed = {
         t.name
         for name in GRAPHS
@@ -94,6 +94,16 @@ def test_what_people_see_stays_fp32() -> None:
         if s.dtype != t.dtype
     }
     assert changed == {"V1", "V2", "V3", "V4", "A", "CONTEXT1", "CONTEXT2", "CONTEXT3", "CONTEXT4", "KEYS4", "VALUES4"}
+
+
+def test_what_depends_on_the_step_alone_is_folded_in_the_sampler(half_artifacts: Artifacts) -> None:
+    """Two steps are not two denoisers: the embedding's MLP and the four modulations are constants."""
+    products = {}
+    for name in ("denoiser", "sampler"):
+        ops = Counter(node.op_type for node in onnx.load(half_artifacts.file(name)).graph.node)
+        products[name] = sum(ops[kind] for kind in ("MatMul", "Gemm"))
+        assert (ops["Sin"] > 0) == (name == "denoiser")
+    assert products["sampler"] == 2 * (products["denoiser"] - 2 - 4)
 
 
 # ---- accuracy
@@ -186,7 +196,7 @@ def test_the_trained_weights_are_far_from_the_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_tensorrts_parser_takes_the_graphs(half_artifacts: Artifacts, name: str) -> None:
-    model = onnx.load(half_artifacts.graph(name))
+    model = onnx.load(half_artifacts.file(name))
     assert not list(tensorrt_operators.problems(model))
     assert not {node.op_type for node in model.graph.node} & {"ScatterND", "ScatterElements", "STFT", "DFT", "Loop"}
 

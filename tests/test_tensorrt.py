@@ -134,7 +134,7 @@ def test_plans_are_built_strongly_typed_and_written_with_their_facts(
     plans = tensorrt_engines.build(half_artifacts, tmp_path / "e", options, lambda text, *_: said.append(text))
     assert {p.name for p in plans.path.iterdir()} == {
         "engines.json",
-        *(f"{name}.plan" for name in ("visual_encoder", "audio_encoder", "fusion", "denoiser")),
+        *(f"{name}.plan" for name in ("visual_encoder", "audio_encoder", "fusion", "denoiser", "sampler")),
     }
     assert said[0] == "building visual_encoder"
     assert said[-1] == "checking against ONNX Runtime"
@@ -142,16 +142,16 @@ def test_plans_are_built_strongly_typed_and_written_with_their_facts(
     assert settings["level"] == 5
     assert settings["flags"] == set()  # no TF32
     assert settings["shapes"]["VIDEO"] == tuple((n, 16, 64, 96, 3) for n in (1, 2, 4))
-    assert [s["cache"] for s in trt.built] == [b"+" * n for n in range(4)]
-    assert (tmp_path / "timings").read_bytes() == b"++++"
+    assert [s["cache"] for s in trt.built] == [b"+" * n for n in range(5)]
+    assert (tmp_path / "timings").read_bytes() == b"+++++"
     m = plans.manifest
     assert m["tensorrt"] == trt.__version__
     assert m["gpu"] == {"name": "NVIDIA H200", "compute_capability": "9.0", "driver": 13000, "memory": 10**9}
     assert m["profile"] == {"min": 1, "best": 2, "max": 4}
     assert m["precision"] == "float16"
     for name, entry in m["plans"].items():
-        assert entry["onnx_sha256"] == sha256(half_artifacts.graph(name))
-        assert entry["sha256"] == sha256(plans.plan(name))
+        assert entry["onnx_sha256"] == sha256(half_artifacts.file(name))
+        assert entry["sha256"] == sha256(plans.file(name))
     assert m["parity"]["clips"] == 3
 
 
@@ -161,7 +161,7 @@ def test_a_plan_that_computes_something_else_is_not_kept(
     original = tensorrt.TensorRTEngine.__call__
 
     def wrong(self, inputs):
-        return {k: v * 1.5 if k == "CONTEXT2" else v for k, v in original(self, inputs).items()}
+        return {k: np.asarray(v) * np.float16(1.5) if k == "CONTEXT2" else v for k, v in original(self, inputs).items()}
 
     monkeypatch.setattr(tensorrt.TensorRTEngine, "__call__", wrong)
     says = "TensorRT's engines differ from ONNX Runtime on the same graphs: CONTEXT2 of fusion"
@@ -223,14 +223,45 @@ def test_a_batch_size_is_replayed_from_its_second_call_on(plans: Plans, driver: 
     engine = load_engines(plans)["audio_encoder"]
     audio = random_clip(TINY, 0, 2)["AUDIO"]
     driver.launched.clear()
-    first = engine({"AUDIO": audio})
+    first = np.asarray(engine({"AUDIO": audio})["A"])
     assert driver.launched == ["run"]
-    second = engine({"AUDIO": audio[::-1]})
+    second = np.asarray(engine({"AUDIO": audio[::-1]})["A"])
     assert driver.launched == ["run", "graph", "run"]
-    np.testing.assert_array_equal(second["A"], first["A"][::-1])
-    np.testing.assert_array_equal(engine({"AUDIO": audio})["A"], first["A"])
-    first["A"][:] = 0  # what is returned is the caller's
-    np.testing.assert_array_equal(engine({"AUDIO": audio[::-1]})["A"], second["A"])
+    np.testing.assert_array_equal(second, first[::-1])
+    np.testing.assert_array_equal(engine({"AUDIO": audio})["A"], first)
+    first[:] = 0  # what was read is the reader's
+    np.testing.assert_array_equal(engine({"AUDIO": audio[::-1]})["A"], second)
+
+
+def test_between_the_encoders_and_the_map_nothing_leaves_the_gpu(plans: Plans, driver: fake_gpu.Driver) -> None:
+    """A whole inference: the media, the noise and the steps go in, the map comes out, once. Only S_T is moved."""
+    pipeline = Pipeline(TINY, load_engines(plans), plans.max_batch)
+    clip = random_clip(TINY, 0)
+    pipeline.predict(clip["VIDEO"], clip["AUDIO"], 0, 4)
+    driver.copies.clear()
+    pipeline.predict(clip["VIDEO"], clip["AUDIO"], 0, 4)
+    s_t = 4 * TINY.map_size[0] * TINY.map_size[1]
+    assert driver.copies == [
+        ("to device", clip["VIDEO"].nbytes),
+        ("to device", clip["AUDIO"].nbytes),
+        ("to device", s_t),
+        *[("to device", 4)] * 3,
+        *[("on device", s_t), *[("to device", 4)] * 3] * 3,
+        ("to host", s_t),
+    ]
+    driver.copies.clear()
+    pipeline.predict(clip["VIDEO"], clip["AUDIO"], 0, 0)
+    assert [kind for kind, _ in driver.copies].count("to host") == 2  # ADAPTIVE_STEPS, to know how many
+
+
+def test_more_uploads_than_may_wait_are_right(plans: Plans) -> None:
+    """Of one tensor, each replaced before the GPU came to it."""
+    engine = load_engines(plans)["audio_encoder"]
+    audio = random_clip(TINY, 0, 2)["AUDIO"]
+    expected = np.asarray(engine({"AUDIO": audio})["A"])
+    for n in range(3 * cuda.WAITING):
+        result = engine({"AUDIO": audio * (n == 3 * cuda.WAITING - 1)})
+    np.testing.assert_array_equal(result["A"], expected)
 
 
 def test_a_batch_above_the_profile_is_refused(plans: Plans) -> None:
@@ -287,14 +318,14 @@ def test_damaged_folders_are_named(plans: Plans, half_artifacts: Artifacts) -> N
     with pytest.raises(UserError, match=r"holds no engines.json: build it here with mubic-deploy engines"):
         Plans.open(half_artifacts.path)
     text = (plans.path / "engines.json").read_text()
-    plan = plans.plan("fusion")
+    plan = plans.file("fusion")
     content = plan.read_bytes()
     plan.write_bytes(content + b"x")
     refused(r"fusion.plan is not the file that the manifest means")
     plan.unlink()
     refused(r"fusion.plan is missing")
     plan.write_bytes(content)
-    for bad, says in (("{", "cannot be read"), ('{"format": 9}', "is not of format 1"), ('{"format": 1}', "lacks")):
+    for bad, says in (("{", "cannot be read"), ('{"format": 9}', "is not of format 2"), ('{"format": 2}', "lacks")):
         (plans.path / "engines.json").write_text(bad)
         refused(says)
     (plans.path / "engines.json").write_text(text)
@@ -303,7 +334,7 @@ def test_damaged_folders_are_named(plans: Plans, half_artifacts: Artifacts) -> N
 
 
 def test_a_plan_that_tensorrt_does_not_take_is_named(plans: Plans, driver: fake_gpu.Driver) -> None:
-    plan = plans.plan("fusion")
+    plan = plans.file("fusion")
     plan.write_bytes(b"JUNK" + plan.read_bytes()[4:])
     plans.manifest["plans"]["fusion"]["sha256"] = sha256(plan)
     with pytest.raises(UserError, match=r"fusion.plan cannot be loaded \(the plan file has a bad magic tag\)"):
@@ -379,7 +410,7 @@ def test_the_repository_command_takes_its_options(run, plans: Plans, half_artifa
     assert fusion.optimization.cuda.graphs
     assert not fusion.model_warmup
     assert read("ddim").instance_group[0].count == 3
-    assert (tmp_path / "r" / "fusion" / "1" / "model.plan").read_bytes() == plans.plan("fusion").read_bytes()
+    assert (tmp_path / "r" / "fusion" / "1" / "model.plan").read_bytes() == plans.file("fusion").read_bytes()
     ran = run("repository", half_artifacts.path, "--out", tmp_path / "cpu", "--loops", 3)
     assert ran.code == 2
     assert "are for --engine tensorrt" in ran.err

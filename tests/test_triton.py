@@ -80,6 +80,25 @@ def test_adaptive_steps_are_each_samples_own(predictor: TritonPredictor, toy_pip
         np.testing.assert_allclose(saliency[i], expected[0], rtol=0, atol=TOLERANCE)
 
 
+def test_the_fixed_ensemble_is_the_loop_of_its_steps(server: TritonServer, toy_pipeline: Pipeline) -> None:
+    video, audio = clips(toy_pipeline.config, 11)
+    seeds = np.arange(11) * 3
+    expected, _ = toy_pipeline.predict(video, audio, seeds, 3)
+    with TritonPredictor(f"triton://{server.url}/mubic_fixed") as fixed:
+        assert fixed.default_steps == 3
+        for steps in (None, 3):
+            saliency, used = fixed.predict(video, audio, seeds, steps)
+            np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
+            assert (used == 3).all()
+        with pytest.raises(UserError, match=r"mubic_fixed on .* takes 3 steps, no others: leave the steps out, or ask"):
+            fixed.predict(video, audio, 0, 4)
+        with pytest.raises(UserError, match="seed -1 is negative"):
+            fixed.predict(video[:1], audio[:1], -1)
+        np.testing.assert_allclose(fixed.predict(video[:1], audio[:1])[0], expected[:1], rtol=0, atol=TOLERANCE)
+    with pytest.raises(UserError, match="names no model of this package: use mubic or mubic_fixed"):
+        TritonPredictor(f"triton://{server.url}/mubik")
+
+
 def test_concurrent_clients(server: TritonServer, toy_pipeline: Pipeline) -> None:
     video, audio = clips(toy_pipeline.config, 8)
     steps = [1, 4, 12, ADAPTIVE, 2, 4, 12, 3]

@@ -26,7 +26,7 @@ from mubic_deploy.triton.parameters import OnnxSettings
 from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository
 from mubic_deploy.triton.server import TritonServer
 
-GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser")
+GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser", "sampler")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,7 @@ def plans(toy_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) ->
         (folder / f"{name}.plan").write_bytes(name.encode())
     manifest = {
         "precision": "float32",
+        "fixed_steps": toy_artifacts.fixed_steps,
         "profile": {"min": 1, "best": 1, "max": 6},
         "plans": {name: {"file": f"{name}.plan"} for name in GRAPHS},
         "source": toy_artifacts.manifest["source"],
@@ -68,7 +69,7 @@ def test_each_plan_is_a_model(written: Path, name: str) -> None:
     assert model.dynamic_batching.max_queue_delay_microseconds == 100
     assert model.optimization.cuda.graphs
     assert [g.batch_size for g in model.optimization.cuda.graph_spec] == [1, 2, 4]
-    signature = graphs.signatures(DEMO)[name]
+    signature = graphs.signatures(DEMO, sampler=True)[name]
     assert [t.name for t in model.input] == signature.input_names
     assert [t.name for t in model.output] == signature.output_names
     assert [w.batch_size for w in model.model_warmup] == [1, 2, 4]
@@ -115,8 +116,9 @@ def test_half_precision_travels_between_the_plans(plans: Plans, tmp_path: Path) 
     assert {DataType.Name(t.data_type) for t in read(tmp_path / "r", "mubic").output} == {"TYPE_FP32", "TYPE_INT32"}
 
 
-def test_every_tensor_of_the_ensemble_has_one_maker(written: Path) -> None:
-    ensemble = read(written, "mubic")
+@pytest.mark.parametrize("name", ["mubic", "mubic_fixed"])
+def test_every_tensor_of_the_ensemble_has_one_maker(written: Path, name: str) -> None:
+    ensemble = read(written, name)
     known = {t.name for t in ensemble.input}
     for step in ensemble.ensemble_scheduling.step:
         model = read(written, step.model_name)
@@ -148,7 +150,7 @@ def server(written: Path, toy_artifacts: Artifacts, tmp_path_factory: pytest.Tem
     shutil.copytree(written, folder / "repository")
     for name in GRAPHS:
         model = read(folder / "repository", name)
-        file = toy_artifacts.graph(name).resolve()
+        file = toy_artifacts.file(name).resolve()
         stand_in = OnnxSettings(file, toy_artifacts.manifest["graphs"][name]["sha256"], "float32", 1)
         model.platform, model.backend, model.default_model_filename = "", "python", ""
         model.ClearField("optimization")
@@ -181,6 +183,15 @@ def test_clips_at_different_steps_go_side_by_side(server: TritonServer, toy_pipe
         futures = [remote.predict_async(video[i : i + 1], audio[i : i + 1], i, int(steps[i])) for i in range(6)]
         got = np.concatenate([future.result()[0] for future in futures])
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_sampler_takes_the_place_of_the_loop(server: TritonServer, toy_pipeline: Pipeline) -> None:
+    video, audio = clips(DEMO, 3)
+    expected, _ = toy_pipeline.predict(video, audio, np.arange(3), 3)
+    with TritonPredictor(f"{server.url}/mubic_fixed") as remote:
+        got, used = remote.predict(video, audio, np.arange(3))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert used.tolist() == [[3]] * 3
 
 
 def test_host_hands_on_what_it_gets(server: TritonServer) -> None:

@@ -183,10 +183,10 @@ def test_broken_model_file(repository: Path, tmp_path: Path) -> None:
 def test_changed_artifact(tmp_path: Path) -> None:
     artifacts = toy_graphs.write(get_config("demo"), tmp_path / "toy")
     write_repository(artifacts, tmp_path / "repository")
-    graph = onnx.load(artifacts.graph("audio_encoder"))
+    graph = onnx.load(artifacts.file("audio_encoder"))
     graph.doc_string = "another"
-    onnx.save(graph, artifacts.graph("audio_encoder"))
-    message = f"the model audio_encoder cannot be loaded: {artifacts.graph('audio_encoder')} is not the file that"
+    onnx.save(graph, artifacts.file("audio_encoder"))
+    message = f"the model audio_encoder cannot be loaded: {artifacts.file('audio_encoder')} is not the file that"
     assert message in failed_start(tmp_path / "repository", tmp_path)
 
 

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
 from mubic_deploy.config import Config
-from mubic_deploy.graphs import Signature, Tensor, signatures
+from mubic_deploy.diffusion import alpha_bar, step_pairs
+from mubic_deploy.graphs import SAMPLER, Signature, Tensor, signatures
 
 OPSET = 17
 
@@ -97,30 +98,51 @@ def _fusion(b: _Builder, max_steps: int) -> None:
 def _denoiser(b: _Builder) -> None:
     """S_0 from all the inputs; S_NEXT by DDIM with eta = 0 (eq. 3.58), maps scaled to [-1, 1]."""
     *cond, s_t, step, now, after = b.signature.inputs
+    number = b.op("Cast", step.name, to=TensorProto.FLOAT)
+    s_0 = _guess(b, cond, s_t, s_t.name, number, "S_0")
+    _update(b, s_0, s_t.name, b.column(now.name), b.column(after.name), "S_NEXT")
+
+
+def _guess(b: _Builder, cond: list[Tensor], like: Tensor, s_t: str, step: str, output: str = "") -> str:
     level = b.level(cond[0])
     for tensor in cond[1:]:
         level = b.op("Add", level, b.level(tensor))
-    level = b.op("Add", level, b.op("Mul", b.op("Cast", step.name, to=TensorProto.FLOAT), 0.001))
-    guess = b.op("Add", b.pattern(level, s_t, 0.5), b.op("Mul", s_t.name, 0.3))
-    b.op("Sigmoid", guess, output="S_0")
-    clean = b.op("Sub", b.op("Mul", "S_0", 2.0), 1.0)
-    a, a_next = b.column(now.name), b.column(after.name)
-    rest, rest_next = b.op("Sub", 1.0, a), b.op("Sub", 1.0, a_next)
-    noise = b.op("Sub", s_t.name, b.op("Mul", clean, b.op("Sqrt", a)))
+    level = b.op("Add", level, b.op("Mul", step, 0.001))
+    return b.op("Sigmoid", b.op("Add", b.pattern(level, like, 0.5), b.op("Mul", s_t, 0.3)), output=output)
+
+
+def _update(b: _Builder, s_0: str, s_t: str, now: str, after: str, output: str = "") -> str:
+    clean = b.op("Sub", b.op("Mul", s_0, 2.0), 1.0)
+    rest, rest_next = b.op("Sub", 1.0, now), b.op("Sub", 1.0, after)
+    noise = b.op("Sub", s_t, b.op("Mul", clean, b.op("Sqrt", now)))
     noise = b.op("Mul", b.op("Div", noise, b.op("Sqrt", rest)), b.op("Sqrt", rest_next))
-    b.op("Add", b.op("Mul", clean, b.op("Sqrt", a_next)), noise, output="S_NEXT")
+    return b.op("Add", b.op("Mul", clean, b.op("Sqrt", after)), noise, output=output)
 
 
-def write(config: Config, path: Path) -> Artifacts:
-    """Toy artefacts of a configuration in the folder `path`, which is made."""
+def _sampler(b: _Builder, steps: int) -> None:
+    """The denoiser above, `steps` times, as the loop calls it."""
+    *cond, s_t = b.signature.inputs
+    noisy, s_0 = s_t.name, ""
+    for now, after in step_pairs(steps):
+        s_0 = _guess(b, cond, s_t, noisy, b.constant(np.array([[now]], np.float32)))
+        alphas = [b.constant(np.full((1, 1, 1, 1), alpha_bar(t), np.float32)) for t in (now, after)]
+        noisy = _update(b, s_0, noisy, *alphas)
+    (saliency,) = b.signature.outputs
+    b.op("Reshape", s_0, b.constant(np.array([-1, *saliency.shape], np.int64)), output=saliency.name)
+
+
+def write(config: Config, path: Path, fixed_steps: int | None = None) -> Artifacts:
+    """Toy artefacts of a configuration in the folder `path`, which is made. fixed_steps: with a sampler."""
     path.mkdir(parents=True, exist_ok=True)
     entries = {}
-    for name, signature in signatures(config).items():
+    for name, signature in signatures(config, sampler=fixed_steps is not None).items():
         builder = _Builder(signature)
         if name == "fusion":
             _fusion(builder, config.max_steps)
         elif name == "denoiser":
             _denoiser(builder)
+        elif fixed_steps is not None and name == SAMPLER:
+            _sampler(builder, fixed_steps)
         else:
             _features(builder)
         file = path / f"{name}.onnx"
@@ -128,6 +150,7 @@ def write(config: Config, path: Path) -> Artifacts:
         entries[name] = {"file": file.name, "sha256": sha256(file), "signature": describe(signature)}
     source = {"name": "toy", "seed": None, "sha256": None}
     facts = {"format": FORMAT, "source": source, "config": config.to_json(), "precision": "float32"}
+    facts["fixed_steps"] = fixed_steps
     manifest = {**facts, "graphs": entries, "parity": {}}
     (path / MANIFEST).write_text(json.dumps(manifest))
     return Artifacts.open(path)

@@ -21,7 +21,7 @@ from mubic_deploy.triton.server import TritonServer
 
 @pytest.fixture(scope="session")
 def toy_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return toy_graphs.write(get_config("demo"), tmp_path_factory.mktemp("toy"))
+    return toy_graphs.write(get_config("demo"), tmp_path_factory.mktemp("toy"), fixed_steps=3)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from mubic_deploy.graphs import Signature
 
-Arrays = dict[str, np.ndarray]
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """A tensor in a GPU's memory, as an engine there returned it. `np.asarray` brings it over and waits for it.
+
+    The memory is the engine's: it holds this tensor until an engine of the same chain writes one of its name again.
+
+    value  what the engines of that kind know it by
+    fetch  copies it to the host"""
+
+    value: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[], np.ndarray]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None) -> np.ndarray:
+        array = self.fetch()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+Array = np.ndarray | DeviceArray
+Arrays = Mapping[str, Array]
+HostArrays = dict[str, np.ndarray]
 
 
 class Engine(Protocol):
@@ -17,5 +44,8 @@ class Engine(Protocol):
     signature: Signature
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Arrays by tensor name, each [B, *shape] as the signature says, in; the outputs by name out."""
+        """Arrays by tensor name, each [B, *shape] as the signature says, in; the outputs by name out.
+
+        An engine on a GPU returns what it made where it is, perhaps before it is done, and takes such arrays of its own
+        kind as they are: so a chain of them moves nothing and waits once."""
         ...

@@ -7,16 +7,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mubic_deploy.engines import Array, DeviceArray
 from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import Tensor
 
 CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
 OLDEST_DRIVER = 12_000  # as cuDriverGetVersion counts: CUDA 12.0
+WAITING = 16  # uploads of one tensor that may wait for their turn: more than a clip has steps
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,67 @@ class GPU:
 def gpu() -> GPU:
     """The process's GPU."""
     return GPU()
+
+
+class Memory:
+    """The tensors of a chain of engines on the GPU, one place a name: what one engine writes, the next one reads.
+
+    Copies are enqueued on the GPU's stream, and nothing waits but `read`. Call with the GPU active."""
+
+    def __init__(self, gpu: GPU, max_batch: int) -> None:
+        self._gpu, self._max_batch = gpu, max_batch
+        self._places: dict[str, Any] = {}
+        self._staged: dict[str, list[np.ndarray]] = defaultdict(list)  # pinned, for uploads
+        self._waiting: dict[str, int] = defaultdict(int)  # how many of them the stream may still read
+        self._fetched: dict[str, np.ndarray] = {}  # pinned, for reading
+
+    def place(self, tensor: Tensor) -> Any:
+        """The device memory of a tensor, for the largest batch."""
+        if tensor.name not in self._places:
+            count = self._max_batch * math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+            self._places[tensor.name] = self._gpu.allocate(count)
+        return self._places[tensor.name]
+
+    def write(self, tensor: Tensor, array: Array) -> None:
+        """`array` to the place of `tensor`: from the host, from another place, or not at all if it is there."""
+        place = self.place(tensor)
+        if isinstance(array, DeviceArray):
+            if array.value is not place:
+                count = math.prod(array.shape) * array.dtype.itemsize
+                self._gpu.driver.memcpy_dtod_async(place, array.value, count, self._gpu.stream)
+            return
+        if self._waiting[tensor.name] == WAITING:
+            self._synchronize()
+        number = self._waiting[tensor.name]
+        slots = self._staged[tensor.name]
+        if number == len(slots):
+            slots.append(self._pinned(tensor))
+        staged = slots[number][: len(array)]
+        staged[...] = array
+        self._waiting[tensor.name] += 1
+        self._gpu.driver.memcpy_htod_async(place, staged, self._gpu.stream)
+
+    def array(self, tensor: Tensor, batch: int) -> DeviceArray:
+        """What lies at the place of `tensor`."""
+        return DeviceArray(
+            self.place(tensor), (batch, *tensor.shape), np.dtype(tensor.dtype), lambda: self._read(tensor, batch)
+        )
+
+    def _read(self, tensor: Tensor, batch: int) -> np.ndarray:
+        with self._gpu.active():
+            if tensor.name not in self._fetched:
+                self._fetched[tensor.name] = self._pinned(tensor)
+            fetched = self._fetched[tensor.name][:batch]
+            self._gpu.driver.memcpy_dtoh_async(fetched, self.place(tensor), self._gpu.stream)
+            self._synchronize()
+            return fetched.copy()
+
+    def _pinned(self, tensor: Tensor) -> np.ndarray:
+        return self._gpu.pinned((self._max_batch, *tensor.shape), np.dtype(tensor.dtype))
+
+    def _synchronize(self) -> None:
+        self._gpu.stream.synchronize()
+        self._waiting.clear()
 
 
 class CapturedGraph:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC
 
@@ -18,14 +19,29 @@ class EagerEngine:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         device = next(self.module.parameters()).device
-        tensors = [torch.from_numpy(t.check(inputs[t.name])).to(device) for t in self.signature.inputs]
+        tensors = [to_torch(t.check(inputs[t.name]), device) for t in self.signature.inputs]
         with torch.inference_mode():
             outputs = self.module(*tensors)
-        return {name: x.cpu().numpy() for name, x in zip(self.signature.output_names, outputs, strict=True)}
+        return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 
-def load_engines(model: MUBiC, precision: str = FLOAT32) -> dict[str, Engine]:
+def to_torch(array: Array, device: torch.device) -> torch.Tensor:
+    """The same tensor on `device`."""
+    if isinstance(array, DeviceArray):
+        return array.value
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def from_torch(x: torch.Tensor) -> Array:
+    """The same tensor as engines return it: NumPy's on a CPU, else where it is."""
+    if x.device.type == "cpu":
+        return x.numpy()
+    return DeviceArray(x, tuple(x.shape), np.dtype(str(x.dtype).removeprefix("torch.")), lambda: x.cpu().numpy())
+
+
+def load_engines(model: MUBiC, precision: str = FLOAT32, fixed_steps: int | None = None) -> dict[str, Engine]:
     """An engine for each graph of the model, which is put into eval mode. precision: float16 for what
-    `precision.half` made."""
+    `precision.half` made; fixed_steps: with the sampler of so many steps."""
     model.eval()
-    return {name: EagerEngine(model.graph(name), s) for name, s in signatures(model.config, precision).items()}
+    graphs = signatures(model.config, precision, sampler=fixed_steps is not None)
+    return {name: EagerEngine(model.graph(name, fixed_steps), signature) for name, signature in graphs.items()}

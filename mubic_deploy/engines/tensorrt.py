@@ -6,21 +6,17 @@ read before TensorRT sees a plan."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mubic_deploy.artifacts import Layout
-from mubic_deploy.config import Config
-from mubic_deploy.engines import Arrays, Engine, cuda
-from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts
+from mubic_deploy.artifacts import Folder, Layout
+from mubic_deploy.engines import Arrays, DeviceArray, Engine, cuda
+from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts, Memory
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import Signature, signatures
+from mubic_deploy.graphs import Signature
 
 MANIFEST = "engines.json"
-FORMAT = 1
+FORMAT = 2
 AGAIN = "build it here with mubic-deploy engines"
 NEEDS = (
     ("profile", "max"),
@@ -30,7 +26,6 @@ NEEDS = (
     ("gpu", "compute_capability"),
     ("source", "seed"),
 )
-LAYOUT = Layout(MANIFEST, FORMAT, "plans", NEEDS, AGAIN)
 
 
 def import_tensorrt() -> Any:
@@ -68,30 +63,14 @@ def created(make: Callable[[Any], Any], log: Any) -> Any:
         raise UserError(f"TensorRT cannot start ({reason}): install an NVIDIA driver for its CUDA version") from None
 
 
-@dataclass(frozen=True)
-class Plans:
-    """A folder of plans that was found whole."""
+class Plans(Folder):
+    """TensorRT plans."""
 
-    path: Path
-    config: Config
-    manifest: dict[str, Any]
-
-    @property
-    def precision(self) -> str:
-        return self.manifest["precision"]
+    LAYOUT = Layout(MANIFEST, FORMAT, "plans", NEEDS, AGAIN)
 
     @property
     def max_batch(self) -> int:
         return self.manifest["profile"]["max"]
-
-    def plan(self, name: str) -> Path:
-        return self.path / self.manifest["plans"][name]["file"]
-
-    @classmethod
-    def open(cls, path: Path) -> Plans:
-        """The plans in `path`. UserError as for `artifacts.Layout.read`."""
-        config, manifest = LAYOUT.read(Path(path))
-        return cls(Path(path), config, manifest)
 
     def require(self, facts: Facts, version: str) -> None:
         """UserError if the plans were built for another kind of GPU or another TensorRT than these."""
@@ -114,15 +93,24 @@ def _number(version: str) -> tuple[int, ...]:
 class TensorRTEngine:
     """One plan on the GPU. All engines of a process share a stream: they are for one thread at a time.
 
-    Its inputs and outputs have memory of their own, on the GPU and pinned on the host, for the largest batch. Each
-    batch size gets an execution context, over one block of scratch memory, because a captured graph needs the context
-    that it was captured with as it was; from the second call of a size on, copies and kernels are one launch."""
+    The engines of a chain share `memory`, so a tensor lies where the next one reads it. Each batch size gets an
+    execution context, over one block of scratch memory, because a captured graph needs the context that it was captured
+    with as it was; from the second call of a size on, the kernels are one launch."""
 
     def __init__(
-        self, trt: Any, gpu: GPU, runtime: Any, path: Path, signature: Signature, max_batch: int, cuda_graphs: bool
+        self,
+        trt: Any,
+        gpu: GPU,
+        runtime: Any,
+        path: Path,
+        signature: Signature,
+        memory: Memory,
+        max_batch: int,
+        cuda_graphs: bool,
     ) -> None:
         self.signature, self.max_batch = signature, max_batch
         self._trt, self._gpu, self._runtime, self._replay = trt, gpu, runtime, cuda_graphs
+        self._memory = memory
         self._contexts: dict[int, Any] = {}
         self._graphs: dict[int, CapturedGraph] = {}
         with gpu.active():
@@ -131,13 +119,10 @@ class TensorRTEngine:
                 reason = "; ".join(runtime.logger.errors[-2:]) or "no reason given"
                 raise UserError(f"{path} cannot be loaded ({reason}): {AGAIN}")
             self._scratch = gpu.allocate(max(1, self._engine.device_memory_size_v2))
-            self._host: Arrays = {}
-            self._device: dict[str, Any] = {}
             for tensor in (*signature.inputs, *signature.outputs):
-                array = gpu.pinned((max_batch, *tensor.shape), np.dtype(tensor.dtype))
-                self._host[tensor.name], self._device[tensor.name] = array, gpu.allocate(array.nbytes)
+                memory.place(tensor)
 
-    def __call__(self, inputs: Arrays) -> Arrays:
+    def __call__(self, inputs: Arrays) -> dict[str, DeviceArray]:
         arrays = {t.name: t.check(inputs[t.name]) for t in self.signature.inputs}
         batch, *others = {len(array) for array in arrays.values()}
         if others:
@@ -147,9 +132,9 @@ class TensorRTEngine:
                 f"a batch of {batch} is above the engine's {self.max_batch}: send fewer at once, or build with "
                 f"--max-batch {batch}"
             )
-        for name, array in arrays.items():
-            self._host[name][:batch] = array
         with self._gpu.active():
+            for tensor in self.signature.inputs:
+                self._memory.write(tensor, arrays[tensor.name])
             if not self._replay:
                 self._enqueue(batch)
             elif batch in self._graphs:
@@ -158,8 +143,7 @@ class TensorRTEngine:
                 self._enqueue(batch)  # once outside of a graph: what TensorRT sets up at first must not be captured
                 self._gpu.stream.synchronize()
                 self._graphs[batch] = CapturedGraph(self._gpu, lambda: self._enqueue(batch))
-            self._gpu.stream.synchronize()
-        return {name: self._host[name][:batch].copy() for name in self.signature.output_names}
+        return {t.name: self._memory.array(t, batch) for t in self.signature.outputs}
 
     def _context(self, batch: int) -> Any:
         """The execution context of a batch size, its shapes and addresses set."""
@@ -169,21 +153,17 @@ class TensorRTEngine:
                 raise UserError(f"TensorRT cannot run {self.signature.name}{self._why()}: end what uses the GPU")
             context.set_device_memory(int(self._scratch), self._engine.device_memory_size_v2)
             taken = [context.set_input_shape(t.name, (batch, *t.shape)) for t in self.signature.inputs]
-            taken += [context.set_tensor_address(name, int(memory)) for name, memory in self._device.items()]
+            tensors = (*self.signature.inputs, *self.signature.outputs)
+            taken += [context.set_tensor_address(t.name, int(self._memory.place(t))) for t in tensors]
             if not all(taken):
                 raise UserError(f"TensorRT does not take a batch of {batch} for {self.signature.name}{self._why()}")
             self._contexts[batch] = context
         return self._contexts[batch]
 
     def _enqueue(self, batch: int) -> None:
-        driver, stream = self._gpu.driver, self._gpu.stream
-        for tensor in self.signature.inputs:
-            driver.memcpy_htod_async(self._device[tensor.name], self._host[tensor.name][:batch], stream)
         context = self._context(batch)
-        if not context.execute_async_v3(stream.handle):
+        if not context.execute_async_v3(self._gpu.stream.handle):
             raise UserError(f"TensorRT could not run {self.signature.name} at a batch of {batch}{self._why()}")
-        for tensor in self.signature.outputs:
-            driver.memcpy_dtoh_async(self._host[tensor.name][:batch], self._device[tensor.name], stream)
 
     def _why(self) -> str:
         """What TensorRT logged last, in brackets."""
@@ -199,7 +179,8 @@ def load_engines(plans: Plans, cuda_graphs: bool = True) -> dict[str, Engine]:
     runtime = created(trt.Runtime, logger(trt))
     if plans.manifest["version_compatible"]:
         runtime.engine_host_code_allowed = True  # such a plan carries its own lean runtime
+    memory = Memory(gpu, plans.max_batch)
     return {
-        name: TensorRTEngine(trt, gpu, runtime, plans.plan(name), signature, plans.max_batch, cuda_graphs)
-        for name, signature in signatures(plans.config, plans.precision).items()
+        name: TensorRTEngine(trt, gpu, runtime, plans.file(name), signature, memory, plans.max_batch, cuda_graphs)
+        for name, signature in plans.signatures.items()
     }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mubic_deploy.config import Config
+from mubic_deploy.diffusion import alpha_bar, step_pairs
 from mubic_deploy.model.layers import Keys, TemporalEmbedding, attend, channels_first, channels_last
 
 
@@ -42,7 +43,9 @@ class NoiseStage(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=2)
 
     def forward(self, x: Tensor, step: Tensor) -> Tensor:
-        scale, shift = self.modulation(step)[..., None, None].chunk(2, 1)
+        modulation = self.modulation(step)[..., None, None]
+        half = modulation.shape[1] // 2  # sliced, not split: where the step is a constant, a slice folds away
+        scale, shift = modulation[:, :half], modulation[:, half:]
         y = F.relu(self.norm1(self.conv1(x)) * (1 + scale) + shift)
         return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
 
@@ -178,3 +181,26 @@ class Denoiser(nn.Module):
         clean = 2 * s_0 - 1
         noise = (s_t - now.sqrt() * clean) / (1 - now).sqrt()
         return following.sqrt() * clean + (1 - following).sqrt() * noise
+
+
+class Sampler(nn.Module):
+    """The loop over a fixed number of steps as one graph: COND and S_T -> SALIENCY [B, h, w] in [0, 1] (Algorithm 2).
+
+    Steps and alpha-bars are constants, the same for all samples: what depends on them alone folds away."""
+
+    def __init__(self, denoiser: Denoiser, steps: int) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.pairs = step_pairs(steps)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        *cond, s_t = inputs
+
+        def constant(value: float) -> Tensor:
+            return torch.full((1, 1), value, device=s_t.device)
+
+        for left, (now, following) in zip(reversed(range(len(self.pairs))), self.pairs, strict=True):
+            s_0 = self.denoiser.predict(cond, s_t, constant(now))
+            if left:
+                s_t = Denoiser.update(s_0, s_t, constant(alpha_bar(now)), constant(alpha_bar(following)))
+        return (s_0[:, 0],)

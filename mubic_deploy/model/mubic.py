@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mubic_deploy.config import DEFAULT_STEPS, Config
-from mubic_deploy.graphs import Signature, signatures
+from mubic_deploy.graphs import SAMPLER, Signature, signatures
 from mubic_deploy.model.audio import AudioEncoder
-from mubic_deploy.model.denoiser import Denoiser
+from mubic_deploy.model.denoiser import Denoiser, Sampler
 from mubic_deploy.model.fusion import Fusion
 from mubic_deploy.model.visual import VisualEncoder
 
@@ -30,8 +30,11 @@ class MUBiC(nn.Module):
         self.fusion = Fusion(config)
         self.denoiser = Denoiser(config)
 
-    def graph(self, name: str) -> nn.Module:
-        """The module of a graph."""
+    def graph(self, name: str, fixed_steps: int | None = None) -> nn.Module:
+        """The module of a graph. fixed_steps: the sampler's."""
+        if name == SAMPLER:
+            assert fixed_steps is not None
+            return Sampler(self.denoiser, self.config.check_fixed_steps(fixed_steps)).train(self.training)
         return self.get_submodule(name)
 
 

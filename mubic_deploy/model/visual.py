@@ -58,11 +58,15 @@ class FoldedAttention(MultiscaleAttention):
         key = (q_thw, k_thw, *((w.data_ptr(), w._version, w.device, w.dtype) for w in weights)) if keep else ()
         if keep and self._kept is not None and self._kept[0] == key:
             return self._kept[1:]
-        tables = [relative_table(r, q, k) for r, q, k in zip(weights, q_thw, k_thw, strict=True)]
-        indicators = one_hot_positions(k_thw, tables[0])
+        tables, indicators = self._positions(q_thw, k_thw)
         if keep:
             self._kept = (key, tables, indicators)
         return tables, indicators
+
+    def _positions(self, q_thw: tuple[int, int, int], k_thw: tuple[int, int, int]) -> tuple[list[Tensor], Tensor]:
+        weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        tables = [relative_table(r, q, k) for r, q, k in zip(weights, q_thw, k_thw, strict=True)]
+        return tables, one_hot_positions(k_thw, tables[0])
 
     def forward(self, x: Tensor, thw: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
         b, n, _ = x.shape

@@ -40,7 +40,7 @@ def smallest_steps(
         ]
         last = maps[-1]["SALIENCY"][0]
         near = [cc(m["SALIENCY"][0], last) >= 1 - tolerance for m in maps]
-        entropies.append(float(cond["ENTROPY"][0, 0]))
+        entropies.append(float(np.asarray(cond["ENTROPY"])[0, 0]))
         needed.append(MAX_STEPS - next((i for i, ok in enumerate(reversed(near)) if not ok), MAX_STEPS) + 1)
         progress(done, len(indices))
     return np.array(entropies, np.float32), np.minimum(np.array(needed), MAX_STEPS)

@@ -1,4 +1,4 @@
-"""A client of the ensemble `mubic` on a Triton server, over gRPC."""
+"""A client of the ensembles `mubic` and `mubic_fixed` on a Triton server, over gRPC."""
 
 from __future__ import annotations
 
@@ -13,47 +13,54 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from mubic_deploy import graphs
 from mubic_deploy.config import Config
-from mubic_deploy.engines import Arrays
+from mubic_deploy.engines import HostArrays
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import request
 from mubic_deploy.triton import parameters
 
 SCHEME = "triton://"
+REMEDIES = {  # where the server does not serve one of our models
+    graphs.ENSEMBLE: "start it with mubic-deploy serve",
+    graphs.FIXED_ENSEMBLE: "export with --fixed-steps N and serve these graphs, or leave out the model's name",
+}
+MODELS = tuple(REMEDIES)
 _CONNECT_TIMEOUT = 10.0  # s, to learn what is served
 
 Result = tuple[np.ndarray, np.ndarray]  # saliency float32 [B, h, w], steps used int32 [B, 1]
 
 
-def address(url: str) -> str:
-    """ "HOST:PORT" of `triton://HOST:PORT` or `HOST:PORT`. UserError if it is neither."""
-    host, _, port = url.removeprefix(SCHEME).rpartition(":")
+def destination(url: str) -> tuple[str, str]:
+    """ "HOST:PORT" and the model's name of `triton://HOST:PORT`, `triton://HOST:PORT/MODEL`, or the same without the
+    scheme. UserError if it is none of these, or no model of ours."""
+    place, slash, model = url.removeprefix(SCHEME).partition("/")
+    host, _, port = place.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"{url!r} is no address of a Triton server: use triton://HOST:PORT, with the port of gRPC")
-    return f"{host}:{port}"
+    if slash and model not in MODELS:
+        raise UserError(f"{url!r} names no model of this package: use {' or '.join(MODELS)} after the slash, or none")
+    return place, model or graphs.ENSEMBLE
 
 
 class TritonPredictor:
-    """A `Predictor` (see `pipeline`) that asks the server at `url`: triton://HOST:PORT or HOST:PORT, gRPC's port.
+    """A `Predictor` (see `pipeline`) that asks the server at `url`: triton://HOST:PORT or HOST:PORT, gRPC's port; with
+    /mubic_fixed behind it, the ensemble whose number of steps is fixed.
 
     timeout: seconds for a request, waiting in the server's queues included. The configuration comes from the server.
-    UserError when made: the server does not answer, or serves no ensemble `mubic` of this version. Usable from several
+    UserError when made: the server does not answer, or serves no such ensemble of this version. Usable from several
     threads; close it, or use `with`."""
 
     config: Config
     source: dict[str, Any]  # of the weights, as `checkpoint.Source.to_json` says it
 
     def __init__(self, url: str, timeout: float = 60.0) -> None:
-        self.address = address(url)
+        self.address, self.model = destination(url)
         self.timeout = timeout
         self._client = triton.InferenceServerClient(self.address)
         try:
-            answer = self._client.get_model_config(
-                graphs.ENSEMBLE, client_timeout=min(timeout, _CONNECT_TIMEOUT)
-            ).config
+            answer = self._client.get_model_config(self.model, client_timeout=min(timeout, _CONNECT_TIMEOUT)).config
             if not {parameters.CONFIG, parameters.SOURCE} <= set(answer.parameters):
                 raise UserError(
-                    f"the model {graphs.ENSEMBLE} on {self.address} is not this package's: start it with "
-                    f"mubic-deploy serve"
+                    f"the model {self.model} on {self.address} is not this package's: start it with mubic-deploy serve"
                 )
             self.config = parameters.config_from_string(answer.parameters[parameters.CONFIG].string_value)
             self.source = json.loads(answer.parameters[parameters.SOURCE].string_value)
@@ -64,6 +71,9 @@ class TritonPredictor:
             self.close()
             raise
         self.max_batch = answer.max_batch_size
+        fixed = parameters.FIXED_STEPS in answer.parameters
+        self.fixed_steps = int(answer.parameters[parameters.FIXED_STEPS].string_value) if fixed else None
+        self.default_steps = self.fixed_steps or self.config.default_steps
 
     def __enter__(self) -> TritonPredictor:
         return self
@@ -80,8 +90,8 @@ class TritonPredictor:
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
     ) -> Result:
         """See `Pipeline.predict`. A batch that is larger than the server takes is sent in parts. UserError also for
-        a server that is gone, too slow or answers with an error."""
-        arrays = request(self.config, video, audio, seed, steps)
+        a server that is gone, too slow or answers with an error, and for other steps than the fixed ones."""
+        arrays = self._request(video, audio, seed, steps)
         starts = range(0, len(video), self.max_batch)
         parts = [{name: array[i : i + self.max_batch] for name, array in arrays.items()} for i in starts]
         results = [self._submit(part).result() for part in parts]  # at once the last would wait for the timeout
@@ -93,24 +103,39 @@ class TritonPredictor:
     ) -> Future[Result]:
         """As `predict`, without waiting, for at most `max_batch` clips. What the server answers comes with the
         future, as a result or a UserError; wrong arrays raise UserError at once."""
-        return self._submit(request(self.config, video, audio, seed, steps))
+        return self._submit(self._request(video, audio, seed, steps))
 
-    def _submit(self, arrays: Arrays) -> Future[Result]:
+    def _request(
+        self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int, steps: np.ndarray | int | None
+    ) -> HostArrays:
+        arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)
+        if self.fixed_steps is not None and (arrays["STEPS"] != self.fixed_steps).any():
+            raise UserError(
+                f"{self.model} on {self.address} takes {self.fixed_steps} steps, no others: "
+                f"leave the steps out, or ask {graphs.ENSEMBLE}"
+            )
+        return arrays
+
+    def _submit(self, arrays: HostArrays) -> Future[Result]:
         future: Future[Result] = Future()
+        arrays = dict(arrays)
+        steps = arrays["STEPS"] if self.fixed_steps is None else arrays.pop("STEPS")
 
         def done(result: Any, error: InferenceServerException | None) -> None:
             if error is not None:
                 future.set_exception(self._explained(error))
             else:
-                future.set_result((result.as_numpy("SALIENCY"), result.as_numpy("STEPS_USED")))
+                used = result.as_numpy("STEPS_USED") if self.fixed_steps is None else steps
+                future.set_result((result.as_numpy("SALIENCY"), used))
 
         inputs = []
         for name, array in arrays.items():
             inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
             inputs[-1].set_data_from_numpy(array)
-        outputs = [triton.InferRequestedOutput(t.name) for t in graphs.results(self.config)]
+        signature = (graphs.pipeline if self.fixed_steps is None else graphs.fixed_pipeline)(self.config)
+        outputs = [triton.InferRequestedOutput(name) for name in signature.output_names]
         try:
-            self._client.async_infer(graphs.ENSEMBLE, inputs, done, outputs=outputs, client_timeout=self.timeout)
+            self._client.async_infer(self.model, inputs, done, outputs=outputs, client_timeout=self.timeout)
         except InferenceServerException as error:
             raise self._explained(error) from None
         return future
@@ -130,7 +155,6 @@ class TritonPredictor:
             )
         if status == "NOT_FOUND" or "unknown model" in message:
             return UserError(
-                f"the Triton server at {self.address} serves no model {graphs.ENSEMBLE}: start it with "
-                f"mubic-deploy serve"
+                f"the Triton server at {self.address} serves no model {self.model}: {REMEDIES[self.model]}"
             )
         return UserError(f"the Triton server at {self.address} answered with an error: {message}")

@@ -22,7 +22,7 @@ def load_engine(graph: str, values: dict[str, str]) -> OnnxRuntimeEngine:
     if settings is None:
         raise UserError(f"the configuration of {graph} names no ONNX file: write the model repository again")
     config = parameters.config_from_string(values[parameters.CONFIG])
-    signature = signatures(config, settings.precision)[graph]
+    signature = signatures(config, settings.precision, sampler=True)[graph]
     return OnnxRuntimeEngine(settings.check_file(), signature, settings.threads)
 
 

@@ -12,7 +12,8 @@ from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
 
 CONFIG = "CONFIG"  # the Config as JSON: every model has it, the ensemble too, so that a client knows what is served
-SOURCE = "SOURCE"  # of the weights, as the manifest says it; the ensemble has it
+SOURCE = "SOURCE"  # of the weights, as the manifest says it; the ensembles have it
+FIXED_STEPS = "FIXED_STEPS"  # of the sampler; the ensemble that uses it has it
 _ONNX, _SHA256, _PRECISION, _THREADS = "ONNX", "SHA256", "PRECISION", "THREADS"
 
 

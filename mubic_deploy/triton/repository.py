@@ -1,5 +1,5 @@
-"""Triton's model repository: the four graphs, `ddim` and the ensemble `mubic`, for a CPU from a folder of ONNX graphs,
-for a GPU from a folder of TensorRT plans.
+"""Triton's model repository: the four graphs, `ddim` and the ensemble `mubic`, and where there is a sampler, the
+ensemble `mubic_fixed`; for a CPU from a folder of ONNX graphs, for a GPU from a folder of TensorRT plans.
 
 Every config.pbtxt is made from `graphs` and written through the protobuf schema that tritonclient ships."""
 
@@ -16,7 +16,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
 from mubic_deploy import graphs
-from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.artifacts import Artifacts, Folder
 from mubic_deploy.config import Config
 from mubic_deploy.engines.tensorrt import Plans
 from mubic_deploy.errors import UserError
@@ -58,7 +58,7 @@ def write_repository(
     UserError if a setting is out of range or `out` holds something else."""
     config, precision = artifacts.config, artifacts.precision
     instances = dict(instances or {})
-    models = {name: _settings(artifacts, name, threads) for name in graphs.signatures(config)}
+    models = {name: _settings(artifacts, name, threads) for name in artifacts.signatures}
     _check(max_batch, threads, instances, {*models, "ddim"})
     configs = [_onnx_model(config, precision, name, settings) for name, settings in models.items()]
     configs.append(_ddim(config, precision, None if call_denoiser else models["denoiser"]))
@@ -68,7 +68,7 @@ def write_repository(
             # without a delay: what waits already is merged, nobody waits for company
             model.dynamic_batching.SetInParent()
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
-    configs.append(_ensemble(config, precision, max_batch, artifacts.manifest["source"]))
+    configs += _ensembles(artifacts, max_batch)
     _write(configs, Path(out))
 
 
@@ -103,7 +103,7 @@ def write_gpu_repository(plans: Plans, out: Path, settings: GpuSettings = GpuSet
     config, precision = plans.config, plans.precision
     batches = [n for n in _POWERS if n <= plans.max_batch]
     configs, files = [], {}
-    for name, signature in graphs.signatures(config, precision).items():
+    for name, signature in plans.signatures.items():
         model = _model(signature, config)
         model.platform, model.max_batch_size = "tensorrt_plan", plans.max_batch
         model.default_model_filename = PLAN
@@ -117,9 +117,12 @@ def write_gpu_repository(plans: Plans, out: Path, settings: GpuSettings = GpuSet
         if settings.warm_up:
             _warm_up(model, signature, batches)
         configs.append(model)
-        files[name] = plans.plan(name)
-    configs += [_gpu_ddim(config, precision, plans.max_batch, settings), _host(config, plans.max_batch)]
-    configs.append(_ensemble(config, precision, plans.max_batch, plans.manifest["source"]))
+        files[name] = plans.file(name)
+    configs += [
+        _gpu_ddim(config, precision, plans.max_batch, settings),
+        _python(graphs.host(), plans.max_batch, config),
+    ]
+    configs += _ensembles(plans, plans.max_batch)
     _write(configs, Path(out), files)
 
 
@@ -130,13 +133,6 @@ def _gpu_ddim(config: Config, precision: str, max_batch: int, settings: GpuSetti
     model.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
     # the loop itself computes nothing: its tensors are on the GPU, its process is not
     model.instance_group.add(count=settings.loops, kind=ModelInstanceGroup.KIND_CPU)
-    return model
-
-
-def _host(config: Config, max_batch: int) -> ModelConfig:
-    model = _model(graphs.host(), config)
-    model.backend, model.max_batch_size = "python", max_batch
-    model.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
     return model
 
 
@@ -152,7 +148,7 @@ def _warm_up(model: ModelConfig, signature: Signature, batches: list[int]) -> No
 
 
 def _settings(artifacts: Artifacts, graph: str, threads: int) -> OnnxSettings:
-    file = artifacts.graph(graph).resolve()
+    file = artifacts.file(graph).resolve()
     return OnnxSettings(file, artifacts.manifest["graphs"][graph]["sha256"], artifacts.precision, threads)
 
 
@@ -182,7 +178,8 @@ def _model(signature: Signature, config: Config, **extra: str) -> ModelConfig:
 
 def _onnx_model(config: Config, precision: str, graph: str, settings: OnnxSettings) -> ModelConfig:
     """A graph in ONNX Runtime, through the Python backend."""
-    model = _model(graphs.signatures(config, precision)[graph], config, **settings.to_strings())
+    signature = graphs.signatures(config, precision, sampler=True)[graph]
+    model = _model(signature, config, **settings.to_strings())
     model.backend = "python"
     return model
 
@@ -196,14 +193,39 @@ def _ddim(config: Config, precision: str, denoiser: OnnxSettings | None) -> Mode
     return model
 
 
-def _ensemble(config: Config, precision: str, max_batch: int, source: dict) -> ModelConfig:
-    """The chain. A tensor has one name everywhere, so every map of names is the identity."""
-    model = _model(graphs.pipeline(config), config, **{parameters.SOURCE: json.dumps(source)})
+def _python(signature: Signature, max_batch: int, config: Config) -> ModelConfig:
+    """A small model of the Python backend, on the host."""
+    model = _model(signature, config)
+    model.backend, model.max_batch_size = "python", max_batch
+    model.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
+    return model
+
+
+def _ensembles(folder: Folder, max_batch: int) -> list[ModelConfig]:
+    """`mubic`; and with a sampler `mubic_fixed`, and what draws its noise."""
+    config, signatures = folder.config, folder.signatures
+    sampler = signatures.pop(graphs.SAMPLER, None)
+    conditioning = [s for s in signatures.values() if s.name != "denoiser"]
+    source = {parameters.SOURCE: json.dumps(folder.source)}
+    loop = graphs.ddim(config, folder.precision)
+    models = [_ensemble(_model(graphs.pipeline(config), config, **source), [*conditioning, loop], max_batch)]
+    if sampler is not None:
+        fixed = _model(graphs.fixed_pipeline(config), config, **source)
+        fixed.parameters[parameters.FIXED_STEPS].string_value = str(folder.fixed_steps)
+        noise = graphs.noise(config)
+        models += [
+            _python(noise, max_batch, config),
+            _ensemble(fixed, [*conditioning, noise, sampler], max_batch),
+        ]
+    return models
+
+
+def _ensemble(model: ModelConfig, chain: list[Signature], max_batch: int) -> ModelConfig:
+    """The chain as one model. A tensor has one name everywhere, so every map of names is the identity."""
     model.platform = "ensemble"
     model.max_batch_size = max_batch
-    chain = [s for s in graphs.signatures(config, precision).values() if s.name != "denoiser"]
-    wanted = {t.name for s in (*chain, graphs.ddim(config, precision)) for t in s.inputs} | {"SALIENCY", "STEPS_USED"}
-    for signature in (*chain, graphs.ddim(config, precision)):
+    wanted = {t.name for signature in chain for t in signature.inputs} | {output.name for output in model.output}
+    for signature in chain:
         step = model.ensemble_scheduling.step.add(model_name=signature.name, model_version=-1)
         step.input_map.update({t.name: t.name for t in signature.inputs})
         step.output_map.update({t.name: t.name for t in signature.outputs if t.name in wanted})

@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Compile the graphs of a checkpoint with AOTInductor, on the machine that will run them.
+
+    python export/aotinductor_packages.py CHECKPOINT --out DIR    (or: mubic-deploy compile CHECKPOINT --out DIR)
+
+For a machine with PyTorch and without TensorRT. Nothing is left behind unless every package agrees with eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import aoti_compile_and_package
+
+from mubic_deploy.artifacts import describe, sha256
+from mubic_deploy.checkpoint import Source
+from mubic_deploy.engines import aotinductor, eager
+from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
+from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing, require_replaceable
+from mubic_deploy.graphs import FLOAT32, SAMPLER, Signature, signatures
+from mubic_deploy.model.mubic import MUBiC, empty_inputs
+from mubic_deploy.model.precision import half
+from mubic_deploy.parity import CLIPS, compare
+
+DEVICES = ("cpu", "cuda")
+
+Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Options:
+    """device       cpu or cuda
+    precision    float32, or float16 under the policy of `mubic_deploy.model.precision`, on cuda
+    max_batch    batches go from 1 to this
+    fixed_steps  also the sampler of so many steps
+    autotune     measure every kernel that is to choose from: minutes instead of seconds a graph"""
+
+    device: str = "cpu"
+    precision: str = FLOAT32
+    max_batch: int = 8
+    fixed_steps: int | None = None
+    autotune: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device == "cpu" and self.precision != FLOAT32:
+            raise UserError("on a CPU packages compute in FP32: leave out --precision, or name --device cuda")
+        if self.max_batch < 2:
+            raise UserError(f"max batch {self.max_batch} is out of range: use 2 or more")  # else no axis is dynamic
+
+
+def build(
+    model: MUBiC, source: Source, out: Path, options: Options = Options(), progress: Progress = lambda *_: None
+) -> Packages:
+    """Packages of all graphs of `model` into `out`, which may hold earlier ones (they are replaced).
+
+    UserError without the device or a C++ compiler, if `out` is something else or cannot be written, or if a package
+    does not compute what eager PyTorch does."""
+    device = torch.device(options.device)
+    facts = aotinductor.facts(device)
+    if options.fixed_steps is not None:
+        model.config.check_fixed_steps(options.fixed_steps)
+    out = Path(out)
+    try:
+        require_replaceable(out, MANIFEST, "holds no earlier packages")
+        with replacing(out) as folder:
+            _build_into(folder, model, source, options, facts, progress)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
+    return Packages.open(out)
+
+
+def _build_into(
+    folder: Path, model: MUBiC, source: Source, options: Options, facts: dict[str, Any], progress: Progress
+) -> None:
+    device, steps = torch.device(options.device), options.fixed_steps
+    model = copy.deepcopy(model).eval()
+    compiled = (model if options.precision == FLOAT32 else half(model)).to(device)
+    model = model.to(device)
+    graphs = signatures(model.config, options.precision, sampler=steps is not None)
+    total = len(graphs) + CLIPS
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": source.to_json(),
+        "config": model.config.to_json(),
+        "precision": options.precision,
+        "fixed_steps": steps,
+        "torch": torch.__version__,
+        "device": facts,
+        "profile": {"min": 1, "max": options.max_batch},
+        "autotune": options.autotune,
+        "packages": {},
+    }
+    for done, (name, signature) in enumerate(graphs.items()):
+        progress(f"compiling {name}", done, total)
+        path = folder / f"{name}.pt2"
+        compile_graph(compiled.graph(name, steps), signature, path, options)
+        manifest["packages"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    done = len(graphs)
+
+    def checked() -> None:
+        nonlocal done
+        done += 1
+        progress("checking against eager PyTorch", done, total)
+
+    progress("checking against eager PyTorch", done, total)
+    reference, candidate = eager.load_engines(model, fixed_steps=steps), aotinductor.load_engines(Packages.open(folder))
+    said = "the compiled packages differ from eager PyTorch"
+    parity = compare(model.config, reference, candidate, progress=checked, precision=options.precision)
+    parity.require(said)
+    # and whether the samples of the largest batch stay apart
+    largest = compare(model.config, reference, candidate, 1, precision=options.precision, batch=options.max_batch)
+    largest.require(said)
+    manifest["parity"] = parity.to_json()
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, options: Options) -> None:
+    """One package, only the batch dynamic. UserError if the compiler fails."""
+    inputs = empty_inputs(signature, 2, options.device)
+    batch = torch.export.Dim("batch", min=1, max=options.max_batch)
+    shapes: Any = tuple({0: batch} for _ in inputs)
+    if signature.name in ("denoiser", SAMPLER):
+        shapes = (shapes,)  # their forward takes *inputs
+    settings: dict[str, Any] = {"aot_inductor.use_runtime_constant_folding": True}  # position tables, once
+    if options.autotune:
+        settings["max_autotune"] = True
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a machine without CUDA it says so
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    except torch._inductor.exc.InductorError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{signature.name} cannot be compiled ({reason}): see that a C++ compiler (g++) is installed"
+        ) from None
+
+
+if __name__ == "__main__":
+    from mubic_deploy.cli import main
+
+    sys.exit(main(["compile", *sys.argv[1:]]))

@@ -1,0 +1,102 @@
+"""AOTInductor: graphs that PyTorch compiled ahead of time, for a GPU or a CPU. Needs PyTorch, not the model's code.
+
+A package is machine code: it belongs to the PyTorch version and the kind of GPU, or the CPU's instructions, that it was
+compiled for. The folder's `packages.json` says which, and is read before a package is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import aoti_load_package
+
+from mubic_deploy.artifacts import Folder, Layout
+from mubic_deploy.engines import Arrays, Engine
+from mubic_deploy.engines.eager import from_torch, to_torch
+from mubic_deploy.engines.replay import Replayed
+from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import Signature
+
+MANIFEST = "packages.json"
+FORMAT = 1
+AGAIN = "compile it here with mubic-deploy compile"
+NEEDS = (("profile", "max"), ("torch",), ("device", "type"), ("source", "seed"))
+
+
+class Packages(Folder):
+    """Compiled packages."""
+
+    LAYOUT = Layout(MANIFEST, FORMAT, "packages", NEEDS, AGAIN)
+
+    @property
+    def max_batch(self) -> int:
+        return self.manifest["profile"]["max"]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.manifest["device"]["type"])
+
+    def require(self) -> None:
+        """UserError if the packages were compiled for another PyTorch or another machine than these."""
+        theirs = self.manifest["torch"]
+        if theirs != torch.__version__:
+            raise UserError(f"{self.path} was compiled with PyTorch {theirs}, this is {torch.__version__}: {AGAIN}")
+        built, here = self.manifest["device"], facts(self.device)
+        if self.device.type == "cpu":
+            missing = sorted(set(built["instructions"]) - set(here["instructions"]))
+            if missing:
+                raise UserError(f"{self.path} needs a CPU with {', '.join(missing[:5])}, this one has none: {AGAIN}")
+        elif built != here:
+            raise UserError(
+                f"{self.path} was compiled for {built['name']} (compute capability {built['compute_capability']}), "
+                f"this is {here['name']} ({here['compute_capability']}): {AGAIN}"
+            )
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What a package depends on. UserError for cuda where there is none."""
+    if device.type == "cpu":
+        flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))]
+        return {"type": "cpu", "instructions": sorted(set(flags[0].split(":")[1].split()))}
+    if not torch.cuda.is_available():
+        raise UserError("PyTorch finds no NVIDIA GPU here: use --engine onnxruntime, or --device cpu to compile")
+    major, minor = torch.cuda.get_device_capability()
+    return {"type": "cuda", "name": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+
+
+class AOTInductorEngine:
+    """One package. On a GPU with `cuda_graphs` its kernels are captured for each batch size and replayed."""
+
+    def __init__(
+        self, path: Path, signature: Signature, device: torch.device, max_batch: int, cuda_graphs: bool
+    ) -> None:
+        self.signature, self.max_batch, self._device = signature, max_batch, device
+        # single-threaded: the runner's bookkeeping for several threads cannot be captured
+        package = aoti_load_package(str(path), run_single_threaded=device.type == "cuda")
+        self._run = Replayed(package) if device.type == "cuda" and cuda_graphs else package
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        arrays = [t.check(inputs[t.name]) for t in self.signature.inputs]
+        batch, *others = {len(array) for array in arrays}
+        if others:
+            raise UserError(f"the tensors of {self.signature.name} must have the same batch size")
+        if batch > self.max_batch:
+            raise UserError(
+                f"a batch of {batch} is above the package's {self.max_batch}: send fewer at once, or compile with "
+                f"--max-batch {batch}"
+            )
+        with torch.inference_mode():
+            # a package reads its inputs as they lay when it was compiled, and does not look
+            outputs = self._run(*(to_torch(array, self._device).contiguous() for array in arrays))
+        return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
+
+
+def load_engines(packages: Packages, cuda_graphs: bool = True) -> dict[str, Engine]:
+    """An engine for each package. UserError if they are not for this machine."""
+    packages.require()
+    options = (packages.device, packages.max_batch, cuda_graphs)
+    return {
+        name: AOTInductorEngine(packages.file(name), signature, *options)
+        for name, signature in packages.signatures.items()
+    }

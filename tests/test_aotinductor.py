@@ -1,0 +1,137 @@
+"""AOTInductor: packages compiled here, for this CPU, against eager PyTorch; and all that can be wrong about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from half_fixtures import TINY
+
+from mubic_deploy import checkpoint
+from mubic_deploy.engines import aotinductor, eager
+from mubic_deploy.engines.aotinductor import Packages, load_engines
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import MUBiC
+from mubic_deploy.parity import compare, random_clip
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.sources import load_script, source_dir
+
+pytest_plugins = ("half_fixtures",)
+packages_script = load_script(source_dir("export") / "aotinductor_packages.py")
+
+
+@pytest.fixture(scope="module")
+def packages(tiny_model: MUBiC, tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    said: list[str] = []
+    out = tmp_path_factory.mktemp("compiled") / "packages"
+    options = packages_script.Options(max_batch=4)
+    packages = packages_script.build(
+        tiny_model, checkpoint.Source("test", 3), out, options, lambda text, *_: said.append(text)
+    )
+    assert said[0] == "compiling visual_encoder"
+    assert said[-1] == "checking against eager PyTorch"
+    return packages
+
+
+def altered(packages: Packages, **changes: object) -> Packages:
+    return Packages(packages.path, packages.config, {**packages.manifest, **changes})
+
+
+def test_packages_compute_what_eager_pytorch_does(packages: Packages, tiny_model: MUBiC) -> None:
+    parity = compare(TINY, eager.load_engines(tiny_model), load_engines(packages), clips=2, batch=3)
+    assert max(d for tensors in parity.graphs.values() for d in tensors.values()) < 1e-4
+    assert parity.map_cc > 0.9999
+    clip = random_clip(TINY, 5, batch=6)  # above what they take at once
+    expected, n = Pipeline(TINY, eager.load_engines(tiny_model)).predict(clip["VIDEO"], clip["AUDIO"], 2, 0)
+    got, m = Pipeline.open(packages.path, "aotinductor").predict(clip["VIDEO"], clip["AUDIO"], 2, 0)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    assert n.tolist() == m.tolist()
+
+
+def test_the_folder_says_what_it_is_for(packages: Packages) -> None:
+    manifest = json.loads((packages.path / "packages.json").read_text())
+    assert manifest["torch"] == torch.__version__
+    assert manifest["device"]["type"] == "cpu"
+    assert len(manifest["device"]["instructions"]) > 10
+    assert manifest["profile"] == {"min": 1, "max": 4}
+    assert manifest["parity"]["ok"]
+
+
+def test_packages_of_another_machine_are_refused(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aotinductor, "aoti_load_package", lambda *_, **__: pytest.fail("it was loaded"))
+    device = packages.manifest["device"]
+    with pytest.raises(UserError, match=r"compiled with PyTorch 1.0, this is .*: compile it here"):
+        load_engines(altered(packages, torch="1.0"))
+    other = {**device, "instructions": [*device["instructions"], "amx_fp99"]}
+    with pytest.raises(UserError, match="needs a CPU with amx_fp99, this one has none: compile it here"):
+        load_engines(altered(packages, device=other))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu = {"type": "cuda", "name": "NVIDIA H100", "compute_capability": "9.0"}
+    with pytest.raises(UserError, match="PyTorch finds no NVIDIA GPU here"):
+        load_engines(altered(packages, device=gpu))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    with pytest.raises(UserError, match=r"compiled for NVIDIA H100 .*, this is NVIDIA L4 \(8.9\): compile it here"):
+        load_engines(altered(packages, device=gpu))
+
+
+def test_batches_that_do_not_fit_are_refused(packages: Packages) -> None:
+    engine = load_engines(packages)["audio_encoder"]
+    with pytest.raises(UserError, match=r"a batch of 5 is above the package's 4: .*--max-batch 5"):
+        engine({"AUDIO": random_clip(TINY, 0, 5)["AUDIO"]})
+    fusion = load_engines(packages)["fusion"]
+    arrays = {t.name: np.zeros((1 + (t.name == "A"), *t.shape), t.dtype) for t in fusion.signature.inputs}
+    with pytest.raises(UserError, match="fusion must have the same batch size"):
+        fusion(arrays)
+
+
+def test_wrong_options_and_a_package_that_differs(
+    tiny_model: MUBiC, packages: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, source = packages_script.build, checkpoint.Source("test", 3)
+    with pytest.raises(UserError, match="on a CPU packages compute in FP32: leave out --precision"):
+        packages_script.Options(precision="float16")
+    with pytest.raises(UserError, match="max batch 1 is out of range"):
+        packages_script.Options(max_batch=1)
+    with pytest.raises(UserError, match="fixed steps 13 is out of range"):
+        build(tiny_model, source, tmp_path / "p", packages_script.Options(fixed_steps=13))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "one.txt").write_text("dear")
+    with pytest.raises(UserError, match="letters exists and holds no earlier packages"):
+        build(tiny_model, source, tmp_path / "letters")
+
+    def another(module, signature, path, options):  # the packages of other weights
+        path.write_bytes(packages.file(signature.name).read_bytes())
+
+    monkeypatch.setattr(packages_script, "compile_graph", another)
+    changed = MUBiC(TINY)
+    with pytest.raises(UserError, match=r"the compiled packages differ from eager PyTorch: .* of"):
+        build(changed, source, tmp_path / "p", packages_script.Options(max_batch=4))
+    assert {p.name for p in tmp_path.iterdir()} == {"letters"}
+
+
+def test_a_compiler_that_fails_is_said(tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch._inductor.exc.InductorError(RuntimeError("g++ is not here"), None)
+
+    monkeypatch.setattr(packages_script, "aoti_compile_and_package", fails)
+    signature = next(iter(packages_script.signatures(TINY).values()))
+    with pytest.raises(
+        UserError, match=r"visual_encoder cannot be compiled \(.*g\+\+ is not here.*\): see that a C\+\+"
+    ):
+        packages_script.compile_graph(
+            tiny_model.graph("visual_encoder"), signature, tmp_path / "v.pt2", packages_script.Options()
+        )
+
+
+def test_the_commands(run, packages: Packages, tmp_path: Path) -> None:
+    ran = run("compile", "random:demo", "--out", tmp_path / "p", "--precision", "float16")
+    assert ran.code == 2
+    assert "on a CPU packages compute in FP32" in ran.err
+    ran = run("predict", tmp_path / "film.mp4", "--engine", "aotinductor", "--maps", tmp_path / "m.npz")
+    assert ran.code == 2
+    assert "no such film" in ran.err or "film.mp4" in ran.err

@@ -1,0 +1,7 @@
+"""Triton's Python backend: the graph `sampler` in ONNX Runtime."""
+
+from mubic_deploy.triton.graph_model import GraphModel
+
+
+class TritonPythonModel(GraphModel):
+    """Everything is in `GraphModel`; config.pbtxt says which graph it runs."""
