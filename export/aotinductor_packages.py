@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._inductor import aoti_compile_and_package
 
 from mubic_deploy.artifacts import describe, sha256
@@ -33,7 +34,7 @@ from mubic_deploy.model.mubic import MUBiC, empty_inputs
 from mubic_deploy.model.precision import half
 from mubic_deploy.parity import CLIPS, compare
 
-DEVICES = ("cpu", "cuda")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 
 Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
 
@@ -84,9 +85,8 @@ def _build_into(
     folder: Path, model: MUBiC, source: Source, options: Options, facts: dict[str, Any], progress: Progress
 ) -> None:
     device, steps = torch.device(options.device), options.fixed_steps
-    model = copy.deepcopy(model).eval()
-    compiled = (model if options.precision == FLOAT32 else half(model)).to(device)
-    model = model.to(device)
+    model = copy.deepcopy(model).eval().to(device)
+    compiled = contiguous_convolutions(copy.deepcopy(model) if options.precision == FLOAT32 else half(model))
     graphs = signatures(model.config, options.precision, sampler=steps is not None)
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
@@ -126,6 +126,21 @@ def _build_into(
     largest.require(said)
     manifest["parity"] = parity.to_json()
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def contiguous_convolutions(model: MUBiC) -> MUBiC:
+    """`model`, in place, with every convolution's input made contiguous.
+
+    A package expects its convolutions' results to lie as they did when it was compiled, with two samples. With one, the
+    strides of a transposed view fit two layouts, the kernel picks the other one, and the package reads nonsense."""
+
+    def lay_out(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(x.contiguous() for x in arguments)
+
+    for module in model.modules():
+        if isinstance(module, CONVOLUTIONS):
+            module.register_forward_pre_hook(lay_out)
+    return model
 
 
 def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, options: Options) -> None:

@@ -40,8 +40,9 @@ def altered(packages: Packages, **changes: object) -> Packages:
     return Packages(packages.path, packages.config, {**packages.manifest, **changes})
 
 
-def test_packages_compute_what_eager_pytorch_does(packages: Packages, tiny_model: MUBiC) -> None:
-    parity = compare(TINY, eager.load_engines(tiny_model), load_engines(packages), clips=2, batch=3)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_packages_compute_what_eager_pytorch_does(packages: Packages, tiny_model: MUBiC, batch: int) -> None:
+    parity = compare(TINY, eager.load_engines(tiny_model), load_engines(packages), clips=2, batch=batch)
     assert max(d for tensors in parity.graphs.values() for d in tensors.values()) < 1e-4
     assert parity.map_cc > 0.9999
     clip = random_clip(TINY, 5, batch=6)  # above what they take at once
