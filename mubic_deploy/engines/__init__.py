@@ -28,7 +28,7 @@ class DeviceArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __array__(self, dtype: Any = None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.fetch()
         return array if dtype is None else array.astype(dtype, copy=False)
 
