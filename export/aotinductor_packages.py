@@ -29,8 +29,8 @@ from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
-from mubic_deploy.graphs import FLOAT32, SAMPLER, Signature, signatures
-from mubic_deploy.model.mubic import MUBiC, empty_inputs
+from mubic_deploy.graphs import FLOAT32, Signature, signatures
+from mubic_deploy.model.mubic import MUBiC, traced_with
 from mubic_deploy.model.precision import half
 from mubic_deploy.parity import CLIPS, compare
 
@@ -109,14 +109,9 @@ def _build_into(
         manifest["packages"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
-    done = len(graphs)
+    def checked(clips: int) -> None:
+        progress("checking against eager PyTorch", len(graphs) + clips, total)
 
-    def checked() -> None:
-        nonlocal done
-        done += 1
-        progress("checking against eager PyTorch", done, total)
-
-    progress("checking against eager PyTorch", done, total)
     reference, candidate = eager.load_engines(model, fixed_steps=steps), aotinductor.load_engines(Packages.open(folder))
     said = "the compiled packages differ from eager PyTorch"
     parity = compare(model.config, reference, candidate, progress=checked, precision=options.precision)
@@ -145,11 +140,7 @@ def contiguous_convolutions(model: MUBiC) -> MUBiC:
 
 def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, options: Options) -> None:
     """One package, only the batch dynamic. UserError if the compiler fails."""
-    inputs = empty_inputs(signature, 2, options.device)
-    batch = torch.export.Dim("batch", min=1, max=options.max_batch)
-    shapes: Any = tuple({0: batch} for _ in inputs)
-    if signature.name in ("denoiser", SAMPLER):
-        shapes = (shapes,)  # their forward takes *inputs
+    inputs, shapes = traced_with(signature, options.max_batch, options.device)
     settings: dict[str, Any] = {"aot_inductor.use_runtime_constant_folding": True}  # position tables, once
     if options.autotune:
         settings["max_autotune"] = True

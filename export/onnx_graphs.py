@@ -27,8 +27,8 @@ from mubic_deploy.checkpoint import Source
 from mubic_deploy.engines import eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
-from mubic_deploy.graphs import FLOAT32, SAMPLER, Signature, signatures
-from mubic_deploy.model.mubic import MUBiC, empty_inputs
+from mubic_deploy.graphs import FLOAT32, Signature, signatures
+from mubic_deploy.model.mubic import MUBiC, traced_with
 from mubic_deploy.model.precision import half, recorded, require_small
 from mubic_deploy.parity import CLIPS, Parity, compare
 
@@ -43,11 +43,7 @@ Progress = Callable[[str, int, int], None]  # what is done next, steps done, ste
 
 def trace(module: torch.nn.Module, signature: Signature, path: Path) -> None:
     """One graph as ONNX, weights inside, tensors named as in the signature, only the batch dynamic."""
-    inputs = empty_inputs(signature, batch=2)
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    shapes: Any = tuple({0: batch} for _ in inputs)
-    if signature.name in ("denoiser", SAMPLER):
-        shapes = (shapes,)  # their forward takes *inputs
+    inputs, shapes = traced_with(signature, MAX_BATCH)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -129,14 +125,10 @@ def _export_into(
         manifest["graphs"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
 
     candidate = {n: onnxruntime.OnnxRuntimeEngine(folder / f"{n}.onnx", s) for n, s in graphs.items()}
-    done = len(graphs)
 
-    def checked() -> None:
-        nonlocal done
-        done += 1
-        progress("checking against eager PyTorch", done, total)
+    def checked(clips: int) -> None:
+        progress("checking against eager PyTorch", len(graphs) + clips, total)
 
-    progress("checking against eager PyTorch", done, total)
     with recorded(model) as activations:
         parity = compare(
             model.config,

@@ -120,14 +120,9 @@ def _build_into(
         }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
-    done = len(graphs)
+    def checked(clips: int) -> None:
+        progress("checking against ONNX Runtime", len(graphs) + clips, total)
 
-    def checked() -> None:
-        nonlocal done
-        done += 1
-        progress("checking against ONNX Runtime", done, total)
-
-    progress("checking against ONNX Runtime", done, total)
     candidate, reference = load_engines(Plans.open(folder), cuda_graphs), onnxruntime.load_engines(artifacts)
     said = "TensorRT's engines differ from ONNX Runtime on the same graphs"
     parity = compare(artifacts.config, reference, candidate, progress=checked, precision=artifacts.precision)

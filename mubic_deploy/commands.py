@@ -132,18 +132,14 @@ def parity(arguments: Namespace) -> int:
     if model.config != artifacts.config:
         raise UserError(f"{arguments.artifacts} was not exported from this checkpoint: name it with --checkpoint")
     with bar("comparing") as progress:
-        done = 0
 
-        def clip_done() -> None:
-            nonlocal done
-            done += 1
-            progress("comparing clips", done, arguments.clips)
+        def compared(clips: int) -> None:
+            progress("comparing clips", clips, arguments.clips)
 
-        progress("comparing clips", 0, arguments.clips)
         engines = onnxruntime.load_engines(artifacts)
         reference = eager.load_engines(model, fixed_steps=artifacts.fixed_steps)
         precision = artifacts.precision
-        result = check.compare(artifacts.config, reference, engines, arguments.clips, clip_done, precision)
+        result = check.compare(artifacts.config, reference, engines, arguments.clips, compared, precision)
     if arguments.json:
         print_json(result.to_json())
     else:

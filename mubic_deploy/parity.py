@@ -98,14 +98,15 @@ def compare(
     reference: dict[str, Engine],
     candidate: dict[str, Engine],
     clips: int = CLIPS,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda done: None,
     precision: str = FLOAT32,
     batch: int = 1,
 ) -> Parity:
     """Each graph on the reference's own intermediate tensors, and the final map of the whole chain, for `clips` batches
-    of random clips. precision: of the candidate. `progress` is called after each batch. The sampler is compared if the
+    of random clips. precision: of the candidate. `progress` hears how many are done. The sampler is compared if the
     candidate has one, and the chain with its loop."""
     result = Parity(clips=clips, precision=precision)
+    progress(0)
     for seed in range(clips):
         clip = random_clip(config, seed, batch)
         tensors: dict[str, Array] = {**clip}
@@ -131,5 +132,5 @@ def compare(
         pairs = [Pipeline(config, e).predict(clip["VIDEO"], clip["AUDIO"], seed)[0] for e in (reference, candidate)]
         result.map_difference = float(np.maximum(result.map_difference, np.abs(pairs[0] - pairs[1]).max()))
         result.map_cc = float(np.min([result.map_cc, *(cc(a, b) for a, b in zip(*pairs, strict=True))]))
-        progress()
+        progress(seed + 1)
     return result

@@ -17,6 +17,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.parity import compare, random_clip
 from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.scenes.film import write_film
 from mubic_deploy.sources import load_script, source_dir
 
 pytest_plugins = ("half_fixtures",)
@@ -129,10 +130,19 @@ def test_a_compiler_that_fails_is_said(tiny_model: MUBiC, tmp_path: Path, monkey
         )
 
 
-def test_the_commands(run, packages: Packages, tmp_path: Path) -> None:
+def test_the_commands(run, packages: Packages, tiny_model: MUBiC, tmp_path: Path) -> None:
     ran = run("compile", "random:demo", "--out", tmp_path / "p", "--precision", "float16")
     assert ran.code == 2
     assert "on a CPU packages compute in FP32" in ran.err
-    ran = run("predict", tmp_path / "film.mp4", "--engine", "aotinductor", "--maps", tmp_path / "m.npz")
+    write_film(tmp_path / "scene.mp4", 7, seconds=1)
+    predict = ("predict", tmp_path / "scene.mp4", "--engine", "aotinductor", "--stride", 8, "--json")
+    ran = run(*predict, "--maps", tmp_path / "m.npz")
     assert ran.code == 2
-    assert "no such film" in ran.err or "film.mp4" in ran.err
+    assert "name their folder with --artifacts" in ran.err
+    assert "mubic-deploy compile" in ran.err
+    assert json.loads(run(*predict, "--maps", tmp_path / "m.npz", "--artifacts", packages.path).out)["maps"] == 2
+    checkpoint.save(tiny_model, tmp_path / "tiny.safetensors")
+    eager = ("--engine", "eager", "--checkpoint", tmp_path / "tiny.safetensors", "--maps", tmp_path / "e.npz")
+    assert json.loads(run(*predict, *eager).out)["maps"] == 2
+    got, expected = (np.load(tmp_path / name)["maps"] for name in ("m.npz", "e.npz"))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)

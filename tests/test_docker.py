@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 import shlex
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from mubic_deploy import graphs
 from mubic_deploy.cli import build_parser
@@ -38,52 +38,9 @@ DISTRIBUTIONS = {"tensorrt": {"tensorrt"}, "pycuda": {"pycuda"}} | {
 # --- reading the files ---
 
 
-def yaml(text: str) -> Any:
-    """What compose.yaml uses of YAML: mappings, lists, folded text, JSON lists. AssertionError for anything else."""
-    lines = [(len(line) - len(line.lstrip()), line.strip()) for line in text.splitlines()]
-    lines = [(indent, line) for indent, line in lines if line and not line.startswith("#")]
-    value, rest = _block(lines)
-    assert not rest, rest[0]
-    return value
-
-
-def _block(lines: list[tuple[int, str]]) -> tuple[Any, list[tuple[int, str]]]:
-    """A mapping or a list, and the lines behind it."""
-    indent, items, mapping = lines[0][0], [], {}
-    is_list = lines[0][1].startswith("- ")
-    while lines and lines[0][0] == indent:
-        line = lines[0][1]
-        assert line.startswith("- ") == is_list, line
-        if is_list and re.match(r"- [\w-]+:( |$)", line):  # a mapping, whose first key stands behind the dash
-            value, lines = _block([(indent + 2, line[2:]), *lines[1:]])
-            items.append(value)
-        elif is_list:
-            value, lines = _scalar(line[2:], indent, lines[1:])
-            items.append(value)
-        else:
-            match = re.fullmatch(r"([\w-]+):(?: (.+))?", line)
-            assert match, line
-            assert match[1] not in mapping, line
-            mapping[match[1]], lines = _scalar(match[2] or "", indent, lines[1:])
-    assert not lines or lines[0][0] < indent, lines[0]
-    return items if is_list else mapping, lines
-
-
-def _scalar(text: str, indent: int, lines: list[tuple[int, str]]) -> tuple[Any, list[tuple[int, str]]]:
-    deeper = bool(lines) and lines[0][0] > indent
-    if text == ">-":
-        end = next((i for i, line in enumerate(lines) if line[0] <= indent), len(lines))
-        return " ".join(line for _, line in lines[:end]), lines[end:]
-    if not text:
-        return _block(lines) if deeper else (None, lines)
-    assert not deeper, lines[0]
-    assert text[0] not in "&*!|>{%@'", text
-    return json.loads(text) if text[0] in '["' or text in ("true", "false") else text, lines
-
-
 def services() -> dict[str, Any]:
     """With the variables' defaults."""
-    return yaml(VARIABLE.sub(r"\2", COMPOSE))["services"]
+    return yaml.safe_load(VARIABLE.sub(r"\2", COMPOSE))["services"]
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
@@ -240,7 +197,7 @@ def test_what_is_replaced_by_renaming_lies_inside_the_volume() -> None:
     assert engines.out.parent == repository.out.parent == Path(volume)
     assert "read_only" not in mounts("engines")[volume]
     assert mounts("server") == {volume: {**mounts("engines")[volume], "read_only": True}}
-    assert list(yaml(COMPOSE)["volumes"]) == [mounts("server")[volume]["source"]]
+    assert list(yaml.safe_load(COMPOSE)["volumes"]) == [mounts("server")[volume]["source"]]
     for stage in ("engines", "serve"):  # whichever runs first, the volume takes over its folder's owner
         (user,) = (rest for word, rest in stages()[stage] if word == "USER")
         owner, group = user.split(":")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,15 @@ class Cost(NamedTuple):
 def empty_inputs(signature: Signature, batch: int, device: str = "cpu") -> tuple[Tensor, ...]:
     """Zeros for each input of a graph."""
     return tuple(torch.zeros((batch, *t.shape), dtype=getattr(torch, t.dtype), device=device) for t in signature.inputs)
+
+
+def traced_with(signature: Signature, max_batch: int, device: str = "cpu") -> tuple[tuple[Tensor, ...], Any]:
+    """Inputs to trace a graph with, and torch.export's dynamic shapes: only the batch is dynamic, 1 to max_batch."""
+    inputs = empty_inputs(signature, 2, device)  # two samples: one would be taken for a constant
+    batch = torch.export.Dim("batch", min=1, max=max_batch)
+    shapes = tuple({0: batch} for _ in inputs)
+    # denoiser and sampler take *inputs, which is one argument to torch.export
+    return inputs, (shapes,) if signature.name in ("denoiser", SAMPLER) else shapes
 
 
 def cost(config: Config) -> Cost:
