@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,13 +25,14 @@ from torch._inductor import aoti_compile_and_package
 
 from mubic_deploy.artifacts import describe, sha256
 from mubic_deploy.checkpoint import Source
+from mubic_deploy.config import OPTIMISATIONS
 from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC, traced_with
-from mubic_deploy.model.precision import half
+from mubic_deploy.model.precision import prepared
 from mubic_deploy.parity import CLIPS, compare
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
@@ -45,12 +46,14 @@ class Options:
     precision    float32, or float16 under the policy of `mubic_deploy.model.precision`, on cuda
     max_batch    batches go from 1 to this
     fixed_steps  also the sampler of so many steps
+    optimisations  some of `config.OPTIMISATIONS`
     autotune     measure every kernel that is to choose from: minutes instead of seconds a graph"""
 
     device: str = "cpu"
     precision: str = FLOAT32
     max_batch: int = 8
     fixed_steps: int | None = None
+    optimisations: Collection[str] = ()
     autotune: bool = False
 
     def __post_init__(self) -> None:
@@ -86,7 +89,7 @@ def _build_into(
 ) -> None:
     device, steps = torch.device(options.device), options.fixed_steps
     model = copy.deepcopy(model).eval().to(device)
-    compiled = contiguous_convolutions(copy.deepcopy(model) if options.precision == FLOAT32 else half(model))
+    compiled = contiguous_convolutions(prepared(model, options.precision, options.optimisations))
     graphs = signatures(model.config, options.precision, sampler=steps is not None)
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
@@ -96,6 +99,7 @@ def _build_into(
         "config": model.config.to_json(),
         "precision": options.precision,
         "fixed_steps": steps,
+        "optimisations": [name for name in OPTIMISATIONS if name in options.optimisations],
         "torch": torch.__version__,
         "device": facts,
         "profile": {"min": 1, "max": options.max_batch},

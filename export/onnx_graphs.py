@@ -12,7 +12,7 @@ import logging
 import platform
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +24,13 @@ from onnxscript import optimizer
 
 from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
 from mubic_deploy.checkpoint import Source
+from mubic_deploy.config import OPTIMISATIONS
 from mubic_deploy.engines import eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC, traced_with
-from mubic_deploy.model.precision import half, recorded, require_small
+from mubic_deploy.model.precision import prepared, recorded, require_small
 from mubic_deploy.parity import CLIPS, Parity, compare
 
 OPSET = 20
@@ -81,12 +82,14 @@ def export(
     progress: Progress = lambda *_: None,
     precision: str = FLOAT32,
     fixed_steps: int | None = None,
+    optimisations: Collection[str] = (),
 ) -> tuple[Artifacts, Parity]:
     """All graphs of `model` and the manifest into `out`, which may hold an earlier export (it is replaced).
 
     precision: float32, or float16 under the policy of `mubic_deploy.model.precision`. fixed_steps: also the sampler,
-    the loop of so many steps as one graph. UserError if `out` is something else, cannot be written, a graph differs
-    from eager PyTorch in FP32, or an activation is too large for FP16."""
+    the loop of so many steps as one graph. optimisations: some of `config.OPTIMISATIONS`.
+    UserError if `out` is something else, cannot be written, a graph differs from eager PyTorch in FP32, or an
+    activation is too large for FP16."""
     out = Path(out)
     if fixed_steps is not None:
         model.config.check_fixed_steps(fixed_steps)
@@ -94,18 +97,24 @@ def export(
     try:
         require_replaceable(out, MANIFEST, "is not an earlier export")
         with replacing(out) as folder:
-            parity = _export_into(folder, model, source, progress, precision, fixed_steps)
+            parity = _export_into(folder, model, source, progress, precision, fixed_steps, optimisations)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
     return Artifacts.open(out), parity
 
 
 def _export_into(
-    folder: Path, model: MUBiC, source: Source, progress: Progress, precision: str, fixed_steps: int | None
+    folder: Path,
+    model: MUBiC,
+    source: Source,
+    progress: Progress,
+    precision: str,
+    fixed_steps: int | None,
+    optimisations: Collection[str],
 ) -> Parity:
     model.eval()
     graphs = signatures(model.config, precision, sampler=fixed_steps is not None)
-    exported = model if precision == FLOAT32 else half(model)
+    exported = prepared(model, precision, optimisations)
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -115,6 +124,7 @@ def _export_into(
         "opset": OPSET,
         "precision": precision,
         "fixed_steps": fixed_steps,
+        "optimisations": [name for name in OPTIMISATIONS if name in optimisations],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "graphs": {},
     }

@@ -96,6 +96,7 @@ def _build_into(
         "config": artifacts.config.to_json(),
         "precision": artifacts.precision,
         "fixed_steps": artifacts.fixed_steps,
+        "optimisations": artifacts.optimisations,
         "tensorrt": trt.__version__,
         "gpu": asdict(gpu.facts),
         "profile": {"min": 1, "best": options.best_batch, "max": options.max_batch},

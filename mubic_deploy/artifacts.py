@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from mubic_deploy.config import PRECISIONS, Config
+from mubic_deploy.config import OPTIMISATIONS, PRECISIONS, Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, signatures
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # of the manifest; a reader refuses another
+FORMAT = 3  # of the manifest; a reader refuses another
 
 
 def sha256(path: Path) -> str:
@@ -71,6 +71,8 @@ class Layout:
             steps = manifest["fixed_steps"]
             if steps is not None:
                 config.check_fixed_steps(steps)
+            if unknown := set(manifest["optimisations"]) - set(OPTIMISATIONS):
+                raise UserError(f"{path}: the optimisation {min(unknown)!r} is not known: {self.again}")
             for name, signature in signatures(config, manifest["precision"], sampler=steps is not None).items():
                 self._check(path, name, manifest[self.files][name], signature)
         except (KeyError, TypeError) as error:
@@ -118,6 +120,11 @@ class Folder:
     def fixed_steps(self) -> int | None:
         """Of the sampler, if there is one."""
         return self.manifest["fixed_steps"]
+
+    @property
+    def optimisations(self) -> tuple[str, ...]:
+        """The rewrites of `mubic_deploy.model.optimise` that the graphs were made with."""
+        return tuple(self.manifest["optimisations"])
 
     @property
     def source(self) -> dict[str, Any]:

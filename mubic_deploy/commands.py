@@ -110,6 +110,7 @@ def export(arguments: Namespace) -> int:
             progress,
             arguments.precision,
             arguments.fixed_steps,
+            arguments.optimise,
         )
     parity = artifacts.manifest["parity"]
     if arguments.json:
@@ -181,7 +182,12 @@ def compile(arguments: Namespace) -> int:
     began = time.monotonic()
     script = load_script(source_dir("export") / "aotinductor_packages.py")
     options = script.Options(
-        arguments.device, arguments.precision, arguments.max_batch, arguments.fixed_steps, arguments.autotune
+        arguments.device,
+        arguments.precision,
+        arguments.max_batch,
+        arguments.fixed_steps,
+        arguments.optimise,
+        arguments.autotune,
     )
     with bar("compiling") as progress:
         progress("loading weights", 0, None)

@@ -11,6 +11,7 @@ from mubic_deploy.errors import UserError
 
 VARIANTS = ("full", "no_beca", "no_skip", "concat", "no_diffusion", "visual_only")  # Table 4.3
 PRECISIONS = ("float32", "float16")  # of the graphs; NumPy's names
+OPTIMISATIONS = ("pad_heads", "split_depthwise")  # of a graph, see `mubic_deploy.model.optimise`
 
 # Constants of the method, the same for every size.
 DIFFUSION_STEPS = 1000  # T, Table 4.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,16 +26,18 @@ def export(
     progress: Progress = lambda *_: None,
     precision: str = FLOAT32,
     fixed_steps: int | None = None,
+    optimisations: Collection[str] = (),
 ) -> Artifacts:
     """Trace the graphs of a checkpoint (see `checkpoint.load`) into `out`, checked against eager PyTorch in FP32.
 
-    precision: float32 or float16; fixed_steps: also the sampler of so many steps."""
+    precision: float32 or float16; fixed_steps: also the sampler of so many steps; optimisations: some of
+    `config.OPTIMISATIONS`."""
     from mubic_deploy import checkpoint as checkpoints
 
     progress("loading weights", 0, 1)
     model, source = checkpoints.load(checkpoint, variant, seed)
     script = load_script(source_dir("export") / "onnx_graphs.py")
-    artifacts, _ = script.export(model, source, out, progress, precision, fixed_steps)
+    artifacts, _ = script.export(model, source, out, progress, precision, fixed_steps, optimisations)
     return artifacts
 
 

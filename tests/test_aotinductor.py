@@ -28,7 +28,7 @@ packages_script = load_script(source_dir("export") / "aotinductor_packages.py")
 def packages(tiny_model: MUBiC, tmp_path_factory: pytest.TempPathFactory) -> Packages:
     said: list[str] = []
     out = tmp_path_factory.mktemp("compiled") / "packages"
-    options = packages_script.Options(max_batch=4)
+    options = packages_script.Options(max_batch=4, optimisations=("split_depthwise", "pad_heads"))
     packages = packages_script.build(
         tiny_model, checkpoint.Source("test", 3), out, options, lambda text, *_: said.append(text)
     )
@@ -59,6 +59,7 @@ def test_the_folder_says_what_it_is_for(packages: Packages) -> None:
     assert manifest["device"]["type"] == "cpu"
     assert len(manifest["device"]["instructions"]) > 10
     assert manifest["profile"] == {"min": 1, "max": 4}
+    assert packages.optimisations == ("pad_heads", "split_depthwise")
     assert manifest["parity"]["ok"]
 
 

@@ -177,6 +177,8 @@ def damage(folder: Path, what: str) -> None:
         manifest.write_text("{")
     elif what == "other format":
         manifest.write_text(json.dumps(data | {"format": 99}))
+    elif what == "other optimisation":
+        manifest.write_text(json.dumps(data | {"optimisations": ["pad_heads", "int4"]}))
     elif what == "no graphs":
         manifest.write_text(json.dumps(data | {"graphs": {}}))
     elif what == "no source":
@@ -197,7 +199,8 @@ def damage(folder: Path, what: str) -> None:
         ("missing", r"denoiser\.onnx is missing"),
         ("unfinished", r"holds no manifest\.json"),
         ("no json", "cannot be read"),
-        ("other format", "is not of format 2"),
+        ("other format", "is not of format 3"),
+        ("other optimisation", "the optimisation 'int4' is not known: make it with mubic-deploy export"),
         ("no graphs", "lacks 'visual_encoder'"),
         ("no source", "lacks 'source'"),
         ("three scales", "cannot be used"),

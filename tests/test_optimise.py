@@ -18,13 +18,16 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mubic_deploy import checkpoint
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import OPTIMISATIONS
 from mubic_deploy.engines import eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
 from mubic_deploy.model.mubic import MUBiC, empty_inputs
-from mubic_deploy.model.optimise import OPTIMISATIONS, SplitDepthwise, optimised
+from mubic_deploy.model.optimise import REWRITES, SplitDepthwise, optimised
 from mubic_deploy.model.precision import half
-from mubic_deploy.parity import compare, random_clip
+from mubic_deploy.parity import compare
 from mubic_deploy.sources import load_script, source_dir
 
 onnx_graphs = load_script(source_dir("export") / "onnx_graphs.py")
@@ -34,7 +37,7 @@ tensorrt_operators = load_script(source_dir("export") / "tensorrt_operators.py")
 # 32 + 8 + 2 + 3 or 32 + 8 + 4 + 6 of 32
 ODD = replace(TINY, audio_heads=8, beca_heads=(8, 16, 32, 64), decoder_heads=(2, 4, 16, 8))
 GRAPHS = tuple(signatures(ODD))
-SETS = [*((name,) for name in OPTIMISATIONS), OPTIMISATIONS]
+SETS = [*((name,) for name in REWRITES), REWRITES]
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 
 
@@ -77,7 +80,7 @@ def test_same_result_to_rounding(model: MUBiC, names: Collection[str]) -> None:
 
 
 def test_half_precision_after_them_is_as_close_as_without(model: MUBiC) -> None:
-    halved = half(optimised(model, OPTIMISATIONS))
+    halved = half(optimised(model, REWRITES))
     result = compare(
         ODD, eager.load_engines(model), eager.load_engines(halved, "float16"), clips=1, precision="float16"
     )
@@ -97,7 +100,7 @@ def test_the_model_stays_as_it_was(model: MUBiC) -> None:
     expected = outputs(model.visual_encoder, clip)  # fills what attention keeps
 
     random_state = torch.get_rng_state()
-    out = optimised(model.train(), OPTIMISATIONS)
+    out = optimised(model.train(), REWRITES)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.training
     assert not any(module.training for module in out.modules())
@@ -232,22 +235,19 @@ def test_activations_are_channels_last(model: MUBiC) -> None:
 
 @pytest.fixture(scope="module")
 def everything(model: MUBiC) -> MUBiC:
-    return optimised(model, OPTIMISATIONS)
+    return optimised(model, REWRITES)
 
 
-def test_it_runs_in_onnx_runtime(model: MUBiC, everything: MUBiC, tmp_path: Path) -> None:
-    path = tmp_path / "visual_encoder.onnx"
-    signature = signatures(ODD)["visual_encoder"]
-    onnx_graphs.trace(everything.visual_encoder, signature, path)
-    engine = onnxruntime.OnnxRuntimeEngine(path, signature)
-    reference = eager.load_engines(model)["visual_encoder"]
-    for batch in (1, 3):
-        clip = random_clip(ODD, batch, batch)
-        expected, got = reference(clip), engine(clip)
-        for tensor in signature.output_names:
-            np.testing.assert_allclose(got[tensor], expected[tensor], atol=1e-4, err_msg=tensor)
+def test_an_export_carries_them(run, model: MUBiC, tmp_path: Path) -> None:
+    checkpoint.save(model, tmp_path / "odd.safetensors")
+    options = [x for name in OPTIMISATIONS for x in ("--optimise", name)]
+    ran = run("export", tmp_path / "odd.safetensors", "--out", tmp_path / "graphs", *options, "--json")
+    assert ran.code == 0, ran.err
+    artifacts = Artifacts.open(tmp_path / "graphs")
+    assert artifacts.optimisations == OPTIMISATIONS
+    assert compare(ODD, eager.load_engines(model), onnxruntime.load_engines(artifacts), 1, batch=3).ok
 
-    exported = onnx.load(path)
+    exported = onnx.load(artifacts.file("visual_encoder"))
     assert not list(tensorrt_operators.problems(exported))
     constants = {i.name: numpy_helper.to_array(i) for i in exported.graph.initializer}
     kernels = [(constants[n.input[1]], n) for n in exported.graph.node if n.op_type == "Conv"]

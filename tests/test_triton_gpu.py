@@ -38,6 +38,7 @@ def plans(toy_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) ->
     manifest = {
         "precision": "float32",
         "fixed_steps": toy_artifacts.fixed_steps,
+        "optimisations": [],
         "profile": {"min": 1, "best": 1, "max": 6},
         "plans": {name: {"file": f"{name}.plan"} for name in GRAPHS},
         "source": toy_artifacts.manifest["source"],

@@ -150,7 +150,7 @@ def write(config: Config, path: Path, fixed_steps: int | None = None) -> Artifac
         entries[name] = {"file": file.name, "sha256": sha256(file), "signature": describe(signature)}
     source = {"name": "toy", "seed": None, "sha256": None}
     facts = {"format": FORMAT, "source": source, "config": config.to_json(), "precision": "float32"}
-    facts["fixed_steps"] = fixed_steps
+    facts |= {"fixed_steps": fixed_steps, "optimisations": []}
     manifest = {**facts, "graphs": entries, "parity": {}}
     (path / MANIFEST).write_text(json.dumps(manifest))
     return Artifacts.open(path)

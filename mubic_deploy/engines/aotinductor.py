@@ -19,7 +19,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature
 
 MANIFEST = "packages.json"
-FORMAT = 1
+FORMAT = 2
 AGAIN = "compile it here with mubic-deploy compile"
 NEEDS = (("profile", "max"), ("torch",), ("device", "type"), ("source", "seed"))
 

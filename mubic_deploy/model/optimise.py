@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from mubic_deploy.config import OPTIMISATIONS
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.audio import TemporalRefinement
 from mubic_deploy.model.denoiser import NoiseAttention
@@ -21,18 +22,18 @@ from mubic_deploy.model.layers import product
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.model.visual import FoldedAttention
 
-OPTIMISATIONS = ("pad_heads", "split_depthwise", "channels_last")
+REWRITES = (*OPTIMISATIONS, "channels_last")
 HEAD_MULTIPLE = 8  # FP16 values in the 16 bytes that a fused attention kernel loads at once
 
 
 def optimised(model: MUBiC, names: Collection[str]) -> MUBiC:
     """A copy of `model` in eval mode with the named rewrites, whatever their order: same signatures, same result to
     rounding. `precision.half` takes it as it takes the model. UserError for an unknown name."""
-    unknown = [name for name in names if name not in OPTIMISATIONS]
+    unknown = [name for name in names if name not in REWRITES]
     if unknown:
-        raise UserError(f"unknown optimisation {unknown[0]!r}: choose from {', '.join(OPTIMISATIONS)}")
+        raise UserError(f"unknown optimisation {unknown[0]!r}: choose from {', '.join(REWRITES)}")
     out = copy.deepcopy(model)
-    for name, rewrite in zip(OPTIMISATIONS, (pad_heads, split_depthwise, channels_last), strict=True):
+    for name, rewrite in zip(REWRITES, (pad_heads, split_depthwise, channels_last), strict=True):
         if name in names:
             rewrite(out)
     return out.eval()

@@ -9,7 +9,7 @@ is."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,13 +21,23 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.model.denoiser import NoiseStage
 from mubic_deploy.model.mubic import MUBiC
+from mubic_deploy.model.optimise import optimised
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 NORMS = (nn.LayerNorm,)
 KEPT = ("denoiser.step_embedding", "fusion.adaptive")  # in FP32 with all that is in them
 LARGEST = 16_384.0  # of an activation: a quarter of what FP16 holds
+
+
+def prepared(model: MUBiC, precision: str = FLOAT32, optimisations: Collection[str] = ()) -> MUBiC:
+    """A copy of `model` as it is traced or compiled: with some of `optimise.REWRITES`, float32 or float16.
+
+    UserError for an unknown optimisation, or a weight that is too large for FP16."""
+    rewritten = optimised(model, optimisations)
+    return rewritten if precision == FLOAT32 else half(rewritten)
 
 
 def half(model: MUBiC) -> MUBiC:
