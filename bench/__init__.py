@@ -1,0 +1,1 @@
+"""The benchmark harness: `python -m bench run SUITE`, `compare`, `report`, `tune`. See docs/benchmarks.md."""

@@ -1,0 +1,153 @@
+"""What a figure was measured on: the machine, its software, how busy it was, and how fast it could be at best."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import timing
+
+PACKAGES = (
+    "mubic-deploy",
+    "torch",
+    "torchvision",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "numpy",
+    "tritonclient",
+    "nvidia-pytriton",
+)
+GEMM_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the best one counts
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+LIMIT_RULE = timing.Rule(repeats=10, seconds=3.0, short_s=0.3, warm_up_s=2.0)
+
+
+def facts() -> dict[str, Any]:
+    """The machine and its software, as they are for the whole run."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "gpu": gpu_facts(),
+    }
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two results' facts name the same hardware."""
+    gpus = [(m["gpu"] or {}).get("name") for m in (a, b)]
+    return (a["cpu"], a["cores"], gpus[0]) == (b["cpu"], b["cores"], gpus[1])
+
+
+def state() -> dict[str, Any]:
+    """What changes while it runs: the load, the clocks; noted before and after a run."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    return {
+        "load": list(os.getloadavg()),
+        "cpu_mhz": round(float(np.mean(clocks)), 0) if clocks else None,
+        "gpu": _gpu_state(),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with + for what was changed since; None outside of one."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        return run("rev-parse", "HEAD").strip()[:12] + ("+" if run("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def limits(device: str = "cpu", threads: int | None = None) -> dict[str, float]:
+    """What this machine does at best, measured now through PyTorch: square matrix products in FLOP/s, by precision
+    (the median of the better of two sizes; random values, for zeros can be faster), and a copy in bytes/s, read and
+    written both counted."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    clock = timing.cuda_events if device == "cuda" else timing.wall
+    rates = {}
+    for precision in ("float32",) if device == "cpu" else ("float32", "float16"):
+        rates[f"gemm_{precision}"] = max(_gemm(n, precision, device, clock) for n in GEMM_SIZES[device])
+    source = torch.empty(COPY_BYTES[device] // 4, device=device).uniform_()
+    target = torch.empty_like(source)
+    copied = timing.measure({"copy": lambda i: target.copy_(source)}, LIMIT_RULE, clock)["copy"].median
+    return {**rates, "copy": 2 * COPY_BYTES[device] / copied}
+
+
+def _gemm(n: int, precision: str, device: str, clock: timing.Clock) -> float:
+    import torch
+
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, precision)) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = timing.measure({"gemm": lambda i: torch.mm(a, b, out=out)}, LIMIT_RULE, clock)["gemm"].median
+    return 2 * n**3 / seconds
+
+
+def gpu_facts() -> dict[str, Any] | None:
+    """The first GPU, through NVIDIA's management library (nvidia-ml-py); None without one."""
+    return _nvml(
+        lambda nvml, gpu: {
+            "name": _text(nvml.nvmlDeviceGetName(gpu)),
+            "memory_gb": round(nvml.nvmlDeviceGetMemoryInfo(gpu).total / 1e9, 1),
+            "driver": _text(nvml.nvmlSystemGetDriverVersion()),
+            "power_limit_w": nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
+        }
+    )
+
+
+def _gpu_state() -> dict[str, Any] | None:
+    return _nvml(
+        lambda nvml, gpu: {
+            "sm_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            "memory_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+            "power_w": nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            "temperature_c": nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+        }
+    )
+
+
+def _nvml(read: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any] | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return read(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,140 @@
+"""The one format of results: a JSON file a run, as `bench/schema.json` describes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.timing import Timing
+from mubic_deploy.errors import UserError
+
+SCHEMA = 1
+FOLDER = Path(__file__).parent / "results"
+REQUIRED = ("schema", "suite", "created", "commit", "settings", "machine", "state", "limits", "rows", "left_out")
+
+
+@dataclass
+class Row:
+    """One thing that was measured.
+
+    what    the group whose sides compare: "whole", a graph's name, "steps 8" ...
+    side    who was measured: an engine or a baseline
+    axes    what else was set: batch, steps, concurrency ...
+    timing  its calls, where time was measured
+    values  other figures by name, in units that the name ends with (_s, _bytes, _per_s ...)"""
+
+    what: str
+    side: str
+    axes: dict[str, int | str] = field(default_factory=dict)
+    timing: Timing | None = None
+    values: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple:
+        return (self.what, self.side, *sorted(self.axes.items()))
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"what": self.what, "side": self.side, "axes": self.axes, "values": self.values}
+        if self.timing is not None:
+            out["seconds"] = self.timing.summary()
+            out["samples_s"] = [float(f"{s:.6g}") for s in self.timing.samples]
+        return out
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Row:
+        timing = None
+        if "samples_s" in data:
+            timing = Timing(tuple(data["samples_s"]), data["seconds"]["warm_ups"], data["seconds"]["settled"])
+        return cls(data["what"], data["side"], data["axes"], timing, data["values"])
+
+
+@dataclass
+class Results:
+    """A run of one suite. Build it when the run begins; `finish` notes the machine's state at its end."""
+
+    suite: str
+    settings: dict[str, Any]
+    limits: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # side -> why
+    notes: dict[str, Any] = field(default_factory=dict)  # tables that are no rows: kernels, warnings
+    machine: dict[str, Any] = field(default_factory=machine.facts)
+    commit: str | None = field(default_factory=machine.commit)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    state: dict[str, Any] = field(default_factory=lambda: {"before": machine.state()})
+
+    def add(self, what: str, timings: dict[str, Timing], **axes: int | str) -> None:
+        """A row for each side."""
+        self.rows += [Row(what, side, dict(axes), timing) for side, timing in timings.items()]
+
+    def row(self, what: str, side: str, **axes: int | str) -> Row:
+        """KeyError if there is none."""
+        for row in self.rows:
+            if (row.what, row.side) == (what, side) and axes.items() <= row.axes.items():
+                return row
+        raise KeyError(f"{what}, {side}, {axes}")
+
+    def finish(self) -> None:
+        self.state["after"] = machine.state()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "suite": self.suite,
+            "created": self.created,
+            "commit": self.commit,
+            "settings": self.settings,
+            "machine": self.machine,
+            "state": self.state,
+            "limits": self.limits,
+            "rows": [row.to_json() for row in self.rows],
+            "left_out": self.left_out,
+            "notes": self.notes,
+        }
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all; a file that is there is replaced. UserError if it cannot be written."""
+        text = json.dumps(_without_nan(self.to_json()), indent=1)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text + "\n")
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another --out") from None
+
+
+def read(path: Path) -> Results:
+    """A results file. UserError if it is none, or of another schema."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: name a file that `bench run` wrote") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): name a file that `bench run` wrote") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else None
+        raise UserError(f"{path} is of schema {found}, this reads {SCHEMA}: measure again with `bench run`")
+    if missing := [key for key in REQUIRED if key not in data]:
+        raise UserError(f"{path} lacks {missing[0]}: measure again with `bench run`")
+    rows = [Row.from_json(row) for row in data["rows"]]
+    kept = {key: data[key] for key in REQUIRED if key not in ("schema", "rows")}
+    return Results(rows=rows, notes=data.get("notes", {}), **kept)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return value

@@ -1,0 +1,213 @@
+"""Who is measured: our engines, and what a user would take instead.
+
+Each makes a pipeline that predicts the same maps from the same weights with the same number of threads. What cannot be
+had here is left out with the reason, never replaced."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mubic_deploy import exported, graphs
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import DEFAULT_STEPS, Config, get_config
+from mubic_deploy.engines import Arrays, Engine, eager, onnxruntime
+from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import Signature, saliency_map, signatures
+from mubic_deploy.model.mubic import MUBiC, random_model
+from mubic_deploy.parity import random_clip
+from mubic_deploy.pipeline import Pipeline, Predictor, request, sample
+from mubic_deploy.sources import load_script, source_dir
+
+CLIPS = 8  # random inputs that take turns
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Context:
+    """What all sides of a run share. size: full or demo; threads: of every side; folder: for graphs that are thrown
+    away; say: told what takes long."""
+
+    size: str
+    threads: int
+    folder: Path
+    say: Say = lambda text: None
+
+    @property
+    def config(self) -> Config:
+        return get_config(self.size)
+
+    @functools.cached_property
+    def artifacts(self) -> Artifacts:
+        """The exported graphs of random weights, cached."""
+        return exported.cached(f"random:{self.size}", progress=lambda text, *_: self.say(text))
+
+    @functools.cached_property
+    def clips(self) -> list[dict[str, np.ndarray]]:
+        return [random_clip(self.config, seed) for seed in range(CLIPS)]
+
+    def model(self, folded: bool = True) -> MUBiC:
+        return random_model(self.config, folded=folded)
+
+
+class Reencoding:
+    """A pipeline that runs encoders and fusion at every step, as DiffSal's released sampler does."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline, self.config, self.default_steps = pipeline, pipeline.config, pipeline.default_steps
+
+    def predict(
+        self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `Pipeline.predict`."""
+        arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)
+        first = self.pipeline.condition(arrays)
+        waiting = [first]
+
+        def denoiser(inputs: Arrays) -> Arrays:
+            cond = waiting.pop() if waiting else self.pipeline.condition(arrays)
+            return self.pipeline.engines["denoiser"]({**inputs, **{t.name: cond[t.name] for t in of_cond}})
+
+        of_cond = graphs.conditioning(self.config)
+        out = sample(self.config, denoiser, first, arrays["SEED"], arrays["STEPS"])  # type: ignore[arg-type]
+        return out["SALIENCY"], out["STEPS_USED"]
+
+
+class Monolith(nn.Module):
+    """The whole inference as one module: media and noise in, the map out."""
+
+    def __init__(self, model: MUBiC, steps: int = DEFAULT_STEPS) -> None:
+        super().__init__()
+        self.model, self.sampler = model, model.graph(graphs.SAMPLER, steps)
+
+    def forward(self, VIDEO: torch.Tensor, AUDIO: torch.Tensor, S_T: torch.Tensor) -> torch.Tensor:
+        features = [*self.model.visual_encoder(VIDEO), self.model.audio_encoder(AUDIO)]
+        *cond, _entropy, _steps = self.model.fusion(*features)
+        return self.sampler(*cond, S_T)
+
+
+class WholeGraph:
+    """A monolith's session as a predictor of a fixed number of steps."""
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self.config, self.default_steps, self.engine = config, config.default_steps, engine
+
+    def predict(
+        self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `Pipeline.predict`, for the default steps."""
+        from mubic_deploy.diffusion import noise
+
+        seeds = np.broadcast_to(np.asarray(seed, np.int64), len(video))
+        out = self.engine({"VIDEO": video, "AUDIO": audio, "S_T": noise(seeds, self.config.map_size)})
+        return np.asarray(out["SALIENCY"]), np.full((len(video), 1), self.default_steps, np.int32)
+
+
+def monolith_signature(config: Config) -> Signature:
+    return Signature("monolith", (*graphs.media(config), graphs.initial_noise(config)), (saliency_map(config),))
+
+
+def eager_each_step(context: Context) -> Predictor:
+    return Reencoding(eager_torchvision(context))
+
+
+def eager_torchvision(context: Context) -> Pipeline:
+    model = context.model(folded=False)
+    return Pipeline(model.config, eager.load_engines(model))
+
+
+def eager_folded(context: Context) -> Pipeline:
+    model = context.model()
+    return Pipeline(model.config, eager.load_engines(model))
+
+
+def compiled(context: Context) -> Pipeline:
+    """torch.compile, each graph by itself, shapes fixed."""
+    engines = eager.load_engines(context.model())
+    for engine in engines.values():
+        engine.module = torch.compile(engine.module, dynamic=False)  # type: ignore[attr-defined]
+    return Pipeline(context.config, engines)
+
+
+def onnxruntime_each_step(context: Context) -> Predictor:
+    return Reencoding(ours(context))
+
+
+def ours(context: Context) -> Pipeline:
+    return Pipeline(context.config, onnxruntime.load_engines(context.artifacts, context.threads))
+
+
+def onnx_plain(context: Context) -> Pipeline:
+    """What torch.onnx.export makes of torchvision's attention, without our rewrites."""
+    model = context.model(folded=False)
+    engines: dict[str, Engine] = {}
+    for name, signature in signatures(model.config).items():
+        context.say(f"plain export of {name}")
+        path = context.folder / f"plain_{name}.onnx"
+        if name == "visual_encoder":
+            _export_plain(model.graph(name), signature, path)
+        else:  # nothing there is rewritten
+            path = context.artifacts.file(name)
+        engines[name] = onnxruntime.OnnxRuntimeEngine(path, signature, context.threads)
+    return Pipeline(model.config, engines)
+
+
+def _export_plain(module: nn.Module, signature: Signature, path: Path) -> None:
+    import warnings
+
+    from mubic_deploy.model.mubic import empty_inputs
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        names = {"input_names": signature.input_names, "output_names": signature.output_names}
+        torch.onnx.export(module, empty_inputs(signature, 1), path, dynamo=True, verbose=False, **names)
+
+
+def monolith(context: Context) -> Predictor:
+    """One ONNX graph of the whole inference, the loop unrolled."""
+    context.say("exporting one graph of everything")
+    signature, path = monolith_signature(context.config), context.folder / "monolith.onnx"
+    script = load_script(source_dir("export") / "onnx_graphs.py")
+    script.trace(Monolith(context.model()).eval(), signature, path)
+    return WholeGraph(context.config, onnxruntime.OnnxRuntimeEngine(path, signature, context.threads))
+
+
+SIDES: dict[str, Callable[[Context], Predictor]] = {
+    "eager, each step": eager_each_step,
+    "eager, torchvision": eager_torchvision,
+    "eager": eager_folded,
+    "torch.compile": compiled,
+    "ONNX, plain export": onnx_plain,
+    "ONNX, one graph": monolith,
+    "onnxruntime": ours,
+}
+
+
+def load(names: Iterable[str], context: Context) -> tuple[dict[str, Predictor], dict[str, str]]:
+    """The named sides, and the ones that cannot be had here with the reason. UserError for an unknown name."""
+    names = list(names)
+    if unknown := [name for name in names if name not in SIDES]:
+        raise UserError(f"unknown side {unknown[0]!r}: use {', '.join(SIDES)}")
+    torch.set_num_threads(context.threads)
+    loaded, left_out = {}, {}
+    for name in names:
+        context.say(f"loading {name}")
+        try:
+            loaded[name] = SIDES[name](context)
+        except UserError as error:
+            left_out[name] = str(error)
+    return loaded, left_out
+
+
+def temporary_context(size: str, threads: int, say: Say) -> tuple[Context, tempfile.TemporaryDirectory]:
+    """A context whose folder goes when the second value is cleaned up."""
+    folder = tempfile.TemporaryDirectory(prefix="mubic-bench-")
+    return Context(size, threads, Path(folder.name), say), folder
