@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import machine
+from bench import machine as here
 from bench.timing import Timing
 from mubic_deploy.errors import UserError
 
@@ -64,10 +64,10 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)  # side -> why
     notes: dict[str, Any] = field(default_factory=dict)  # tables that are no rows: kernels, warnings
-    machine: dict[str, Any] = field(default_factory=machine.facts)
-    commit: str | None = field(default_factory=machine.commit)
+    machine: dict[str, Any] = field(default_factory=here.facts)
+    commit: str | None = field(default_factory=here.commit)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    state: dict[str, Any] = field(default_factory=lambda: {"before": machine.state()})
+    state: dict[str, Any] = field(default_factory=lambda: {"before": here.state()})
 
     def add(self, what: str, timings: dict[str, Timing], **axes: int | str) -> None:
         """A row for each side."""
@@ -81,7 +81,7 @@ class Results:
         raise KeyError(f"{what}, {side}, {axes}")
 
     def finish(self) -> None:
-        self.state["after"] = machine.state()
+        self.state["after"] = here.state()
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -167,8 +167,15 @@ def _export_plain(module: nn.Module, signature: Signature, path: Path) -> None:
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        names = {"input_names": signature.input_names, "output_names": signature.output_names}
-        torch.onnx.export(module, empty_inputs(signature, 1), path, dynamo=True, verbose=False, **names)
+        torch.onnx.export(
+            module,
+            empty_inputs(signature, 1),
+            path,
+            dynamo=True,
+            verbose=False,
+            input_names=signature.input_names,
+            output_names=signature.output_names,
+        )
 
 
 def monolith(context: Context) -> Predictor:
