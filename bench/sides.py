@@ -88,7 +88,7 @@ class Monolith(nn.Module):
         super().__init__()
         self.model, self.sampler = model, model.graph(graphs.SAMPLER, steps)
 
-    def forward(self, VIDEO: torch.Tensor, AUDIO: torch.Tensor, S_T: torch.Tensor) -> torch.Tensor:
+    def forward(self, VIDEO: torch.Tensor, AUDIO: torch.Tensor, S_T: torch.Tensor) -> tuple[torch.Tensor]:
         features = [*self.model.visual_encoder(VIDEO), self.model.audio_encoder(AUDIO)]
         *cond, _entropy, _steps = self.model.fusion(*features)
         return self.sampler(*cond, S_T)

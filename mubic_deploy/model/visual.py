@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.video.mvit import MSBlockConfig, MultiscaleAttention, MultiscaleBlock, PositionalEncoding
+from torchvision.models.video.mvit import MSBlockConfig, MultiscaleAttention, MultiscaleBlock, Pool, PositionalEncoding
 
 from mubic_deploy.config import Config
 from mubic_deploy.model.layers import product
@@ -69,11 +69,13 @@ class FoldedAttention(MultiscaleAttention):
         return tables, one_hot_positions(k_thw, tables[0])
 
     def forward(self, x: Tensor, thw: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
-        b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        k, k_thw = self.pool_k(k, thw)
-        v, _ = self.pool_v(v, thw)
-        q, q_thw = self.pool_q(q, thw)
+        b = x.shape[0]  # not len(x), which would make it a constant in a graph
+        # channels first straight from the product, as pooling takes them; the class token is not pooled
+        grids = self.qkv.weight @ x[:, 1:].transpose(1, 2) + self.qkv.bias[:, None]
+        tokens = self.qkv(x[:, :1]).reshape(b, 1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        pools = (self.pool_q, self.pool_k, self.pool_v)
+        pooled = [self._pooled(*each, thw) for each in zip(grids.chunk(3, 1), tokens, pools, strict=True)]
+        (q, q_thw), (k, k_thw), (v, _) = pooled
 
         tables, indicators = self.positions(q_thw, k_thw)
         bias = self._bias(q[:, :, 1:].unflatten(2, q_thw), tables).flatten(2, 4)
@@ -84,6 +86,16 @@ class FoldedAttention(MultiscaleAttention):
         # residual pooling (eq. 3.11), not for the class token
         out = torch.cat([out[:, :, :1], out[:, :, 1:] + q[:, :, 1:]], 2)
         return self.project(out.transpose(1, 2).flatten(2)), q_thw
+
+    def _pooled(
+        self, grid: Tensor, token: Tensor, pool: Pool, thw: tuple[int, int, int]
+    ) -> tuple[Tensor, tuple[int, int, int]]:
+        """What torchvision's `Pool` computes. grid [B, heads d, t h w], the class token [B, heads, 1, d] ->
+        [B, heads, 1 + t' h' w', d] and (t', h', w')."""
+        x = pool.pool(grid.reshape(grid.shape[0] * self.num_heads, self.head_dim, *thw))
+        x_thw = (x.shape[2], x.shape[3], x.shape[4])
+        x = x.flatten(2).transpose(1, 2).unflatten(0, (-1, self.num_heads))
+        return pool.norm_act(torch.cat([token, x], 2)), x_thw
 
     @staticmethod
     def _product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

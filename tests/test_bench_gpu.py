@@ -1,0 +1,80 @@
+"""bench/gpu.py without a GPU: every section that a CPU can run does, the others are named."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from half_fixtures import TINY
+
+from bench import gpu, results, timing
+
+RULE = timing.Rule(repeats=5, seconds=0.5, short_s=0.0, warm_up_s=0.2)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
+    out = tmp_path_factory.mktemp("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "BATCHES", (1, 3))
+        patch.setattr(gpu.machine, "GEMM_SIZES", {"cpu": (256,)})
+        patch.setattr(gpu.machine, "COPY_BYTES", {"cpu": 1 << 20})
+        gpu.measure(TINY, "cpu", 2.0, RULE, out)
+    return results.read(out / "gpu.json")
+
+
+def test_all_that_needs_no_gpu_is_measured(measured: results.Results) -> None:
+    what = {row.what for row in measured.rows}
+    assert what == {"whole", "parity", "waterfall", "batch", "visual_encoder", "audio_encoder", "fusion", "denoiser"}
+    sides = [row.side for row in measured.rows if row.what == "waterfall"]
+    assert sides == [name for name, s in gpu.WATERFALL.items() if not (s.graphs or s.one)]
+    assert [row.axes["batch"] for row in measured.rows if row.what == "batch"] == [1, 3]
+    assert {row.timing is None for row in measured.rows if row.what != "parity"} == {False}
+    assert measured.limits.keys() == {"gemm_float32", "copy"}
+
+
+def test_what_was_left_out_says_why(measured: results.Results) -> None:
+    assert measured.left_out.keys() == {"TensorRT", "ONNX Runtime CUDA", "torch.compile", "AOTInductor"}
+    assert "TensorRT" in measured.left_out["TensorRT"]
+    assert measured.left_out["torch.compile"] == "150 s were not left"
+
+
+def test_the_stages_compute_the_same_maps(measured: results.Results) -> None:
+    parity = {row.side: row.values for row in measured.rows if row.what == "parity"}
+    assert parity.keys() >= {*gpu.COMPETITORS, "channels_last", "eager FP32, torchvision's attention"}
+    for side, values in parity.items():
+        assert values["largest_difference"] < 0.02, side
+    assert parity["eager FP32"]["largest_difference"] == 0
+    assert parity["positions folded into the product"]["largest_difference"] == 0
+    assert parity["eager FP16"]["largest_difference"] > 0  # or it would be FP32 under another name
+    assert 0 < parity["eager FP32, torchvision's attention"]["largest_difference"] < 1e-5
+
+
+def test_gains_are_of_the_bar_before(measured: results.Results) -> None:
+    rows = [row for row in measured.rows if row.what == "waterfall"]
+    for before, row in itertools.pairwise(rows):
+        assert before.timing is not None
+        assert row.timing is not None
+        assert row.values["gain"] == pytest.approx(before.timing.median / row.timing.median, rel=1e-4)
+
+
+def test_kernels_are_listed_by_share(measured: results.Results) -> None:
+    for name in ("kernels, optimised", "kernels, eager FP16"):
+        shares = [kernel["share"] for kernel in measured.notes[name]]
+        assert shares == sorted(shares, reverse=True)
+        assert 0.5 < sum(shares) <= 1
+
+
+def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
+    run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
+
+    run.section("breaks", 1, fails)
+    run.section("too long", 1000, fails)
+    left_out = json.loads((tmp_path / "gpu.json").read_text())["left_out"]
+    assert left_out == {"breaks": "CUDA error: out of memory"}
+    assert run.results.left_out["too long"] == "1000 s were not left"
