@@ -15,7 +15,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,16 @@ def build(stage: Stage, config: Config, device: str) -> Predictor:
 class Run:
     """One run: its results, and how much time it has."""
 
-    def __init__(self, config: Config, device: str, minutes: float, rule: timing.Rule, out: Path) -> None:
-        self.config, self.device, self.rule, self.out = config, device, rule, out
+    def __init__(
+        self,
+        config: Config,
+        device: str,
+        minutes: float,
+        rule: timing.Rule,
+        out: Path,
+        skipped: Collection[str] = (),
+    ) -> None:
+        self.config, self.device, self.rule, self.out, self.skipped = config, device, rule, out, skipped
         self.ends = time.monotonic() + 60 * minutes
         settings = {"size": config.name, "device": device, "steps": DEFAULT_STEPS, "goals": GOALS}
         self.results = Results("gpu", settings)
@@ -148,15 +156,16 @@ class Run:
     def section(self, name: str, seconds: float, measure: Callable[[], None]) -> None:
         """Runs it if there are that many seconds left, and writes what there is. What fails is named, and the rest goes
         on."""
-        if time.monotonic() + seconds > self.ends:
-            self.results.left_out[name] = f"{seconds:.0f} s were not left"
-            self.console.print(f"{name}: left out, no time")
-            return
         began = time.monotonic()
-        try:
-            measure()
-        except (UserError, RuntimeError) as error:  # CUDA's and the compiler's are RuntimeErrors
-            self.results.left_out[name] = str(error).strip().splitlines()[0]
+        if name in self.skipped:
+            self.results.left_out[name] = "as was asked for (--skip)"
+        elif began + seconds > self.ends:
+            self.results.left_out[name] = f"{seconds:.0f} s were not left"
+        else:
+            try:
+                measure()
+            except (UserError, RuntimeError) as error:  # CUDA's and the compiler's are RuntimeErrors
+                self.results.left_out[name] = str(error).strip().splitlines()[0]
         self.console.print(f"{name}: {time.monotonic() - began:.0f} s {self.results.left_out.get(name, '')}")
         self.results.finish()
         self.results.write(self.out / "gpu.json")
@@ -335,9 +344,16 @@ def summary(results: Results) -> None:
         console.print(f"left out: {name}: {why}")
 
 
-def measure(config: Config, device: str, minutes: float, rule: timing.Rule, out: Path) -> Results:
-    """Every section, the most telling first."""
-    run = Run(config, device, minutes, rule, out)
+def measure(
+    config: Config,
+    device: str,
+    minutes: float = 8.0,
+    rule: timing.Rule = RULE,
+    out: Path = FOLDER,
+    skipped: Collection[str] = (),
+) -> Results:
+    """Every section, the most telling first, but those skipped."""
+    run = Run(config, device, minutes, rule, out, skipped)
     on_gpu = device == "cuda"
     waterfall = WATERFALL if on_gpu else {k: s for k, s in WATERFALL.items() if not (s.graphs or s.one)}
     best = next(reversed(waterfall.values()))
@@ -366,10 +382,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to see that it runs")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="SECTION", help="one to leave out, as it is printed"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("PyTorch finds no NVIDIA GPU here: run this on a machine with one")
-    summary(measure(get_config(arguments.size), arguments.device, arguments.minutes, RULE, arguments.out))
+    config, chosen = get_config(arguments.size), arguments.skip
+    summary(measure(config, arguments.device, arguments.minutes, out=arguments.out, skipped=chosen))
 
 
 if __name__ == "__main__":
