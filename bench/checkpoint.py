@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
     model, source = checkpoint.load(arguments.checkpoint)
-    exported = Pipeline.open(arguments.checkpoint)
+    exported = Pipeline.open(arguments.checkpoint, "onnxruntime")
     reference = Pipeline(model.config, eager.load_engines(model))
     rows: dict[str, dict[str, Any]] = {}
 

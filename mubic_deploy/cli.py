@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, OPTIMISATIONS, PRECISIONS, VARIANTS
+from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import FITS
 from mubic_deploy.training.settings import DATASETS, LIGHTNING_PRECISIONS, PARTS, RECIPES, SCHEDULES, SPLITS, Settings
@@ -91,10 +92,10 @@ def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
 def _engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
-        default="onnxruntime",
+        default=cpu.ENGINES[0],
         metavar="E",
-        help="onnxruntime (default), onnxruntime-cuda, eager, aotinductor (with --artifacts PACKAGES), tensorrt (with "
-        "--artifacts ENGINES) or triton://HOST:PORT, or triton://HOST:PORT/mubic_fixed for the model of fixed steps",
+        help="openvino (default), onnxruntime, onnxruntime-cuda, eager, aotinductor (with --artifacts PACKAGES), "
+        "tensorrt (with --artifacts ENGINES), triton://HOST:PORT, or triton://HOST:PORT/mubic_fixed for fixed steps",
     )
     parser.add_argument("--no-cuda-graphs", action="store_true", help="on a GPU: launch kernel by kernel")
 
@@ -268,12 +269,13 @@ def build_parser() -> Parser:
     serve.add_argument("--http-port", type=natural, default=HTTP_PORT, help=f"default {HTTP_PORT}; 0 picks a free one")
     serve.add_argument("--grpc-port", type=natural, default=GRPC_PORT, help=f"default {GRPC_PORT}")
     serve.add_argument("--metrics-port", type=natural, default=METRICS_PORT, help=f"default {METRICS_PORT}")
+    serve.add_argument("--engine", choices=cpu.ENGINES, default=cpu.ENGINES[0], help=f"default {cpu.ENGINES[0]}")
     serve.add_argument("--threads", type=natural, default=0, help="of each graph (default: one a core)")
     serve.add_argument("--log", type=Path, default=Path("tritonserver.log"), help="default tritonserver.log")
 
     repository = commands.add_parser("repository", help="write Triton's model repository, for a server of your own")
     repository.add_argument("artifacts", metavar="DIR", type=Path, help="exported graphs, or TensorRT engines")
-    repository.add_argument("--engine", choices=("onnxruntime", "tensorrt"), default="onnxruntime")
+    repository.add_argument("--engine", choices=(*cpu.ENGINES, "tensorrt"), default=cpu.ENGINES[0])
     repository.add_argument("--out", metavar="REPOSITORY", type=Path, required=True)
     repository.add_argument("--instances", type=positive, default=1, help="of each graph (default 1)")
     loops = "tensorrt: instances of the DDIM loop (default 4)"
@@ -293,6 +295,7 @@ def build_parser() -> Parser:
     parity = commands.add_parser("parity", help="exported graphs against eager PyTorch, as a table")
     parity.add_argument("artifacts", metavar="DIR", type=Path)
     parity.add_argument("--checkpoint", metavar="C", help="where the weights are now, if not where the export says")
+    parity.add_argument("--engine", choices=cpu.ENGINES, default=cpu.ENGINES[0], help=f"default {cpu.ENGINES[0]}")
     parity.add_argument("--clips", type=positive, default=3, help="random clips to compare (default 3)")
     _json(parity)
 

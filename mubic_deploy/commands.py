@@ -125,7 +125,7 @@ def parity(arguments: Namespace) -> int:
     """Exported graphs against the eager model they came from."""
     from mubic_deploy import checkpoint
     from mubic_deploy import parity as check
-    from mubic_deploy.engines import eager, onnxruntime
+    from mubic_deploy.engines import cpu, eager
 
     artifacts = Artifacts.open(arguments.artifacts)
     source = artifacts.manifest["source"]
@@ -137,14 +137,14 @@ def parity(arguments: Namespace) -> int:
         def compared(clips: int) -> None:
             progress("comparing clips", clips, arguments.clips)
 
-        engines = onnxruntime.load_engines(artifacts)
+        engines = cpu.load_engines(arguments.engine, artifacts)
         reference = eager.load_engines(model, fixed_steps=artifacts.fixed_steps)
         precision = artifacts.precision
         result = check.compare(artifacts.config, reference, engines, arguments.clips, compared, precision)
     if arguments.json:
         print_json(result.to_json())
     else:
-        _parity_table(result.to_json())
+        _parity_table(result.to_json(), f"{arguments.engine} against eager PyTorch")
     if not result.ok:
         result.require()
     return 0
@@ -329,7 +329,7 @@ def serve(arguments: Namespace) -> int:
 
         starting.enter_context(messages.status("starting Triton"))
         repository = Path(folder) / "models"
-        write_repository(artifacts, repository, threads=arguments.threads)
+        write_repository(artifacts, repository, engine=arguments.engine, threads=arguments.threads)
         run_server(
             repository,
             on_ready=ready,
@@ -363,7 +363,7 @@ def repository(arguments: Namespace) -> int:
     else:
         artifacts = Artifacts.open(arguments.artifacts)
         instances = dict.fromkeys(artifacts.signatures, arguments.instances)
-        write_repository(artifacts, arguments.out, instances=instances)
+        write_repository(artifacts, arguments.out, engine=arguments.engine, instances=instances)
     say(f"{arguments.out}: serve it with {served}")
     return 0
 

@@ -13,10 +13,10 @@ from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts, Folder
 from mubic_deploy.config import DEMO_CHECKPOINT, Config
 from mubic_deploy.diffusion import noise, schedule
-from mubic_deploy.engines import Arrays, Engine, HostArrays
+from mubic_deploy.engines import Arrays, Engine, HostArrays, cpu
 from mubic_deploy.errors import UserError
 
-ENGINES = ("onnxruntime", "onnxruntime-cuda", "eager", "aotinductor", "tensorrt")
+ENGINES = (*cpu.ENGINES, "onnxruntime-cuda", "eager", "aotinductor", "tensorrt")
 
 
 class Predictor(Protocol):
@@ -96,18 +96,18 @@ class Pipeline:
     def open(
         cls,
         source: str | Path = DEMO_CHECKPOINT,
-        engine: str = "onnxruntime",
+        engine: str = cpu.ENGINES[0],
         variant: str | None = None,
         seed: int = 0,
         cuda_graphs: bool = True,
     ) -> Pipeline:
         """The pipeline of one of ENGINES. source, by engine:
 
-        onnxruntime, onnxruntime-cuda  a folder of exported graphs, or a checkpoint (see `checkpoint.load`), which is
-                                       exported first if it was not before
-        eager                          a checkpoint
-        aotinductor                    a folder of compiled packages
-        tensorrt                       a folder of plans
+        openvino, onnxruntime, onnxruntime-cuda  a folder of exported graphs, or a checkpoint (see `checkpoint.load`),
+                                                 which is exported first if it was not before
+        eager                                    a checkpoint
+        aotinductor                              a folder of compiled packages
+        tensorrt                                 a folder of plans
 
         variant and seed: of random weights. cuda_graphs: whether a GPU replays a batch size's kernels as one launch.
         UserError for a source or an engine that is none, or that this machine cannot run."""
@@ -128,16 +128,17 @@ class Pipeline:
 
             folder = packages = aotinductor.Packages.open(Path(source))
             engines, max_batch = aotinductor.load_engines(packages, cuda_graphs), packages.max_batch
-        elif engine in ("onnxruntime", "onnxruntime-cuda"):
+        elif engine in ENGINES:
             from mubic_deploy import exported
-            from mubic_deploy.engines import onnxruntime
 
             there = Path(source).is_dir()
             folder = artifacts = Artifacts.open(Path(source)) if there else exported.cached(str(source), variant, seed)
             max_batch = None
-            if engine == "onnxruntime":
-                engines = onnxruntime.load_engines(artifacts)
+            if engine in cpu.ENGINES:
+                engines = cpu.load_engines(engine, artifacts)
             else:
+                from mubic_deploy.engines import onnxruntime
+
                 engines = onnxruntime.load_cuda_engines(artifacts, cuda_graphs)
         else:
             raise UserError(f"unknown engine {engine!r}: use {', '.join(ENGINES)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from mubic_deploy import checkpoint
 from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
 from mubic_deploy.config import DEMO, DEMO_FILE, get_config
-from mubic_deploy.engines import eager, onnxruntime
+from mubic_deploy.engines import cpu, eager, onnxruntime, openvino
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
 from mubic_deploy.metrics import cc
@@ -63,9 +64,10 @@ def test_position_tables_are_weights(demo_artifacts: Artifacts) -> None:
             assert node.op_type == "Constant", f"{node.op_type} {node.name} is computed at every call"
 
 
-def test_batches_of_every_size(demo_artifacts: Artifacts) -> None:
+@pytest.mark.parametrize("engine", cpu.ENGINES)
+def test_batches_of_every_size(demo_artifacts: Artifacts, engine: str) -> None:
     """Only the batch is dynamic: eight clips in one call give what each gives alone."""
-    pipeline = Pipeline(DEMO, onnxruntime.load_engines(demo_artifacts))
+    pipeline = Pipeline(DEMO, cpu.load_engines(engine, demo_artifacts))
     clip = random_clip(DEMO, 0, batch=8)
     together, _ = pipeline.predict(clip["VIDEO"], clip["AUDIO"], np.arange(8))
     for i in (0, 3, 7):
@@ -73,10 +75,11 @@ def test_batches_of_every_size(demo_artifacts: Artifacts) -> None:
         assert np.abs(together[i] - alone[0]).max() < 1e-5
 
 
+@pytest.mark.parametrize("engine", cpu.ENGINES)
 @pytest.mark.parametrize("steps", [1, 4, 12, 0])
-def test_same_maps_as_eager(demo_artifacts: Artifacts, steps: int) -> None:
+def test_same_maps_as_eager(demo_artifacts: Artifacts, steps: int, engine: str) -> None:
     reference = Pipeline.open(engine="eager")
-    candidate = Pipeline.open(demo_artifacts.path)
+    candidate = Pipeline.open(demo_artifacts.path, engine)
     clip = random_clip(DEMO, 11)
     (expected, n), (got, m) = (p.predict(clip["VIDEO"], clip["AUDIO"], 3, steps) for p in (reference, candidate))
     assert n.tolist() == m.tolist()
@@ -130,8 +133,9 @@ def test_a_graph_that_differs_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_parity_sees_a_difference(demo_artifacts: Artifacts) -> None:
-    engines = onnxruntime.load_engines(demo_artifacts)
+@pytest.mark.parametrize("engine", cpu.ENGINES)
+def test_parity_sees_a_difference(demo_artifacts: Artifacts, engine: str) -> None:
+    engines = cpu.load_engines(engine, demo_artifacts)
     result = compare(DEMO, eager.load_engines(random_model(DEMO, 1)), engines, clips=1)
     assert not result.ok
     with pytest.raises(UserError, match="differ from eager PyTorch"):
@@ -152,6 +156,26 @@ def test_nan_is_a_difference(graph: str, tensor: str) -> None:
     assert not result.ok
     with pytest.raises(UserError, match=f"{tensor} of {graph}"):
         result.require()
+
+
+def test_openvino_is_asked_for_when_it_is_missing(
+    demo_artifacts: Artifacts, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino.core.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    ran = run("parity", demo_artifacts.path)
+    assert ran.code == 2
+    assert ran.err.startswith("mubic-deploy: OpenVINO cannot be used (")
+    assert ran.err.endswith("): pip install openvino, or --engine onnxruntime\n")
+
+
+def test_openvino_keeps_to_fp32_and_to_its_threads(demo_artifacts: Artifacts) -> None:
+    signature = demo_artifacts.signatures["denoiser"]
+    engine = openvino.OpenVinoEngine(demo_artifacts.file("denoiser"), signature, threads=1)
+    compiled = engine._single.get_compiled_model()
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert [list(i.shape)[0] for i in compiled.inputs] == [1] * len(signature.inputs)
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import ADAPTIVE, get_config
-from mubic_deploy.engines.onnxruntime import load_engines
+from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.triton.client import TritonPredictor
@@ -171,7 +171,7 @@ def test_wrong_request_among_right_ones(server: TritonServer, toy_pipeline: Pipe
 @pytest.mark.parametrize("variant", ["visual_only", "no_diffusion"])
 def test_variants(variant: str, tmp_path: Path) -> None:
     artifacts = toy_graphs.write(get_config("demo", variant), tmp_path / "toy")
-    pipeline = Pipeline(artifacts.config, load_engines(artifacts))
+    pipeline = Pipeline(artifacts.config, cpu.load_engines(cpu.ENGINES[0], artifacts))
     video, audio = clips(artifacts.config, 2)
     with serving(artifacts, tmp_path) as server, TritonPredictor(server.url) as predictor:
         saliency, used = predictor.predict(video, audio, 5)

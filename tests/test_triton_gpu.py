@@ -22,7 +22,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.sources import source_dir
 from mubic_deploy.triton.client import TritonPredictor
-from mubic_deploy.triton.parameters import OnnxSettings
+from mubic_deploy.triton.parameters import GraphSettings
 from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository
 from mubic_deploy.triton.server import TritonServer
 
@@ -152,7 +152,7 @@ def server(written: Path, toy_artifacts: Artifacts, tmp_path_factory: pytest.Tem
     for name in GRAPHS:
         model = read(folder / "repository", name)
         file = toy_artifacts.file(name).resolve()
-        stand_in = OnnxSettings(file, toy_artifacts.manifest["graphs"][name]["sha256"], "float32", 1)
+        stand_in = GraphSettings("onnxruntime", file, toy_artifacts.manifest["graphs"][name]["sha256"], "float32", 1)
         model.platform, model.backend, model.default_model_filename = "", "python", ""
         model.ClearField("optimization")
         model.instance_group[0].kind = ModelInstanceGroup.KIND_CPU

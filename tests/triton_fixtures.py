@@ -14,7 +14,7 @@ from triton_serving import serving
 
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import get_config
-from mubic_deploy.engines.onnxruntime import load_engines
+from mubic_deploy.engines import cpu
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.triton.server import TritonServer
 
@@ -27,7 +27,7 @@ def toy_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 @pytest.fixture(scope="session")
 def toy_pipeline(toy_artifacts: Artifacts) -> Pipeline:
     """The same graphs in process: what the server's answers are held against."""
-    return Pipeline(toy_artifacts.config, load_engines(toy_artifacts))
+    return Pipeline(toy_artifacts.config, cpu.load_engines(cpu.ENGINES[0], toy_artifacts))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A model of Triton's Python backend around an ONNX Runtime session. Runs inside the server's stub processes only."""
+"""A model of Triton's Python backend around an engine on the CPU. Runs inside the server's stub processes only."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # a module of the server
 
-from mubic_deploy.engines import Arrays
-from mubic_deploy.engines.onnxruntime import OnnxRuntimeEngine
+from mubic_deploy.engines import Arrays, HostArrays, cpu
+from mubic_deploy.engines.cpu import HostEngine
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
 from mubic_deploy.triton import parameters
-from mubic_deploy.triton.parameters import OnnxSettings
+from mubic_deploy.triton.parameters import GraphSettings
 
 
-def load_engine(graph: str, values: dict[str, str]) -> OnnxRuntimeEngine:
+def load_engine(graph: str, values: dict[str, str]) -> HostEngine:
     """The engine of a graph from the parameters of a model. UserError if its file is missing or another."""
-    settings = OnnxSettings.from_strings(values)
+    settings = GraphSettings.from_strings(values)
     if settings is None:
         raise UserError(f"the configuration of {graph} names no ONNX file: write the model repository again")
     config = parameters.config_from_string(values[parameters.CONFIG])
     signature = signatures(config, settings.precision, sampler=True)[graph]
-    return OnnxRuntimeEngine(settings.check_file(), signature, settings.threads)
+    return cpu.load_engine(settings.engine, settings.check_file(), signature, settings.threads)
 
 
 def error_response(error: UserError) -> Any:
@@ -39,7 +39,7 @@ class GraphModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request. A request with a wrong tensor gets an error and the others their results.
 
-        If the session fails, Triton answers the whole batch with its error and goes on."""
+        If the engine fails, Triton answers the whole batch with its error and goes on."""
         responses: list[Any] = [None] * len(requests)
         feeds: dict[int, Arrays] = {}
         for i, request in enumerate(requests):
@@ -60,7 +60,7 @@ class GraphModel:
             raise UserError("the tensors of a request must have the same batch size")
         return feed
 
-    def _run(self, feeds: list[Arrays]) -> list[Arrays]:
+    def _run(self, feeds: list[Arrays]) -> list[HostArrays]:
         if len(feeds) == 1:  # the usual case with one client: nothing is copied
             return [self.engine(feeds[0])]
         merged = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}

@@ -14,13 +14,14 @@ from mubic_deploy.errors import UserError
 CONFIG = "CONFIG"  # the Config as JSON: every model has it, the ensemble too, so that a client knows what is served
 SOURCE = "SOURCE"  # of the weights, as the manifest says it; the ensembles have it
 FIXED_STEPS = "FIXED_STEPS"  # of the sampler; the ensemble that uses it has it
-_ONNX, _SHA256, _PRECISION, _THREADS = "ONNX", "SHA256", "PRECISION", "THREADS"
+_ENGINE, _ONNX, _SHA256, _PRECISION, _THREADS = "ENGINE", "ONNX", "SHA256", "PRECISION", "THREADS"
 
 
 @dataclass(frozen=True)
-class OnnxSettings:
-    """A graph to run with ONNX Runtime. `threads` 0 means one a core."""
+class GraphSettings:
+    """A graph to run on a CPU. engine: one of `cpu.ENGINES`; threads: 0 means one a core."""
 
+    engine: str
     file: Path
     sha256: str
     precision: str
@@ -28,6 +29,7 @@ class OnnxSettings:
 
     def to_strings(self) -> dict[str, str]:
         return {
+            _ENGINE: self.engine,
             _ONNX: str(self.file),
             _SHA256: self.sha256,
             _PRECISION: self.precision,
@@ -35,11 +37,12 @@ class OnnxSettings:
         }
 
     @classmethod
-    def from_strings(cls, values: Mapping[str, str]) -> OnnxSettings | None:
+    def from_strings(cls, values: Mapping[str, str]) -> GraphSettings | None:
         """Inverse of `to_strings`; None if the values name no graph."""
         if _ONNX not in values:
             return None
-        return cls(Path(values[_ONNX]), values[_SHA256], values[_PRECISION], int(values[_THREADS]))
+        given = (values[_ENGINE], Path(values[_ONNX]), values[_SHA256], values[_PRECISION], int(values[_THREADS]))
+        return cls(*given)
 
     def check_file(self) -> Path:
         """The graph's file. UserError if it is missing or not the one for which the repository was written."""

@@ -18,13 +18,14 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts, Folder
 from mubic_deploy.config import Config
+from mubic_deploy.engines import cpu
 from mubic_deploy.engines.tensorrt import Plans
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
 from mubic_deploy.graphs import Signature
 from mubic_deploy.sources import source_dir
 from mubic_deploy.triton import parameters
-from mubic_deploy.triton.parameters import OnnxSettings
+from mubic_deploy.triton.parameters import GraphSettings
 
 CONFIG_FILE = "config.pbtxt"
 PLAN = "model.plan"  # Triton's own name for it
@@ -42,6 +43,7 @@ def write_repository(
     artifacts: Artifacts,
     out: Path,
     *,
+    engine: str = cpu.ENGINES[0],
     threads: int = 0,
     max_batch: int = 8,
     instances: Mapping[str, int] | None = None,
@@ -49,18 +51,18 @@ def write_repository(
 ) -> None:
     """Writes the model repository for the CPU into the folder `out`, which is replaced if it is such a repository.
 
-    threads: of each graph, 0 for one a core; max_batch: samples that a model merges into one run, >= 1;
-    instances: processes a model, by name, 1 where none is given; call_denoiser: `ddim` calls the model `denoiser` at
-    every step, as it does on a GPU, instead of running the graph itself, which is faster there. Only with
+    engine: one of `cpu.ENGINES`; threads: of each graph, 0 for one a core; max_batch: samples that a model merges into
+    one run, >= 1; instances: processes a model, by name, 1 where none is given; call_denoiser: `ddim` calls the model
+    `denoiser` at every step, as it does on a GPU, instead of running the graph itself, which is faster there. Only with
     calls are requests batched for `ddim`: by itself it runs one after the other.
 
     The repository names the ONNX files by absolute path and SHA-256: it serves these artefacts where they are.
     UserError if a setting is out of range or `out` holds something else."""
     config, precision = artifacts.config, artifacts.precision
     instances = dict(instances or {})
-    models = {name: _settings(artifacts, name, threads) for name in artifacts.signatures}
-    _check(max_batch, threads, instances, {*models, "ddim"})
-    configs = [_onnx_model(config, precision, name, settings) for name, settings in models.items()]
+    models = {name: _settings(artifacts, name, engine, threads) for name in artifacts.signatures}
+    _check(engine, max_batch, threads, instances, {*models, "ddim"})
+    configs = [_graph_model(config, precision, name, settings) for name, settings in models.items()]
     configs.append(_ddim(config, precision, None if call_denoiser else models["denoiser"]))
     for model in configs:
         model.max_batch_size = max_batch
@@ -147,12 +149,14 @@ def _warm_up(model: ModelConfig, signature: Signature, batches: list[int]) -> No
             setattr(given, "zero_data" if tensor.dtype == "int32" else "random_data", True)
 
 
-def _settings(artifacts: Artifacts, graph: str, threads: int) -> OnnxSettings:
+def _settings(artifacts: Artifacts, graph: str, engine: str, threads: int) -> GraphSettings:
     file = artifacts.file(graph).resolve()
-    return OnnxSettings(file, artifacts.manifest["graphs"][graph]["sha256"], artifacts.precision, threads)
+    return GraphSettings(engine, file, artifacts.manifest["graphs"][graph]["sha256"], artifacts.precision, threads)
 
 
-def _check(max_batch: int, threads: int, instances: Mapping[str, int], names: set[str]) -> None:
+def _check(engine: str, max_batch: int, threads: int, instances: Mapping[str, int], names: set[str]) -> None:
+    if engine not in cpu.ENGINES:
+        raise UserError(f"unknown engine {engine!r} for a CPU: use {' or '.join(cpu.ENGINES)}")
     if max_batch < 1:
         raise UserError(f"max_batch {max_batch} is out of range: use 1 or more")
     if threads < 0:
@@ -176,15 +180,15 @@ def _model(signature: Signature, config: Config, **extra: str) -> ModelConfig:
     return model
 
 
-def _onnx_model(config: Config, precision: str, graph: str, settings: OnnxSettings) -> ModelConfig:
-    """A graph in ONNX Runtime, through the Python backend."""
+def _graph_model(config: Config, precision: str, graph: str, settings: GraphSettings) -> ModelConfig:
+    """A graph in an engine on the CPU, through the Python backend."""
     signature = graphs.signatures(config, precision, sampler=True)[graph]
     model = _model(signature, config, **settings.to_strings())
     model.backend = "python"
     return model
 
 
-def _ddim(config: Config, precision: str, denoiser: OnnxSettings | None) -> ModelConfig:
+def _ddim(config: Config, precision: str, denoiser: GraphSettings | None) -> ModelConfig:
     """The loop. It answers with the denoiser's own S_0, which Triton reshapes: no tensor is touched for that."""
     model = _model(graphs.ddim(config, precision), config, **(denoiser.to_strings() if denoiser else {}))
     model.backend = "python"

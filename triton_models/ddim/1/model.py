@@ -25,8 +25,8 @@ class TritonPythonModel:
         values = parameters.from_model_config(args["model_config"])
         self.config = parameters.config_from_string(values[parameters.CONFIG])
         self.denoiser: Engine | None = None
-        if parameters.OnnxSettings.from_strings(values):
-            # ONNX Runtime need not be installed where the denoiser is another model
+        if parameters.GraphSettings.from_strings(values):
+            # an engine need not be installed where the denoiser is another model
             from mubic_deploy.triton.graph_model import load_engine
 
             self.denoiser = load_engine("denoiser", values)

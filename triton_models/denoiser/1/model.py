@@ -1,4 +1,4 @@
-"""Triton's Python backend: the graph `denoiser` in ONNX Runtime."""
+"""Triton's Python backend: the graph `denoiser` in an engine on the CPU."""
 
 from mubic_deploy.triton.graph_model import GraphModel
 

@@ -1,4 +1,4 @@
-"""Triton's Python backend: the graph `sampler` in ONNX Runtime."""
+"""Triton's Python backend: the graph `sampler` in an engine on the CPU."""
 
 from mubic_deploy.triton.graph_model import GraphModel
 
