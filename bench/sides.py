@@ -6,19 +6,20 @@ had here is left out with the reason, never replaced."""
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import nn
 
+from bench.timing import Side
 from mubic_deploy import exported, graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEFAULT_STEPS, Config, get_config
-from mubic_deploy.engines import Arrays, Engine, eager, onnxruntime
+from mubic_deploy.engines import Arrays, Engine, cpu, eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, saliency_map, signatures
 from mubic_deploy.model.mubic import MUBiC, random_model
@@ -34,12 +35,13 @@ Say = Callable[[str], None]
 @dataclass
 class Context:
     """What all sides of a run share. size: full or demo; threads: of every side; folder: for graphs that are thrown
-    away; say: told what takes long."""
+    away; say: told what takes long; count: told the side that is timed, and how many calls of how many are done."""
 
     size: str
     threads: int
     folder: Path
     say: Say = lambda text: None
+    count: Callable[[str, int, int], None] = lambda *_: None
 
     @property
     def config(self) -> Config:
@@ -54,8 +56,31 @@ class Context:
     def clips(self) -> list[dict[str, np.ndarray]]:
         return [random_clip(self.config, seed) for seed in range(CLIPS)]
 
+    @functools.cached_property
+    def sampler(self) -> Path:
+        """The loop of the default steps as one graph, of the same weights."""
+        self.say("exporting the sampler")
+        path = self.folder / "sampler.onnx"
+        signature = signatures(self.config, sampler=True)[graphs.SAMPLER]
+        onnx_graphs().trace(self.model().graph(graphs.SAMPLER, DEFAULT_STEPS), signature, path)
+        return path
+
     def model(self, folded: bool = True) -> MUBiC:
         return random_model(self.config, folded=folded)
+
+
+def onnx_graphs() -> ModuleType:
+    return load_script(source_dir("export") / "onnx_graphs.py")
+
+
+def call(context: Context, predictor: Predictor, steps: int | None = None) -> Side:
+    """One clip after the other through a predictor."""
+
+    def predict(i: int) -> None:
+        clip = context.clips[i % CLIPS]
+        predictor.predict(clip["VIDEO"], clip["AUDIO"], i, steps)
+
+    return predict
 
 
 class Reencoding:
@@ -115,10 +140,6 @@ def monolith_signature(config: Config) -> Signature:
     return Signature("monolith", (*graphs.media(config), graphs.initial_noise(config)), (saliency_map(config),))
 
 
-def eager_each_step(context: Context) -> Predictor:
-    return Reencoding(eager_torchvision(context))
-
-
 def eager_torchvision(context: Context) -> Pipeline:
     model = context.model(folded=False)
     return Pipeline(model.config, eager.load_engines(model))
@@ -137,12 +158,20 @@ def compiled(context: Context) -> Pipeline:
     return Pipeline(context.config, engines)
 
 
-def onnxruntime_each_step(context: Context) -> Predictor:
-    return Reencoding(ours(context))
+def on_cpu(engine: str, context: Context) -> Pipeline:
+    return Pipeline(context.config, cpu.load_engines(engine, context.artifacts, context.threads))
 
 
-def ours(context: Context) -> Pipeline:
-    return Pipeline(context.config, onnxruntime.load_engines(context.artifacts, context.threads))
+def each_step(side: Callable[[Context], Pipeline], context: Context) -> Predictor:
+    return Reencoding(side(context))
+
+
+def fixed_steps(engine: str, context: Context) -> Pipeline:
+    """With the sampler in the loop's place."""
+    signature = signatures(context.config, sampler=True)[graphs.SAMPLER]
+    sampler = cpu.load_engine(engine, context.sampler, signature, context.threads)
+    engines = {**on_cpu(engine, context).engines, graphs.SAMPLER: sampler}
+    return Pipeline(context.config, engines, fixed_steps=DEFAULT_STEPS)
 
 
 def onnx_plain(context: Context) -> Pipeline:
@@ -182,19 +211,22 @@ def monolith(context: Context) -> Predictor:
     """One ONNX graph of the whole inference, the loop unrolled."""
     context.say("exporting one graph of everything")
     signature, path = monolith_signature(context.config), context.folder / "monolith.onnx"
-    script = load_script(source_dir("export") / "onnx_graphs.py")
-    script.trace(Monolith(context.model()).eval(), signature, path)
+    onnx_graphs().trace(Monolith(context.model()).eval(), signature, path)
     return WholeGraph(context.config, onnxruntime.OnnxRuntimeEngine(path, signature, context.threads))
 
 
 SIDES: dict[str, Callable[[Context], Predictor]] = {
-    "eager, each step": eager_each_step,
+    "eager, each step": functools.partial(each_step, eager_torchvision),
+    "eager folded, each step": functools.partial(each_step, eager_folded),
     "eager, torchvision": eager_torchvision,
     "eager": eager_folded,
     "torch.compile": compiled,
     "ONNX, plain export": onnx_plain,
     "ONNX, one graph": monolith,
-    "onnxruntime": ours,
+    "onnxruntime, each step": functools.partial(each_step, functools.partial(on_cpu, "onnxruntime")),
+    "onnxruntime": functools.partial(on_cpu, "onnxruntime"),
+    "openvino": functools.partial(on_cpu, "openvino"),
+    "openvino, fixed steps": functools.partial(fixed_steps, "openvino"),
 }
 
 
@@ -212,9 +244,3 @@ def load(names: Iterable[str], context: Context) -> tuple[dict[str, Predictor], 
         except UserError as error:
             left_out[name] = str(error)
     return loaded, left_out
-
-
-def temporary_context(size: str, threads: int, say: Say) -> tuple[Context, tempfile.TemporaryDirectory]:
-    """A context whose folder goes when the second value is cleaned up."""
-    folder = tempfile.TemporaryDirectory(prefix="mubic-bench-")
-    return Context(size, threads, Path(folder.name), say), folder

@@ -313,12 +313,20 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
+    def work() -> int:
         arguments = build_parser().parse_args(argv)
         # after --help, which shall be quick
         commands = import_module(HOMES.get(arguments.command, "mubic_deploy.commands"))
         return getattr(commands, arguments.command)(arguments)
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """What `work` returns, as an exit code; 2 and one line where it cannot be done, 130 where it was interrupted."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return work()
     except UserError as error:
         print(f"mubic-deploy: {error}", file=sys.stderr)
         return 2

@@ -175,7 +175,7 @@ def test_openvino_keeps_to_fp32_and_to_its_threads(demo_artifacts: Artifacts) ->
     compiled = engine._single.get_compiled_model()
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
-    assert [list(i.shape)[0] for i in compiled.inputs] == [1] * len(signature.inputs)
+    assert [next(iter(i.shape)) for i in compiled.inputs] == [1] * len(signature.inputs)
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""`bench run SUITE`: measures, prints, writes one results file a suite."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine, timing
+from bench.results import FOLDER, Results
+from bench.sides import Context
+from mubic_deploy.commands import bar, say, warn
+from mubic_deploy.config import CONFIGS
+from mubic_deploy.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser, suites: list[str]) -> None:
+    parser.add_argument("suite", choices=[*suites, "all"], help="what to measure")
+    parser.add_argument("--size", choices=list(CONFIGS), default="full", help="default full")
+    parser.add_argument("--quick", action="store_true", help="a look: few calls, wide intervals")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cores, help=f"of every side (default: one a core, {cores})")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results (default bench/results)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from bench.suites import SUITES
+
+    if not 1 <= arguments.threads <= len(os.sched_getaffinity(0)):
+        raise UserError(f"{arguments.threads} threads are out of range: use 1 to {len(os.sched_getaffinity(0))}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for suite in SUITES if arguments.suite == "all" else [arguments.suite]:
+        results = measure(suite, arguments.size, arguments.threads, arguments.quick)
+        path = arguments.out / f"{suite}_{arguments.size}.json"
+        results.write(path)
+        show(results)
+        say(f"{path}")
+    return 0
+
+
+def measure(suite: str, size: str, threads: int, quick: bool) -> Results:
+    """One suite with all that belongs to it: the machine, its limits before and after."""
+    from bench.suites import SUITES
+
+    rule = timing.QUICK if quick else timing.Rule()
+    results = Results(suite, {"size": size, "threads": threads, "quick": quick})
+    with tempfile.TemporaryDirectory(prefix="mubic-bench-") as folder, bar(suite) as progress:
+        context = Context(
+            size,
+            threads,
+            Path(folder),
+            say=lambda text: progress(f"{suite}: {text}", 0, None),
+            count=lambda name, done, total: progress(f"{suite}: {name}", done, total),
+        )
+        context.say("measuring the machine")
+        results.limits = machine.limits("cpu", threads)
+        SUITES[suite](context, rule, results)
+        context.say("measuring the machine again")
+        results.notes["limits_after"] = machine.limits("cpu", threads)
+    results.finish()
+    before, after = results.limits["gemm_float32"], results.notes["limits_after"]["gemm_float32"]
+    if abs(after / before - 1) > timing.WIDE:
+        warn([f"the machine's GEMM rate went from {before / 1e9:.0f} to {after / 1e9:.0f} GFLOP/s during the run"])
+    return results
+
+
+def show(results: Results) -> None:
+    """The rows as a table, and what was left out."""
+    settings = results.settings
+    table = Table(title=f"{results.suite}, {settings['size']}, {settings['threads']} threads")
+    for heading in ("", "side", "median ms", "95 %", "p99 ms", "calls", "more"):
+        table.add_column(heading, justify="right" if heading in ("median ms", "95 %", "p99 ms", "calls") else "left")
+    for row in results.rows:
+        times = [""] * 4
+        if row.timing is not None:
+            low, high = row.timing.interval
+            mark = " *" if row.timing.wide else ""
+            times = [
+                f"{1000 * row.timing.median:.1f}{mark}",
+                f"{1000 * low:.1f} to {1000 * high:.1f}",
+                f"{1000 * row.timing.percentile(99):.1f}",
+                str(len(row.timing.samples)),
+            ]
+        more = {**row.axes, **{key: f"{value:.4g}" for key, value in row.values.items()}}
+        table.add_row(row.what, row.side, *times, ", ".join(f"{key} {value}" for key, value in more.items()))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file has room
+    console.print(table)
+    gemm, copy = results.limits["gemm_float32"], results.limits["copy"]
+    console.print(f"this machine at best: {gemm / 1e9:.0f} GFLOP/s in FP32, {copy / 1e9:.0f} GB/s copied")
+    if any(row.timing is not None and row.timing.wide for row in results.rows):
+        console.print("* too wide, or not settled: measure again on a quieter machine")
+    warn([f"{name} was left out: {why}" for name, why in results.left_out.items()])

@@ -1,0 +1,94 @@
+"""The whole inference and each graph, in every engine and in what a user would take instead."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bench import timing
+from bench.results import Results
+from bench.sides import CLIPS, Context, call, load
+from bench.timing import Rule
+from mubic_deploy.config import DEFAULT_STEPS
+from mubic_deploy.engines import Array, Engine
+from mubic_deploy.graphs import Signature
+from mubic_deploy.model.mubic import cost
+from mubic_deploy.pipeline import Pipeline, Predictor
+
+WHOLE = (
+    "eager, each step",
+    "eager, torchvision",
+    "eager",
+    "torch.compile",
+    "ONNX, one graph",
+    "onnxruntime",
+    "openvino",
+)
+GRAPHS = ("eager", "torch.compile", "onnxruntime", "openvino")  # of these each graph alone too
+
+
+def measure(context: Context, rule: Rule, results: Results) -> None:
+    predictors, results.left_out = load(WHOLE, context)
+    timings = timing.measure({name: call(context, p) for name, p in predictors.items()}, rule, progress=context.count)
+    results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
+    _limits(results, "whole", cost(context.config).macs_4_steps, None)
+    engines = {name: p.engines for name, p in predictors.items() if name in GRAPHS and isinstance(p, Pipeline)}
+    tensors = [chain(context, engines["onnxruntime"], i) for i in range(CLIPS)]
+    for graph, signature in context.artifacts.signatures.items():
+        of_graph = {
+            name: functools.partial(_run, e[graph], signature, tensors) for name, e in engines.items() if graph in e
+        }
+        results.add(graph, timing.measure(of_graph, rule, progress=context.count), batch=1)
+        traffic = compulsory_bytes(context, signature)
+        _limits(results, graph, cost(context.config).macs[graph], traffic)
+
+
+def _run(engine: Engine, signature: Signature, tensors: Sequence[Mapping[str, Array]], index: int) -> None:
+    given = tensors[index % len(tensors)]
+    engine({t.name: given[t.name] for t in signature.inputs})
+
+
+def chain(context: Context, engines: Mapping[str, Engine], index: int) -> dict[str, Array]:
+    """Every tensor that a graph takes, as it comes when a clip goes through."""
+    clip, config = context.clips[index], context.config
+    tensors: dict[str, Array] = dict(clip)
+    tensors |= engines["visual_encoder"](tensors)
+    if config.has_audio:
+        tensors |= engines["audio_encoder"](tensors)
+    tensors |= engines["fusion"](tensors)
+    rng = np.random.default_rng(index)
+    tensors["S_T"] = rng.standard_normal((1, 1, *config.map_size), np.float32)
+    tensors["STEP"] = np.full((1, 1), 499, np.int32)
+    tensors["ALPHA_NOW"], tensors["ALPHA_NEXT"] = (np.full((1, 1), a, np.float32) for a in (0.5, 0.8))
+    return tensors
+
+
+def compulsory_bytes(context: Context, signature: Signature) -> float:
+    """What must pass through memory for one clip: the graph's file, which is its weights, inputs and outputs, once."""
+    tensors = (*signature.inputs, *signature.outputs)
+    moved = sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in tensors)
+    return float(context.artifacts.file(signature.name).stat().st_size + moved)
+
+
+def _limits(results: Results, what: str, macs: int, traffic: float | None) -> None:
+    """How much of the machine's limit each side of a group reached: its roofline time over its median."""
+    for row in results.rows:
+        if row.what != what or row.timing is None:
+            continue
+        row.values["macs"] = float(macs)
+        if row.side == "eager, each step":
+            continue  # it does more
+        least = 2 * macs / results.limits["gemm_float32"]
+        if traffic is not None:
+            row.values["bytes"] = traffic
+            least = max(least, traffic / results.limits["copy"])
+        row.values["share_of_limit"] = least / row.timing.median
+
+
+def predictor_of(predictors: Mapping[str, Predictor], name: str) -> Pipeline:
+    """A side that is a chain of graphs."""
+    side = predictors[name]
+    assert isinstance(side, Pipeline)
+    return side
