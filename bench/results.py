@@ -48,10 +48,15 @@ class Row:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Row:
+        """KeyError, TypeError, ValueError or AttributeError if it is no row. A value that is null becomes NaN."""
         timing = None
         if "samples_s" in data:
-            timing = Timing(tuple(data["samples_s"]), data["seconds"]["warm_ups"], data["seconds"]["settled"])
-        return cls(data["what"], data["side"], data["axes"], timing, data["values"])
+            samples = tuple(float(s) for s in data["samples_s"])
+            if not samples:
+                raise ValueError("samples_s is empty")
+            timing = Timing(samples, data["seconds"]["warm_ups"], data["seconds"]["settled"])
+        values = {name: math.nan if v is None else float(v) for name, v in data["values"].items()}
+        return cls(str(data["what"]), str(data["side"]), dict(data["axes"]), timing, values)
 
 
 @dataclass
@@ -124,9 +129,39 @@ def read(path: Path) -> Results:
         raise UserError(f"{path} is of schema {found}, this reads {SCHEMA}: measure again with `bench run`")
     if missing := [key for key in REQUIRED if key not in data]:
         raise UserError(f"{path} lacks {missing[0]}: measure again with `bench run`")
-    rows = [Row.from_json(row) for row in data["rows"]]
+    rows = []
+    for i, row in enumerate(data["rows"] if isinstance(data["rows"], list) else [data["rows"]]):
+        try:
+            rows.append(Row.from_json(row))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}, row {i + 1} cannot be used ({what}): measure again with `bench run`") from None
     kept = {key: data[key] for key in REQUIRED if key not in ("schema", "rows")}
     return Results(rows=rows, notes=data.get("notes", {}), **kept)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Results], list[str]]:
+    """The results files of a folder by name, and the names of those of the old format, which had no schema. UserError
+    if there is no folder, nothing in it to read, or a file that is neither."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name one that `bench run` wrote to")
+    found, old = {}, []
+    for path in sorted(folder.glob("*.json")):
+        if _is_old(path):
+            old.append(path.name)
+        else:
+            found[path.name] = read(path)
+    if not found:
+        raise UserError(f"{folder} holds no results of schema {SCHEMA}: measure with `bench run` first")
+    return found, old
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False  # `read` says what is wrong with it
+    return isinstance(data, dict) and "schema" not in data
 
 
 def _without_nan(value: Any) -> Any:
