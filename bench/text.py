@@ -21,6 +21,18 @@ def seconds(value: float) -> str:
     raise AssertionError(value)
 
 
+def interval(low: float, high: float) -> str:
+    """81.6 to 82.4 ms; both units where they differ."""
+    (a, unit), (b, other) = (seconds(value).split(" ") if math.isfinite(value) else ("-", "") for value in (low, high))
+    return f"{a} to {b} {unit}" if unit == other else f"{a} {unit} to {b} {other}"
+
+
+def tick(written: str) -> str:
+    """A round figure at an axis, without zeros that say nothing: 2 s for 2.00 s."""
+    number, space, unit = written.partition(" ")
+    return (number.rstrip("0").rstrip(".") if "." in number else number) + space + unit
+
+
 def digits(value: float) -> str:
     """Three significant digits, none lost before the point: 0.0123, 1.81, 88.2, 1524."""
     if not math.isfinite(value):
@@ -44,10 +56,10 @@ def figure(name: str, value: float) -> str:
     """A row's value, by the unit that its name ends with; - for none."""
     if not math.isfinite(value):
         return "-"
-    if _metric(name):
-        return f"{value:.6f}"
+    if _metric(name):  # four digits would make every CC of an engine 1
+        return f"{value:.8f}" if 0.9999 < value < 1 else f"{value:.4f}"
     if "difference" in name:
-        return f"{value:.1e}"
+        return f"{value:.1e}".replace("e-0", "e-")
     if name.startswith("share"):
         return f"{100 * value:.1f} %"
     if name == "gain":
