@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench import text
@@ -51,6 +52,7 @@ RC: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+HALO: Any = {"path_effects": [withStroke(linewidth=3, foreground=GROUND)]}  # readable over a line
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,16 @@ class Work:
 def cdf(timings: Mapping[str, Timing], styles: Styles, width: int) -> Figure:
     """Which part of the calls was done within which time, a line a side; the key is in the order of the medians."""
     with rc_context(RC):
-        figure, axes = _figure(width, 300, len(timings))
-        for name, timing in sorted(timings.items(), key=lambda item: item[1].median):
+        ordered = sorted(timings.items(), key=lambda item: item[1].median)
+        keys = {name: f"{name}, {text.seconds(timing.median)}" for name, timing in ordered}
+        figure, axes = _figure(width, 300, keys.values())
+        for name, timing in ordered:
             times = np.sort(timing.samples)
             # each sample is a step of 1 / n; thinned, or a page of 10 000 calls would be as many path nodes
             shown = np.unique(np.linspace(0, len(times) - 1, min(len(times), 200)).astype(int))
             places = [int(np.argmin(np.abs((shown + 1) / len(times) - q))) for q in MARKED]
             look = _look(styles[name]) | {"markevery": sorted(set(places)), "drawstyle": "steps-post"}
-            axes.plot(
-                times[shown], 100 * (shown + 1) / len(times), label=f"{name}, {text.seconds(timing.median)}", **look
-            )
+            axes.plot(times[shown], 100 * (shown + 1) / len(times), label=keys[name], **look)
         ends = [t for timing in timings.values() for t in (min(timing.samples), max(timing.samples))]
         _scale(axes, "x", ends, text.seconds)
         axes.set_ylim(0, 104)
@@ -128,7 +130,7 @@ def lines(
 ) -> Figure:
     """Curves over a number: a line a series, y as the value `name` is written. labels: of x and y."""
     with rc_context(RC):
-        figure, axes = _figure(width, 300, len(series))
+        figure, axes = _figure(width, 300, series)
         for key, points in series.items():
             x, y = [p.x for p in points], [p.y for p in points]
             bars = [(p.y if p.low is None else p.low, p.y if p.high is None else p.high) for p in points]
@@ -147,7 +149,7 @@ def lines(
 def throughput(series: Mapping[str, Sequence[Point]], styles: Styles, width: int) -> Figure:
     """Clips a second over the latency in seconds; each point has its label beside it where there is room."""
     with rc_context(RC):
-        figure, axes = _figure(width, 340, len(series))
+        figure, axes = _figure(width, 340, series)
         for key, points in series.items():
             axes.plot([p.x for p in points], [p.y for p in points], label=key, **_look(styles[key]))
         _scale(axes, "x", [p.x for points in series.values() for p in points], text.seconds)
@@ -165,7 +167,7 @@ def throughput(series: Mapping[str, Sequence[Point]], styles: Styles, width: int
             place = axes.transData.transform((point.x, point.y))
             if all(abs(place[0] - x) > 24 or abs(place[1] - y) > 20 for x, y in taken):
                 taken.append(place)
-                axes.annotate(point.label, (point.x, point.y), (0, 8), textcoords="offset points", ha="center")
+                axes.annotate(point.label, (point.x, point.y), (0, 8), textcoords="offset points", ha="center", **HALO)
     return figure
 
 
@@ -206,7 +208,7 @@ def roofline(works: Sequence[Work], limits: Mapping[str, float], styles: Styles,
     axes logarithmic. limits: as `Results.limits`."""
     with rc_context(RC):
         sides = list(dict.fromkeys(w.side for w in works))
-        figure, axes = _figure(width, 400, len(sides))
+        figure, axes = _figure(width, 400, sides)
         copy, tops = limits["copy"], {k: v for k, v in limits.items() if k.startswith("gemm_")}
         ridges = [top / copy for top in tops.values()]
         left = min([w.intensity for w in works] + ridges) / 3
@@ -256,9 +258,8 @@ def heat_map(cells: Mapping[tuple[str, str], float], name: str, width: int) -> F
             place = 0.0 if value <= 0 or high == low else (math.log10(value) - low) / (high - low)
             shade = colormaps["cividis"](place)
             axes.fill_between([x, x + 1], y, y + 1, color=shade, edgecolor=INK, lw=1)
-            dark = float(np.dot(shade[:3], (0.299, 0.587, 0.114))) < 0.5
-            label = text.figure(name, value) if value else "0"
-            axes.text(x + 0.5, y + 0.5, label, ha="center", va="center", color="#ffffff" if dark else "#000000")
+            ink = "#ffffff" if _luminance(shade) < 0.179 else "#000000"  # where both have the same contrast, 4.6 : 1
+            axes.text(x + 0.5, y + 0.5, text.figure(name, value), ha="center", va="center", color=ink)
         axes.set_xlim(0, len(engines))
         axes.set_ylim(len(rows), 0)
         axes.set_xticks(np.arange(len(engines)) + 0.5, engines, rotation=90 if header > 40 else 0)
@@ -269,11 +270,9 @@ def heat_map(cells: Mapping[tuple[str, str], float], name: str, width: int) -> F
     return figure
 
 
-def _figure(width: int, height: int, keys: int) -> tuple[Figure, Axes]:
+def _figure(width: int, height: int, keys: Iterable[str]) -> tuple[Figure, Axes]:
     """height: without the key. The ground stays clear, so that it may be light or dark."""
-    figure = Figure(
-        (width / DOTS, (height + 26 * math.ceil(keys / _columns(width)) + 14) / DOTS), dpi=DOTS, layout="constrained"
-    )
+    figure = Figure((width / DOTS, (height + _key_height(list(keys), width)) / DOTS), dpi=DOTS, layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.subplots()
     axes.patch.set_alpha(0)
@@ -287,14 +286,28 @@ def _look(style: Style) -> dict[str, Any]:
 
 
 def _key(figure: Figure, axes: Axes) -> None:
-    columns = _columns(DOTS * figure.get_size_inches()[0])
+    width = DOTS * figure.get_size_inches()[0]
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, handlelength=3)
+    wrapped = ["\n".join(_wrapped(label, width)) for label in labels]
+    place: Any = {"loc": "outside lower left", "ncols": _columns(width)}
+    figure.legend(handles, wrapped, **place, frameon=False, handlelength=3)
+
+
+def _key_height(labels: Sequence[str], width: float) -> float:
+    """px; a key fills one column after the other."""
+    each = math.ceil(len(labels) / _columns(width))
+    columns = [labels[i : i + each] for i in range(0, len(labels), max(1, each))]
+    return 14 + max((sum(7 + 19 * len(_wrapped(label, width)) for label in of) for of in columns), default=0)
 
 
 def _columns(width: float) -> int:
     """Of a key."""
     return 2 if width > NARROW else 1
+
+
+def _wrapped(label: str, width: float) -> list[str]:
+    """Lines of a label of the key, at 9.3 px a character, beside 85 px of line and margins."""
+    return textwrap.wrap(label, int((width / _columns(width) - 85) / 9.3)) or [""]
 
 
 def _scale(axes: Axes, which: str, values: Sequence[float], written: Any, zero: bool = False) -> None:
@@ -334,6 +347,12 @@ def _places(axes: Axes, places: Sequence[float], width: int) -> None:
             shown.append(place)
             last = at
     axes.set_xticks(shown, [f"{p:g}" for p in shown])
+
+
+def _luminance(shade: Sequence[float]) -> float:
+    """Relative luminance of sRGB as WCAG 2 defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shade[:3]]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
 def _names(axes: Axes, works: Sequence[Work]) -> None:

@@ -16,6 +16,7 @@ from mubic_deploy.errors import UserError
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
+MACHINE = ("cpu", "cores", "gpu")  # without which it cannot be said to be the same
 REQUIRED = ("schema", "suite", "created", "commit", "settings", "machine", "state", "limits", "rows", "left_out")
 
 
@@ -126,11 +127,20 @@ def read(path: Path) -> Results:
         raise UserError(f"{path} cannot be read ({error}): name a file that `bench run` wrote") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else None
-        raise UserError(f"{path} is of schema {found}, this reads {SCHEMA}: measure again with `bench run`")
+        said = "has no schema" if found is None else f"is of schema {found}"
+        raise UserError(f"{path} {said}, this reads {SCHEMA}: measure again with `bench run`")
     if missing := [key for key in REQUIRED if key not in data]:
         raise UserError(f"{path} lacks {missing[0]}: measure again with `bench run`")
+    for key, kind in {
+        "rows": list,
+        **dict.fromkeys(("settings", "machine", "state", "limits", "left_out"), dict),
+    }.items():
+        if not isinstance(data[key], kind):
+            raise UserError(f"{path}: {key} is no {kind.__name__}: measure again with `bench run`")
+    if missing := [key for key in MACHINE if key not in data["machine"]]:
+        raise UserError(f"{path}: machine lacks {missing[0]}: measure again with `bench run`")
     rows = []
-    for i, row in enumerate(data["rows"] if isinstance(data["rows"], list) else [data["rows"]]):
+    for i, row in enumerate(data["rows"]):
         try:
             rows.append(Row.from_json(row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -59,7 +59,7 @@ def figure(name: str, value: float) -> str:
     if _metric(name):  # four digits would make every CC of an engine 1
         return f"{value:.8f}" if 0.9999 < value < 1 else f"{value:.4f}"
     if "difference" in name:
-        return f"{value:.1e}".replace("e-0", "e-")
+        return f"{value:.1e}".replace("e-0", "e-") if value else "0"
     if name.startswith("share"):
         return f"{100 * value:.1f} %"
     if name == "gain":
@@ -78,11 +78,13 @@ def figure(name: str, value: float) -> str:
         return scaled(value, "MAC")
     if name.endswith(("rate", "flop_s")):
         return scaled(value, "FLOP/s")
-    return digits(value)
+    return f"{value:.0f}" if value == int(value) else digits(value)
 
 
 def heading(name: str) -> str:
     """A value's name without the unit that `figure` gives: peak_mb is peak, clips_per_s is clips."""
+    if name == "seconds":
+        return "time"
     for unit in ("_per_s", "_mb", "_ms", "_bytes", "_s"):
         name = name.removesuffix(unit)
     return name.replace("_", " ")
