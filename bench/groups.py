@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from bench import charts, text
-from bench.charts import Bar, Point, Styles, Work
+from bench.charts import Bar, Point, Work
+from bench.drawing import Styles
 from bench.page import Chart
 from bench.results import Results, Row
 

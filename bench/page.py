@@ -12,12 +12,14 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bench import charts
+from bench import drawing
 
 NARROW, WIDE = 326, 860  # px, of a chart; a phone is 360 px wide or more
 BREAK = 940  # px of the window, from which on a chart is wide
-PNG_DPI = 2 * charts.DOTS
-VARIABLES = {colour: f"--c{i}" for i, colour in enumerate((charts.INK, charts.FAINT, charts.GROUND, *charts.COLOURS))}
+PNG_DPI = 2 * drawing.DOTS
+VARIABLES = {
+    colour: f"--c{i}" for i, colour in enumerate((drawing.INK, drawing.FAINT, drawing.GROUND, *drawing.COLOURS))
+}
 
 STYLE = """
 :root { color-scheme: light dark; @LIGHT@ --line: #c9c9c4; --soft: #f0f0ea; }
@@ -75,7 +77,7 @@ def chart(chart: Chart) -> str:
 
 
 def png(chart: Chart, folder: Path) -> None:
-    with rc_context(charts.RC):
+    with rc_context(drawing.RC):
         figure = chart.draw(WIDE)
         figure.savefig(folder / f"{chart.name}.png", dpi=PNG_DPI, facecolor="white")
 
@@ -83,9 +85,9 @@ def png(chart: Chart, folder: Path) -> None:
 def _svg(figure: Figure, name: str, alt: str) -> str:
     """Inline SVG whose colours follow the page's."""
     file = io.StringIO()
-    with rc_context(charts.RC):
+    with rc_context(drawing.RC):
         figure.savefig(file, format="svg")
-    width, height = (size * charts.DOTS for size in figure.get_size_inches())
+    width, height = (size * drawing.DOTS for size in figure.get_size_inches())
     text = file.getvalue()
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
@@ -130,8 +132,8 @@ def box(inner: str, label: str, kind: str = "") -> str:
 
 def _style() -> str:
     light = " ".join(f"{variable}: {colour};" for colour, variable in VARIABLES.items())
-    dark = " ".join(f"{variable}: {charts.DARK[colour]};" for colour, variable in VARIABLES.items())
-    named = {"INK": VARIABLES[charts.INK], "GROUND": VARIABLES[charts.GROUND]}
+    dark = " ".join(f"{variable}: {drawing.DARK[colour]};" for colour, variable in VARIABLES.items())
+    named = {"INK": VARIABLES[drawing.INK], "GROUND": VARIABLES[drawing.GROUND]}
     text = STYLE
     for name, value in {"LIGHT": light, "DARK": dark, "BREAK": str(BREAK), **named}.items():
         text = text.replace(f"@{name}@", value)

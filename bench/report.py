@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import page, text
-from bench.charts import Styles
+from bench.drawing import Styles
 from bench.groups import Group, first_of, group_charts, groups, reached, roofline
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder

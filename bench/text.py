@@ -8,16 +8,16 @@ from collections.abc import Mapping
 METRICS = ("cc", "sim", "nss", "auc_judd", "auc")
 HIGHER_IS_BETTER = (*METRICS, "gain")
 LOWER_IS_BETTER = ("seconds", "_s", "_ms", "_mb", "_bytes", "difference")
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def seconds(value: float) -> str:
+def seconds(value: float, figures: int = 3) -> str:
     """1.81 s, 88.2 ms, 350 µs; - for none."""
     if not math.isfinite(value):
         return "-"
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if abs(value) * scale >= 0.9995 or unit == "µs":
-            return f"{digits(value * scale)} {unit}"
+            return f"{digits(value * scale, figures)} {unit}"
     raise AssertionError(value)
 
 
@@ -33,14 +33,14 @@ def tick(written: str) -> str:
     return (number.rstrip("0").rstrip(".") if "." in number else number) + space + unit
 
 
-def digits(value: float) -> str:
-    """Three significant digits, none lost before the point: 0.0123, 1.81, 88.2, 1524."""
+def digits(value: float, figures: int = 3) -> str:
+    """So many significant digits, none lost before the point: 0.0123, 1.81, 88.2, 1524."""
     if not math.isfinite(value):
         return "-"
-    rounded = float(f"{value:.3g}")
+    rounded = float(f"{value:.{figures}g}")
     if rounded == 0:
         return "0"
-    after = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    after = max(0, figures - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:.{after}f}"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench import charts, page, text
-from bench.charts import Bar, Point, Styles
+from bench import charts, drawing, page, text
+from bench.charts import Bar, Point
+from bench.drawing import Styles
 from bench.timing import Timing
 
 LIMITS = {"gemm_float32": 100e9, "copy": 10e9}
@@ -29,21 +30,23 @@ def test_a_distribution_is_of_all_calls() -> None:
 def test_heat_map_is_dark_where_it_is_close() -> None:
     cells = {("fusion", "a"): 1e-8, ("fusion", "b"): 1e-6, ("fusion", "c"): 1e-4, ("fusion", "d"): 0.0}
     axes = charts.heat_map(cells, "largest_difference", page.WIDE).axes[0]
-    shades = [charts._luminance(np.asarray(c.get_facecolor())[0]) for c in axes.collections]
+    shades = [drawing.luminance(np.asarray(c.get_facecolor())[0]) for c in axes.collections]
     assert shades[0] < shades[1] < shades[2]
     assert shades[3] == shades[0]
     assert [t.get_text() for t in axes.texts] == ["1.0e-8", "1.0e-6", "1.0e-4", "0"]
     for shade, label in zip(shades, axes.texts, strict=True):  # WCAG's 4.5 : 1
-        ink = charts._luminance([int(str(label.get_color())[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        ink = drawing.luminance([int(str(label.get_color())[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         low, high = sorted((ink, shade))
         assert (high + 0.05) / (low + 0.05) > 4.5
 
 
-@pytest.mark.parametrize(("colours", "ground"), [(charts.COLOURS, charts.GROUND), (None, charts.DARK[charts.GROUND])])
+@pytest.mark.parametrize(
+    ("colours", "ground"), [(drawing.COLOURS, drawing.GROUND), (None, drawing.DARK[drawing.GROUND])]
+)
 def test_colours_stand_out(colours: tuple[str, ...] | None, ground: str) -> None:
     """WCAG's 3 : 1 for graphics."""
-    of = lambda c: charts._luminance([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)])  # noqa: E731
-    for colour in colours or [charts.DARK[c] for c in charts.COLOURS]:
+    of = lambda c: drawing.luminance([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)])  # noqa: E731
+    for colour in colours or [drawing.DARK[c] for c in drawing.COLOURS]:
         low, high = sorted((of(colour), of(ground)))
         assert (high + 0.05) / (low + 0.05) > 3
 
@@ -72,7 +75,7 @@ def test_charts_keep_their_width_and_their_text(width: int) -> None:
     ):
         figure.draw_without_rendering()
         (axes,) = figure.axes
-        assert figure.get_size_inches()[0] * charts.DOTS == pytest.approx(width)
+        assert figure.get_size_inches()[0] * drawing.DOTS == pytest.approx(width)
         labels = [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.title]
         for legend in figure.legends:
             labels += legend.get_texts()
@@ -113,3 +116,23 @@ def test_intervals_and_ticks() -> None:
     assert text.interval(0.0816, 0.0824) == "81.6 to 82.4 ms"
     assert text.interval(0.998, 1.002) == "998 ms to 1.00 s"
     assert [text.tick(t) for t in ("2.00 s", "50.0 ms", "300 µs", "1.20 s")] == ["2 s", "50 ms", "300 µs", "1.2 s"]
+
+
+def test_ticks_have_the_digits_they_need() -> None:
+    """Three digits would write 247.5 µs as 248 µs, and make two of the others alike."""
+    ticks = drawing.Ticks(text.seconds)
+    assert ticks.format_ticks([245e-6, 247.5e-6, 250e-6]) == ["245 µs", "247.5 µs", "250 µs"]
+    assert ticks.format_ticks([1.0002, 1.0004]) == ["1.0002 s", "1.0004 s"]
+    assert ticks.format_ticks([0, 0.5, 1.0]) == ["0", "500 ms", "1 s"]
+
+
+def test_names_on_the_roofline_do_not_cover_each_other() -> None:
+    names = ("visual_encoder", "denoiser", "fusion", "audio_encoder")
+    works = [charts.Work(name, "a", 1000 + 300 * i, 5e10 * (1 + i % 2)) for i, name in enumerate(names)]
+    axes = charts.roofline(works, LIMITS, Styles(), page.NARROW).axes[0]
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    boxes = [t.get_window_extent() for t in axes.texts if t.get_text() in names]
+    assert len(boxes) == 4
+    for i, a in enumerate(boxes):
+        assert axes.bbox.x0 <= a.x0 <= a.x1 <= axes.bbox.x1 + 1
+        assert not any(a.overlaps(b) for b in boxes[:i])

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
-from bench import charts, groups, page, report
-from bench.charts import Styles
+from bench import drawing, groups, page, report
+from bench.drawing import Styles
 from bench.groups import Group
 from bench.results import Results, Row
 from bench.timing import Timing
@@ -162,7 +162,7 @@ def test_it_can_be_read_everywhere(written: str, parsed: Page) -> None:
     sizes = [float(s) for s in re.findall(r"font(?:-size)?: ([\d.]+)rem", written)]
     assert sizes
     assert min(sizes) >= 1
-    for colour in charts.COLOURS:  # those of the charts are the page's variables, or they would not turn dark
+    for colour in drawing.COLOURS:  # those of the charts are the page's variables, or they would not turn dark
         assert written.count(colour) == 2  # on a light ground, and on paper
 
 
