@@ -22,6 +22,7 @@ from bench import text
 from bench.drawing import (
     COLOURS,
     DOTS,
+    FEW,
     HALO,
     INK,
     LINES,
@@ -107,10 +108,11 @@ def lines(
             bars = [(p.y if p.low is None else p.low, p.y if p.high is None else p.high) for p in points]
             error = [[max(0, v - low), max(0, high - v)] for v, (low, high) in zip(y, bars, strict=True)]
             axes.errorbar(x, y, yerr=np.transpose(error), capsize=4, elinewidth=1.2, label=key, **look_of(styles[key]))
-        values = [p.y for points in series.values() for p in points]
-        scale(axes, "y", values, lambda v, _: text.figure(name, v), zero=True)
         places = sorted({p.x for points in series.values() for p in points})
-        place_ticks(axes, places, width)
+        far = place_ticks(axes, places, width)
+        values = [p.y for points in series.values() for p in points]
+        # both logarithmic or neither: what grows in proportion is a straight line
+        scale(axes, "y", values, lambda v, _: text.figure(name, v), zero=True, few=FEW if far else math.inf)
         axes.set_xlabel(labels[0])
         axes.set_title(labels[1], loc="left")
         add_key(figure, axes)
@@ -134,9 +136,10 @@ def throughput(series: Mapping[str, Sequence[Point]], styles: Styles, width: int
         add_key(figure, axes)
         figure.draw_without_rendering()  # lays out, so that places are known in pixels
         taken: list[Any] = []
-        for point in (p for points in series.values() for p in points):
+        # from above, for a label stands over its point; points that lie close are of the same load
+        for point in sorted((p for points in series.values() for p in points), key=lambda p: -p.y):
             place = axes.transData.transform((point.x, point.y))
-            if all(abs(place[0] - x) > 24 or abs(place[1] - y) > 20 for x, y in taken):
+            if all(abs(place[0] - x) > 24 or abs(place[1] - y) > 26 for x, y in taken):
                 taken.append(place)
                 axes.annotate(point.label, (point.x, point.y), (0, 8), textcoords="offset points", ha="center", **HALO)
     return figure

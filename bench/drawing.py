@@ -31,6 +31,7 @@ MARKERS = "osD^vPX<>"
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))
 NARROW = 500  # px, up to which a figure is for a phone
 FEW = 6  # ratio of an axis's ends from which on it is logarithmic
+FAR = 16  # the same of the numbers that a curve is drawn over, which are linear if they can be
 PAD = 0.08  # of an axis's length, free at its ends
 RC: Any = {
     "font.size": TEXT,
@@ -122,13 +123,18 @@ def _wrapped(label: str, width: float) -> list[str]:
 
 
 def scale(
-    axes: Axes, which: str, values: Sequence[float], written: Callable[[float, int], str], zero: bool = False
+    axes: Axes,
+    which: str,
+    values: Sequence[float],
+    written: Callable[[float, int], str],
+    zero: bool = False,
+    few: float = FEW,
 ) -> None:
-    """Logarithmic where the values' ends are far apart, else linear, from 0 if asked."""
+    """Logarithmic where the values' ends are more than `few` times apart, else linear, from 0 if asked."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = min(values), max(values)
     limits = axes.set_xlim if which == "x" else axes.set_ylim
-    if low > 0 and high / low > FEW:
+    if low > 0 and high / low > few:
         (axes.set_xscale if which == "x" else axes.set_yscale)("log")
         room = (high / low) ** PAD
         limits(low / room, high * room)
@@ -144,9 +150,11 @@ def scale(
     axis.set_major_formatter(Ticks(written))
 
 
-def place_ticks(axes: Axes, places: Sequence[float], width: int) -> None:
-    """Ticks at the places measured, as far as they have room."""
-    if len(places) > 2 and places[0] > 0 and places[-1] / places[0] > FEW:
+def place_ticks(axes: Axes, places: Sequence[float], width: int) -> bool:
+    """Ticks at the places measured, as far as they have room; whether they are so far apart that the axis is
+    logarithmic."""
+    far = len(places) > 2 and places[0] > 0 and places[-1] / places[0] > FAR
+    if far:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
         room = (places[-1] / places[0]) ** PAD
@@ -160,6 +168,7 @@ def place_ticks(axes: Axes, places: Sequence[float], width: int) -> None:
             shown.append(place)
             last = at
     axes.set_xticks(shown, [f"{p:g}" for p in shown])
+    return far
 
 
 def luminance(shade: Sequence[float]) -> float:

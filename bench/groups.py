@@ -10,7 +10,7 @@ throughput "batch": the axis batch; "server": the axes protocol and concurrency,
 waterfall  "waterfall": in order, each side all before it and one technique more; the value gain, or it is worked out
 roofline   the values macs and bytes (read and written at least once: weights, inputs, outputs) of the call that was
            timed, and the file's limits. The precision is the axis or the setting of that name, or FP16 if the side says
-parity     "parity": the axes graph, tensor and, where there are steps, step; the value largest_difference"""
+parity     "parity ...": the axes graph and tensor, or step or steps; the value largest_difference"""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def _parity(group: Group, name: str) -> Iterator[Chart]:
     cells: dict[tuple[str, str], float] = {}
     for row in group.rows:
         value = row.values.get(DIFFERENCE, math.nan)
-        if "graph" in row.axes and math.isfinite(value):
-            parts = [str(row.axes[a]) for a in ("graph", "tensor") if a in row.axes]
-            parts += [f"step {row.axes['step']}"] if "step" in row.axes else []
+        parts = [str(row.axes[a]) for a in ("graph", "tensor") if a in row.axes]
+        parts += [f"{a} {row.axes[a]}" for a in ("step", "steps") if a in group.varying and a in row.axes]
+        if parts and math.isfinite(value):
             key = (" · ".join(parts), row.side)
             cells[key] = max(value, cells.get(key, 0.0))
     if cells:

@@ -25,6 +25,7 @@ from mubic_deploy.folders import replacing
 
 PAGE = "report.html"
 OUT = Path("out") / "bench"
+QUICK = "quick"  # a setting
 TITLE = "MUBiC Deploy, measured"
 ABOUT = {  # suites, as they come on the page
     "engines": "Each graph, and the whole inference, by engine.",
@@ -68,7 +69,7 @@ def write(found: dict[str, Results], old: Sequence[str], out: Path, progress: An
     """The page and its PNGs into `out`, whole or not at all; how many charts there are. found: by file name; old: names
     of the files that are left out."""
     styles, drawn = Styles(), 0
-    found = dict(sorted(found.items(), key=lambda item: _place(item[1].suite)))
+    found = dict(sorted(found.items(), key=lambda item: (_place(item[1].suite), item[0])))
     try:
         with replacing(out) as folder:
             sections = []
@@ -144,8 +145,11 @@ def _section(name: str, results: Results, styles: Styles) -> tuple[str, list[Cha
     stem, charts = _slug(name), []
     parts = [f'<h2 id="{stem}">{escape(_heading(name, results))}</h2>']
     about = [ABOUT[results.suite]] if results.suite in ABOUT else []
-    if settings := [_setting(key, value) for key, value in results.settings.items() if value not in (None, False)]:
-        about.append(f"With {', '.join(settings)}.")
+    settings = {key: value for key, value in results.settings.items() if value not in (None, False) and key != QUICK}
+    if settings:
+        about.append(f"With {', '.join(_setting(key, value) for key, value in settings.items())}.")
+    if results.settings.get(QUICK):
+        about.append("A quick look, of few calls: rely on none of it.")
     parts += [f"<p>{escape(' '.join(about))}</p>"] if about else []
     used: set[str] = set()
     for group in groups(results.rows):
@@ -222,13 +226,15 @@ def _limits(results: Results) -> str:
 
 def _notes(results: Results) -> Iterator[str]:
     for name, note in results.notes.items():
-        yield f"<h3>{escape(name)}</h3>"
+        yield f"<h3>{escape(text.heading(name))}</h3>"
         if isinstance(note, list) and note and all(isinstance(entry, dict) for entry in note):
             keys = list(dict.fromkeys(key for entry in note for key in entry))
             rows = [[_cell(key, entry.get(key)) for key in keys] for entry in note]
             yield page.table(name, list(map(text.heading, keys)), rows)
         elif isinstance(note, list) and not any(isinstance(entry, dict | list) for entry in note):
             yield f"<ul>{''.join(f'<li>{escape(str(entry))}</li>' for entry in note)}</ul>"
+        elif isinstance(note, dict) and not any(isinstance(entry, dict | list) for entry in note.values()):
+            yield f"<ul>{''.join(f'<li>{escape(k)}: {_cell(k, v)}</li>' for k, v in note.items())}</ul>"
         else:
             said = note if isinstance(note, str) else json.dumps(note, indent=1)
             yield page.box(f"<pre>{escape(said)}</pre>", name)
@@ -279,9 +285,10 @@ def _place(suite: str) -> int:
 
 
 def _heading(name: str, results: Results) -> str:
-    """The suite's name, and the file's where it is another."""
+    """The suite's name, and what else the file's name says: engines_full.json is engines, full."""
     stem = Path(name).stem
-    return results.suite if stem == results.suite else f"{results.suite} ({stem})"
+    more = stem.removeprefix(results.suite).strip("_- ").replace("_", " ")
+    return ", ".join(filter(None, (results.suite, more)))
 
 
 def _slug(name: str) -> str:

@@ -74,9 +74,11 @@ def figure(name: str, value: float) -> str:
         return f"{digits(value)} MB"
     if name.endswith("bytes"):
         return scaled(value, "B")
+    if name == "copy":
+        return scaled(value, "B/s")
     if name.endswith("macs"):
         return scaled(value, "MAC")
-    if name.endswith(("rate", "flop_s")):
+    if name.startswith("gemm_") or name.endswith(("rate", "flop_s")):
         return scaled(value, "FLOP/s")
     return f"{value:.0f}" if value == int(value) else digits(value)
 

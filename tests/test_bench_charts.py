@@ -118,6 +118,14 @@ def test_intervals_and_ticks() -> None:
     assert [text.tick(t) for t in ("2.00 s", "50.0 ms", "300 µs", "1.20 s")] == ["2 s", "50 ms", "300 µs", "1.2 s"]
 
 
+def test_what_grows_in_proportion_is_straight() -> None:
+    styles, labels = Styles(), ("steps", "latency")
+    for places, kind in (((1, 4, 12), "linear"), ((1, 8, 32), "log")):
+        points = {"a": [Point(n, 0.1 * n) for n in places]}
+        axes = charts.lines(points, styles, labels, "median_s", page.WIDE).axes[0]
+        assert (axes.get_xscale(), axes.get_yscale()) == (kind, kind)
+
+
 def test_ticks_have_the_digits_they_need() -> None:
     """Three digits would write 247.5 µs as 248 µs, and make two of the others alike."""
     ticks = drawing.Ticks(text.seconds)
