@@ -39,7 +39,7 @@ ABOUT = {  # suites, as they come on the page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", metavar="DIR", type=Path, nargs="?", default=FOLDER, help=f"default {FOLDER.name}")
+    parser.add_argument("results", metavar="DIR", type=Path, nargs="?", default=FOLDER, help="default bench/results")
     parser.add_argument("--out", metavar="OUT", type=Path, default=OUT, help=f"a report's folder (default {OUT})")
 
 
