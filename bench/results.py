@@ -16,6 +16,7 @@ from mubic_deploy.errors import UserError
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
+MACHINE = ("cpu", "cores", "gpu")  # without which it cannot be said to be the same
 REQUIRED = ("schema", "suite", "created", "commit", "settings", "machine", "state", "limits", "rows", "left_out")
 
 
@@ -48,10 +49,15 @@ class Row:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Row:
+        """KeyError, TypeError, ValueError or AttributeError if it is no row. A value that is null becomes NaN."""
         timing = None
         if "samples_s" in data:
-            timing = Timing(tuple(data["samples_s"]), data["seconds"]["warm_ups"], data["seconds"]["settled"])
-        return cls(data["what"], data["side"], data["axes"], timing, data["values"])
+            samples = tuple(float(s) for s in data["samples_s"])
+            if not samples:
+                raise ValueError("samples_s is empty")
+            timing = Timing(samples, data["seconds"]["warm_ups"], data["seconds"]["settled"])
+        values = {name: math.nan if v is None else float(v) for name, v in data["values"].items()}
+        return cls(str(data["what"]), str(data["side"]), dict(data["axes"]), timing, values)
 
 
 @dataclass
@@ -121,12 +127,51 @@ def read(path: Path) -> Results:
         raise UserError(f"{path} cannot be read ({error}): name a file that `bench run` wrote") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else None
-        raise UserError(f"{path} is of schema {found}, this reads {SCHEMA}: measure again with `bench run`")
+        said = "has no schema" if found is None else f"is of schema {found}"
+        raise UserError(f"{path} {said}, this reads {SCHEMA}: measure again with `bench run`")
     if missing := [key for key in REQUIRED if key not in data]:
         raise UserError(f"{path} lacks {missing[0]}: measure again with `bench run`")
-    rows = [Row.from_json(row) for row in data["rows"]]
+    for key, kind in {
+        "rows": list,
+        **dict.fromkeys(("settings", "machine", "state", "limits", "left_out"), dict),
+    }.items():
+        if not isinstance(data[key], kind):
+            raise UserError(f"{path}: {key} is no {kind.__name__}: measure again with `bench run`")
+    if missing := [key for key in MACHINE if key not in data["machine"]]:
+        raise UserError(f"{path}: machine lacks {missing[0]}: measure again with `bench run`")
+    rows = []
+    for i, row in enumerate(data["rows"]):
+        try:
+            rows.append(Row.from_json(row))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}, row {i + 1} cannot be used ({what}): measure again with `bench run`") from None
     kept = {key: data[key] for key in REQUIRED if key not in ("schema", "rows")}
     return Results(rows=rows, notes=data.get("notes", {}), **kept)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Results], list[str]]:
+    """The results files of a folder by name, and the names of those of the old format, which had no schema. UserError
+    if there is no folder, nothing in it to read, or a file that is neither."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name one that `bench run` wrote to")
+    found, old = {}, []
+    for path in sorted(folder.glob("*.json")):
+        if _is_old(path):
+            old.append(path.name)
+        else:
+            found[path.name] = read(path)
+    if not found:
+        raise UserError(f"{folder} holds no results of schema {SCHEMA}: measure with `bench run` first")
+    return found, old
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False  # `read` says what is wrong with it
+    return isinstance(data, dict) and "schema" not in data
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,0 +1,297 @@
+"""`python -m bench compare A B`: which differences between two runs are real.
+
+A median differs really if the bootstrap interval of the ratio leaves out 1 and the ratio is 2 % or more from it. That
+interval covers what varied within the runs. What the machine did between them is not in it: hence the warnings about
+machines, settings and measured limits, and hence one pair of runs proves little where the difference is small."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench import machine, results, text
+from bench.results import Results, Row
+from bench.timing import ratio
+from mubic_deploy.cli import number
+from mubic_deploy.commands import print_json, say, warn
+from mubic_deploy.errors import UserError
+
+AT_LEAST = 1.02  # the ratio from which on a difference is worth a word, either way
+METRIC_AT_LEAST = 0.0005  # of CC, SIM, NSS and AUC, whose scale is fixed
+LIMIT_DRIFT = 0.05  # by which two runs' measured limits may differ
+FASTER, SLOWER, ALIKE = "faster", "slower", "no difference"
+LOOKS = {FASTER: "green", SLOWER: "bold red", "better": "green", "worse": "bold red"}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A row's times in two runs: medians in seconds, b's over a's with its interval.
+
+    wide: the runs in which the row was marked as not to be relied on"""
+
+    what: str
+    side: str
+    axes: dict[str, int | str]
+    a: float
+    b: float
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+    wide: tuple[str, ...]
+
+    @property
+    def real(self) -> bool:
+        return self.verdict != ALIKE
+
+
+@dataclass(frozen=True)
+class Value:
+    """A row's figure in two runs. It was taken once in each, so there is no interval: `verdict` says which way it went
+    where it moved by more than a little."""
+
+    what: str
+    side: str
+    axes: dict[str, int | str]
+    name: str
+    a: float
+    b: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs of a suite. only: rows that one of them has, as text."""
+
+    suite: str
+    a: str
+    b: str
+    warnings: list[str]
+    times: list[Timed]
+    values: list[Value]
+    only_a: list[str] = field(default_factory=list)
+    only_b: list[str] = field(default_factory=list)
+
+    def slower(self, percent: float) -> list[Timed]:
+        """Rows that are really slower in b, by more than `percent` %."""
+        return [t for t in self.times if t.verdict == SLOWER and 100 * (t.ratio - 1) > percent]
+
+    def to_json(self) -> dict[str, Any]:
+        out = asdict(self)
+        for row, timed in zip(out["times"], self.times, strict=True):
+            row["real"] = timed.real
+        return out
+
+
+def compare(a: Results, b: Results, name_a: str = "A", name_b: str = "B") -> Comparison:
+    """Pairs the rows of two runs by what was measured, who, and the other settings."""
+    rows_a, rows_b = _by_key(a.rows), _by_key(b.rows)
+    times, values = [], []
+    for key, row_a in rows_a.items():
+        row_b = rows_b.get(key)
+        if row_b is None:
+            continue
+        if row_a.timing is not None and row_b.timing is not None:
+            times.append(_timed(row_a, row_b))
+        values += _values(row_a, row_b)
+    return Comparison(
+        a.suite if a.suite == b.suite else f"{a.suite} and {b.suite}",
+        name_a,
+        name_b,
+        warnings(a, b) + _partly(rows_a, rows_b),
+        times,
+        values,
+        [_missing(row, b) for key, row in rows_a.items() if key not in rows_b],
+        [_missing(row, a) for key, row in rows_b.items() if key not in rows_a],
+    )
+
+
+def warnings(a: Results, b: Results) -> list[str]:
+    """Why two runs may not compare."""
+    found = []
+    if a.suite != b.suite:
+        found.append(f"A is of the suite {a.suite!r}, B of {b.suite!r}")
+    if not machine.same(a.machine, b.machine):
+        found.append(f"different machines: A on {hardware(a.machine)}, B on {hardware(b.machine)}")
+    for name in sorted(a.limits.keys() & b.limits.keys()):
+        change = b.limits[name] / a.limits[name]
+        if name.startswith("gemm_") and max(change, 1 / change) > 1 + LIMIT_DRIFT:
+            faster = "faster" if change > 1 else "slower"
+            rates = " and ".join(text.scaled(r.limits[name], "FLOP/s") for r in (a, b))
+            kind = name.removeprefix("gemm_")
+            found.append(
+                f"the machine itself was {100 * abs(change - 1):.0f} % {faster} in B: matrix products in {kind} "
+                f"reached {rates}, so times may differ by as much without any change of ours"
+            )
+    for name in sorted(a.settings.keys() | b.settings.keys()):
+        if a.settings.get(name) != b.settings.get(name):
+            found.append(f"the setting {name} differs: {a.settings.get(name)} and {b.settings.get(name)}")
+    versions = [r.machine.get("versions", {}) for r in (a, b)]
+    for name in sorted(versions[0].keys() | versions[1].keys()):
+        old, new = (v.get(name, "not installed") for v in versions)
+        if old != new:
+            found.append(f"{name} differs: {old} and {new}")
+    return found
+
+
+def hardware(facts: dict[str, Any]) -> str:
+    """AMD EPYC (2 cores, NVIDIA H200)."""
+    gpu = (facts["gpu"] or {}).get("name", "no GPU")
+    return f"{facts['cpu']} ({facts['cores']} cores, {gpu})"
+
+
+def _by_key(rows: list[Row]) -> dict[tuple, Row]:
+    """By key, and for rows of the same key by their order."""
+    seen: Counter[tuple] = Counter()
+    out = {}
+    for row in rows:
+        key = (row.what, row.side, *sorted((name, str(value)) for name, value in row.axes.items()))
+        out[(*key, seen[key])] = row
+        seen[key] += 1
+    return out
+
+
+def _timed(a: Row, b: Row) -> Timed:
+    assert a.timing is not None
+    assert b.timing is not None
+    change, low, high = ratio(b.timing.samples, a.timing.samples)
+    verdict = ALIKE
+    if not low <= 1 <= high and max(change, 1 / change) >= AT_LEAST:
+        verdict = SLOWER if change > 1 else FASTER
+    wide = tuple(name for name, row in (("A", a), ("B", b)) if row.timing is not None and row.timing.wide)
+    return Timed(a.what, a.side, a.axes, a.timing.median, b.timing.median, change, low, high, verdict, wide)
+
+
+def _values(a: Row, b: Row) -> list[Value]:
+    out = []
+    for name, old in a.values.items():
+        new = b.values.get(name, math.nan)
+        if not (math.isfinite(old) and math.isfinite(new)):
+            continue
+        verdict = ALIKE
+        if _moved(name, old, new):
+            verdict = {0: "changed", 1: "better", -1: "worse"}[text.better(name) * (1 if new > old else -1)]
+        out.append(Value(a.what, a.side, a.axes, name, old, new, verdict))
+    return out
+
+
+def _moved(name: str, old: float, new: float) -> bool:
+    if name.startswith(text.METRICS) and "difference" not in name:
+        return abs(new - old) > METRIC_AT_LEAST
+    smaller, larger = sorted((abs(old), abs(new)))
+    return old * new < 0 or (larger > 0 and (smaller == 0 or larger / smaller >= AT_LEAST))
+
+
+def _partly(rows_a: dict[tuple, Row], rows_b: dict[tuple, Row]) -> list[str]:
+    """Rows that were timed in one run only."""
+    found = []
+    for key in rows_a.keys() & rows_b.keys():
+        timed = [rows[key].timing is not None for rows in (rows_a, rows_b)]
+        if timed[0] != timed[1]:
+            found.append(f"{_name(rows_a[key])} was timed in {'A' if timed[0] else 'B'} only")
+    return sorted(found)
+
+
+def _name(row: Row | Timed | Value) -> str:
+    return ", ".join(part for part in (row.what, row.side, text.setting(row.axes)) if part)
+
+
+def _missing(row: Row, other: Results) -> str:
+    why = other.left_out.get(row.side) or other.left_out.get(row.what)
+    return _name(row) + (f" (left out: {why})" if why else "")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", type=Path, help="results, or a folder of them: before")
+    parser.add_argument("b", metavar="B", type=Path, help="... after; files of two folders pair by name")
+    parser.add_argument(
+        "--fail-if-slower",
+        metavar="PERCENT",
+        type=number,
+        help="exit code 1 if a row's median is really slower in B, by more than this",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the comparison. 1 if --fail-if-slower finds something, else 0. UserError if nothing can be compared."""
+    percent = arguments.fail_if_slower
+    if percent is not None and not 0 <= percent < math.inf:
+        raise UserError(f"--fail-if-slower {percent:g}: use 0 or more per cent")
+    comparisons, alone = _load(arguments.a, arguments.b)
+    if not any(c.times or c.values for c in comparisons):  # nor may --fail-if-slower pass for want of rows
+        raise UserError(f"{arguments.a} and {arguments.b} have no row in common: nothing to compare")
+    slower = [t for c in comparisons for t in c.slower(percent)] if percent is not None else []
+    if arguments.json:
+        found = {"comparisons": [c.to_json() for c in comparisons], "warnings": alone}
+        print_json(found | {"too_slow": [_name(t) for t in slower]})
+    else:
+        warn(alone)
+        for comparison in comparisons:
+            _show(comparison)
+        for timed in slower:
+            say(f"too slow: {_name(timed)}: {100 * (timed.ratio - 1):.1f} % slower, {percent:g} % are allowed")
+    return 1 if slower else 0
+
+
+def _load(a: Path, b: Path) -> tuple[list[Comparison], list[str]]:
+    """Comparisons of what pairs, and what does not."""
+    for path in (a, b):
+        if not path.exists():
+            raise UserError(f"{path} does not exist: name results that `bench run` wrote")
+    if a.is_dir() != b.is_dir():
+        raise UserError(f"{a} and {b} are a file and a folder: name two files or two folders")
+    if not a.is_dir():
+        return [compare(results.read(a), results.read(b), str(a), str(b))], []
+    (found_a, old_a), (found_b, old_b) = results.read_folder(a), results.read_folder(b)
+    alone = [f"{a / name} is of the old format: skipped" for name in old_a]
+    alone += [f"{b / name} is of the old format: skipped" for name in old_b]
+    alone += [f"{name} is in {a} only" for name in sorted(found_a.keys() - found_b.keys())]
+    alone += [f"{name} is in {b} only" for name in sorted(found_b.keys() - found_a.keys())]
+    if not (names := sorted(found_a.keys() & found_b.keys())):
+        raise UserError(f"no file of {a} has the name of one of {b}: name the two files to compare")
+    return [compare(found_a[n], found_b[n], str(a / n), str(b / n)) for n in names], alone
+
+
+def _show(found: Comparison) -> None:
+    screen = Console()
+    say(f"{found.suite}: A is {found.a}, B is {found.b}")
+    warn(found.warnings)
+    if found.times:
+        table = Table(title="times, B over A: under 1 is faster", title_justify="left")
+        table.add_column("what", overflow="fold")
+        for heading in ("A", "B", "B / A", "95 % interval"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for t in found.times:
+            verdict = t.verdict + (f", wide in {' and '.join(t.wide)}" if t.wide else "")
+            figures = (text.seconds(t.a), text.seconds(t.b), f"{t.ratio:.3f}", f"{t.low:.3f} to {t.high:.3f}")
+            table.add_row(escape(_name(t)), *figures, verdict, style=LOOKS.get(t.verdict))
+        screen.print(table)
+    if any(t.wide for t in found.times):
+        say("wide: the spread was too large, or the warm-up too short, to rely on the median; measure again")
+    if moved := [v for v in found.values if v.verdict != ALIKE]:
+        table = Table(title="other figures that moved, each taken once", title_justify="left")
+        for heading, justify in (("what", "left"), ("figure", "left"), ("A", "right"), ("B", "right"), ("", "left")):
+            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for v in moved:
+            name, values = text.heading(v.name), [text.figure(v.name, x) for x in (v.a, v.b)]
+            table.add_row(escape(_name(v)), escape(name), *values, v.verdict, style=LOOKS.get(v.verdict))
+        screen.print(table)
+    for side, rows in (("A", found.only_a), ("B", found.only_b)):
+        for row in rows:
+            say(f"only in {side}: {row}")
+    count = Counter(t.verdict for t in found.times)
+    still = sum(v.verdict == ALIKE for v in found.values)
+    say(
+        f"{count[FASTER]} faster, {count[SLOWER]} slower, {count[ALIKE]} without a real difference; "
+        f"{len(found.values) - still} of {len(found.values)} other figures moved"
+    )

@@ -1,0 +1,133 @@
+"""The format of results: what is written is what the published schema says, and reading says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from bench import results
+from bench.results import Results, Row
+from bench.timing import Timing
+from mubic_deploy.errors import UserError
+
+SCHEMA = Path(results.__file__).with_name("schema.json")
+
+
+@pytest.fixture
+def validator() -> Draft202012Validator:
+    schema = json.loads(SCHEMA.read_text())
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def measured() -> Results:
+    found = Results("engines", {"size": "demo"}, limits={"gemm_float32": 2e11, "copy": 1e10})
+    found.add("whole", {"eager": Timing((0.3, 0.1, 0.2), 4), "onnxruntime": Timing((0.1,), 2, False)}, batch=1)
+    found.rows.append(Row("parity", "onnxruntime", {"graph": "fusion"}, values={"cc": math.nan, "sim": 0.5}))
+    found.left_out["openvino"] = "not installed"
+    found.finish()
+    return found
+
+
+def test_what_is_written_fits_the_schema(tmp_path: Path, validator: Draft202012Validator) -> None:
+    measured().write(tmp_path / "a.json")
+    written = json.loads((tmp_path / "a.json").read_text())
+    validator.validate(written)
+    row = written["rows"][0]
+    assert (row["seconds"]["median"], row["seconds"]["calls"], row["seconds"]["warm_ups"]) == (0.2, 3, 4)
+    assert row["samples_s"] == [0.3, 0.1, 0.2]
+    assert written["rows"][2]["values"] == {"cc": None, "sim": 0.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"extra": 1},
+        {"limits": {"gemm_float32": "fast"}},
+        {"limits": {"peak": 1.0}},
+        {"commit": "main"},
+        {"machine": {"cpu": "x", "cores": 0, "gpu": None}},
+        {"rows": [{"what": "whole", "side": "eager", "axes": {}}]},
+        {"rows": [{"what": "whole", "side": "eager", "axes": {"batch": 1.5}, "values": {}}]},
+        {"rows": [{"what": "whole", "side": "eager", "axes": {}, "values": {}, "samples_s": [0.1]}]},
+    ],
+)
+def test_the_schema_refuses(change: dict[str, Any], validator: Draft202012Validator) -> None:
+    assert not validator.is_valid(results._without_nan(measured().to_json()) | change)
+
+
+def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
+    before = measured()
+    before.write(tmp_path / "a.json")
+    after = results.read(tmp_path / "a.json")
+    assert after.rows[:2] == before.rows[:2]
+    assert math.isnan(after.rows[2].values["cc"])
+    assert (after.suite, after.limits, after.left_out) == (before.suite, before.limits, before.left_out)
+    assert (after.machine, after.commit, after.created) == (before.machine, before.commit, before.created)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 7}, "is of schema 7, this reads 1"),
+        ({"schema": None}, "has no schema"),
+        ({"rows": {}}, "rows is no list"),
+        ({"machine": {"cpu": "x", "cores": 1}}, "machine lacks gpu"),
+        ({"rows": [{"what": "whole", "axes": {}, "values": {}}]}, "row 1 cannot be used (lacks 'side')"),
+        (
+            {"rows": [{"what": "a", "side": "b", "axes": {}, "values": {}, "samples_s": []}]},
+            "row 1 cannot be used (samples_s is empty)",
+        ),
+        ({"rows": ["whole"]}, "row 1 cannot be used"),
+        ({"rows": [{"what": "a", "side": "b", "axes": {}, "values": {"cc": "high"}}]}, "row 1 cannot be used"),
+    ],
+)
+def test_reading_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(results._without_nan(measured().to_json()) | change))
+    with pytest.raises(UserError) as raised:
+        results.read(path)
+    assert said in str(raised.value)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1", "[]", "3"])
+def test_what_is_no_results_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError):
+        results.read(tmp_path / "a.json")
+
+
+def test_a_folder_names_what_is_of_the_old_format(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no folder"):
+        results.read_folder(tmp_path / "none")
+    (tmp_path / "whole.json").write_text('{"name": "whole", "result": {}}')
+    with pytest.raises(UserError, match="holds no results of schema 1"):
+        results.read_folder(tmp_path)
+    measured().write(tmp_path / "engines.json")
+    found, old = results.read_folder(tmp_path)
+    assert (list(found), old) == (["engines.json"], ["whole.json"])
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json cannot be read"):
+        results.read_folder(tmp_path)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("before")
+
+    def full(self: Path, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left"):
+        measured().write(path)
+    assert path.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
