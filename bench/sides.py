@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from bench.timing import Side
-from mubic_deploy import exported, graphs
+from mubic_deploy import checkpoint, exported, graphs
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import DEFAULT_STEPS, Config, get_config
+from mubic_deploy.config import DEFAULT_STEPS, DEMO_CHECKPOINT, Config, get_config
 from mubic_deploy.engines import Arrays, Engine, cpu, eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, saliency_map, signatures
-from mubic_deploy.model.mubic import MUBiC, random_model
+from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline, Predictor, request, sample
 from mubic_deploy.sources import load_script, source_dir
@@ -47,10 +47,15 @@ class Context:
     def config(self) -> Config:
         return get_config(self.size)
 
+    @property
+    def checkpoint(self) -> str:
+        """The one that ships, or random weights of the other size: time does not depend on them."""
+        return DEMO_CHECKPOINT if self.size == "demo" else f"random:{self.size}"
+
     @functools.cached_property
     def artifacts(self) -> Artifacts:
-        """The exported graphs of random weights, cached."""
-        return exported.cached(f"random:{self.size}", progress=lambda text, *_: self.say(text))
+        """The exported graphs, cached."""
+        return exported.cached(self.checkpoint, progress=lambda text, *_: self.say(text))
 
     @functools.cached_property
     def clips(self) -> list[dict[str, np.ndarray]]:
@@ -66,7 +71,13 @@ class Context:
         return path
 
     def model(self, folded: bool = True) -> MUBiC:
-        return random_model(self.config, folded=folded)
+        """A new one of these weights. folded=False: with torchvision's attention."""
+        model, _ = checkpoint.load(self.checkpoint)
+        if not folded:
+            weights = model.state_dict()
+            model = MUBiC(self.config, folded=False)
+            model.load_state_dict(weights)
+        return model.eval()
 
 
 def onnx_graphs() -> ModuleType:

@@ -1,0 +1,154 @@
+"""`python -m bench run`: every suite measures what it says, on the demo size; and wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from bench import machine, results, sides, timing
+from bench.__main__ import main
+from bench.run import measure
+from bench.suites import batch, engines, parity, steps, waterfall
+from mubic_deploy.errors import UserError
+from mubic_deploy.parity import random_clip
+
+FAST = timing.Rule(repeats=2, seconds=0.1, short_s=0.0, warm_up_s=0.1)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "QUICK", FAST)
+    monkeypatch.setattr(timing, "AT_LEAST", 2)
+    for module in (sides, engines, steps):
+        monkeypatch.setattr(module, "CLIPS", 2)
+    monkeypatch.setattr(machine, "GEMM_SIZES", {"cpu": (256,)})
+    monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20})
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> sides.Context:
+    return sides.Context("demo", 1, tmp_path)
+
+
+def rows(measured: results.Results, what: str) -> list[results.Row]:
+    return [row for row in measured.rows if row.what == what]
+
+
+def test_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engines, "WHOLE", ("eager, each step", "eager", "onnxruntime", "openvino"))
+    measured = measure("engines", "demo", 1, quick=True)
+    assert [row.side for row in rows(measured, "whole")] == ["eager, each step", "eager", "onnxruntime", "openvino"]
+    for graph in ("visual_encoder", "audio_encoder", "fusion", "denoiser"):
+        assert [row.side for row in rows(measured, graph)] == ["eager", "onnxruntime", "openvino"]
+    row = measured.row("denoiser", "openvino")
+    assert row.timing is not None
+    least = max(2 * row.values["macs"] / measured.limits["gemm_float32"], row.values["bytes"] / measured.limits["copy"])
+    assert row.values["share_of_limit"] == pytest.approx(least / row.timing.median)
+    whole = measured.row("whole", "onnxruntime").values["macs"]
+    parts = {g: measured.row(g, "onnxruntime").values["macs"] for g in ("visual_encoder", "audio_encoder", "fusion")}
+    assert whole == sum(parts.values()) + 4 * row.values["macs"]
+    path = tmp_path / "engines.json"
+    measured.write(path)
+    jsonschema.validate(
+        json.loads(path.read_text()), json.loads((Path(results.__file__).parent / "schema.json").read_text())
+    )
+    assert results.read(path).rows[0].key == measured.rows[0].key
+
+
+def test_steps_over_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "SIDES", ("onnxruntime",))
+    measured = measure("steps", "demo", 1, quick=True)
+    assert [row.axes["steps"] for row in rows(measured, "steps")] == [*range(1, 13), "adaptive"]
+    (row,) = rows(measured, "8 steps over 4")
+    # four calls of a graph of 0.1 GMACs each: more than nothing, and nearly all that the loop takes
+    assert row.values["calls_s"] > 0
+    assert row.values["loop_over_calls"] == pytest.approx(row.values["loop_s"] / row.values["calls_s"])
+
+
+def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SIDES", ("openvino",))
+    monkeypatch.setattr(batch, "BATCHES", {"demo": (1, 3)})
+    measured = measure("batch", "demo", 1, quick=True)
+    for row in rows(measured, "batch"):
+        assert row.timing is not None
+        assert row.values["clips_per_s"] == pytest.approx(row.axes["batch"] / row.timing.median)  # type: ignore[operator]
+
+
+def test_waterfall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waterfall, "BARS", {k: v for k, v in waterfall.BARS.items() if "folded" not in k})
+    measured = measure("waterfall", "demo", 1, quick=True)
+    bars = rows(measured, "waterfall")
+    assert [row.side for row in bars] == list(waterfall.BARS.values())
+    assert bars[0].timing is not None
+    assert bars[1].timing is not None
+    assert bars[1].values["gain"] == pytest.approx(bars[0].timing.median / bars[1].timing.median)
+
+
+def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "SIDES", ("openvino",))
+    monkeypatch.setattr(parity, "SCENES", 2)
+    monkeypatch.setattr(parity, "SECONDS", 1.5)
+    measured = measure("parity", "demo", 1, quick=True)
+    assert {row.axes["graph"] for row in rows(measured, "parity")} == {
+        "visual_encoder",
+        "audio_encoder",
+        "fusion",
+        "denoiser",
+    }
+    assert all(row.values["largest_difference"] < 1e-4 for row in rows(measured, "parity"))
+    assert [row.axes["steps"] for row in rows(measured, "parity of maps")] == list(range(1, 13))
+    assert all(row.values["cc"] > 0.9999 for row in rows(measured, "parity of maps"))
+    metrics = {row.side: row.values for row in rows(measured, "metrics")}
+    assert metrics.keys() == {"eager", "onnxruntime", "openvino"}
+    assert metrics["eager"]["cc"] > 0.3  # it sees something
+    assert metrics["openvino"]["largest_difference"] < 5e-4
+
+
+@pytest.mark.parametrize("name", ["eager, torchvision", "eager folded, each step", "openvino, fixed steps"])
+def test_all_sides_compute_the_same_maps(context: sides.Context, name: str) -> None:
+    loaded, left_out = sides.load([name, "onnxruntime"], context)
+    assert left_out == {}
+    clip = random_clip(context.config, 3)
+    a, b = (side.predict(clip["VIDEO"], clip["AUDIO"], 5)[0] for side in loaded.values())
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_encoders_run_at_each_step(context: sides.Context) -> None:
+    pipeline = sides.on_cpu("onnxruntime", context)
+    calls = []
+    encode = pipeline.condition
+    pipeline.condition = lambda arrays: calls.append(1) or encode(arrays)  # type: ignore[method-assign,func-returns-value]
+    clip = context.clips[0]
+    got, _ = sides.Reencoding(pipeline).predict(clip["VIDEO"], clip["AUDIO"], 1, 3)
+    assert len(calls) == 3
+    expected, _ = sides.on_cpu("onnxruntime", context).predict(clip["VIDEO"], clip["AUDIO"], 1, 3)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_side_that_cannot_be_had_is_named(context: sides.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(context: sides.Context) -> None:
+        raise UserError("OpenVINO cannot be used: pip install openvino")
+
+    monkeypatch.setitem(sides.SIDES, "openvino", missing)
+    loaded, left_out = sides.load(["onnxruntime", "openvino"], context)
+    assert list(loaded) == ["onnxruntime"]
+    assert left_out == {"openvino": "OpenVINO cannot be used: pip install openvino"}
+    with pytest.raises(UserError, match="unknown side 'tpu'"):
+        sides.load(["tpu"], context)
+
+
+def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments, said in (
+        (["run", "engine"], "invalid choice: 'engine'"),
+        (["run", "steps", "--threads", "99"], "99 threads are out of range"),
+        (["compare", str(tmp_path / "a"), str(tmp_path / "b")], "does not exist"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

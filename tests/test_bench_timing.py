@@ -1,0 +1,122 @@
+"""Timing: what is called how often, in which order, and what is said about it."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bench import timing
+from bench.timing import QUICK, Rule, Timing
+
+
+class Clock:
+    """A clock by which each side takes as long as it says, without taking it."""
+
+    def __init__(self, seconds: dict[str, list[float]]) -> None:
+        self.seconds, self.calls = seconds, list[str]()
+        self.indices: dict[str, list[int]] = {name: [] for name in seconds}
+
+    def side(self, name: str) -> timing.Side:
+        def call(i: int) -> None:
+            self.calls.append(name)
+            self.indices[name].append(i)
+
+        return call
+
+    def __call__(self, call) -> float:
+        call()
+        name = self.calls[-1]
+        given = self.seconds[name]
+        return given[min(len(self.indices[name]), len(given)) - 1]
+
+
+def measured(seconds: dict[str, list[float]], rule: Rule) -> tuple[dict[str, Timing], Clock]:
+    clock = Clock(seconds)
+    return timing.measure({name: clock.side(name) for name in seconds}, rule, clock), clock
+
+
+@pytest.mark.parametrize(
+    ("call_s", "calls"),
+    [
+        (0.1, 30),  # 30 calls are 3 s
+        (0.001, 1000),  # and would be 0.03 s here: at least one second
+        (1.0, 20),  # 20 s come first
+        (30.0, 5),  # never fewer
+    ],
+)
+def test_how_often_a_side_is_called(call_s: float, calls: int) -> None:
+    assert Rule(repeats=30, seconds=20, short_s=1).calls(call_s) == calls
+
+
+def test_warm_up_goes_on_until_calls_are_alike() -> None:
+    slow_start = [8.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    timings, clock = measured({"a": slow_start, "b": [1.0]}, Rule(5, 5, 0, 100))
+    # medians of three: 4 and 1, 2 and 1, then 1 and 1
+    assert timings["a"].warm_ups == 8
+    assert timings["b"].warm_ups == 6
+    assert set(timings["a"].samples) == {1.0}
+    assert timings["a"].settled
+    assert clock.indices["a"] == list(range(13))  # so that inputs take turns
+
+
+def test_what_does_not_settle_is_marked() -> None:
+    growing = [float(2**i) for i in range(60)]
+    timings, _ = measured({"a": growing, "b": [50.0]}, Rule(5, 5, 0, 500))
+    assert not timings["a"].settled
+    assert timings["a"].wide
+    assert timings["a"].warm_ups == 9  # 511 s
+    very_slow, _ = measured({"a": [50.0]}, Rule(5, 5, 0, 90))
+    assert very_slow["a"].settled  # too slow to be asked six times
+    assert very_slow["a"].warm_ups == 2
+
+
+def test_the_order_is_random_and_even() -> None:
+    order = timing.shuffled({"a": 100, "b": 20}, seed=1)
+    assert order != timing.shuffled({"a": 100, "b": 20}, seed=2)
+    assert order == timing.shuffled({"a": 100, "b": 20}, seed=1)
+    for part in range(4):  # each quarter has a quarter of both
+        quarter = order[30 * part : 30 * (part + 1)]
+        assert quarter.count("b") == pytest.approx(5, abs=1)
+    runs = sum(a != b for a, b in itertools.pairwise(order))
+    assert runs > 25  # not one after the other
+
+
+def test_statistics_are_those_of_numpy_and_scipy() -> None:
+    samples = tuple(np.random.default_rng(3).gamma(4.0, 0.01, 60))
+    timed = Timing(samples)
+    summary = timed.summary()
+    for name, expected in (("median", 50), ("p90", 90), ("p95", 95), ("p99", 99)):
+        assert summary[name] == pytest.approx(np.percentile(samples, expected))
+    bootstrap = stats.bootstrap((samples,), np.median, n_resamples=20_000, method="percentile", rng=5)
+    low, high = timed.interval
+    assert low == pytest.approx(bootstrap.confidence_interval.low, rel=0.02)
+    assert high == pytest.approx(bootstrap.confidence_interval.high, rel=0.02)
+
+
+def test_a_wide_interval_is_marked() -> None:
+    assert not Timing((1.0, 1.01, 0.99, 1.0, 1.02)).wide
+    assert Timing((1.0, 2.0, 1.5, 3.0, 1.1)).wide
+
+
+def test_the_interval_of_a_ratio_holds_the_true_one() -> None:
+    rng = np.random.default_rng(0)
+    a, b = 2 + rng.normal(0, 0.1, 200), 1 + rng.normal(0, 0.1, 200)
+    value, low, high = timing.ratio(a.tolist(), b.tolist())
+    assert low < 2 < high
+    assert value == pytest.approx(np.median(a) / np.median(b))
+    assert high - low < 0.15
+    same, low, high = timing.ratio(b.tolist(), b.tolist())
+    assert same == 1
+    assert low < 1 < high
+
+
+def test_wall_clock_times_the_call() -> None:
+    import time
+
+    assert timing.wall(lambda: time.sleep(0.05)) == pytest.approx(0.05, abs=0.045)
+    real = timing.measure({"sleep": lambda i: time.sleep(0.01)}, QUICK)["sleep"]
+    assert min(real.samples) >= 0.01
+    assert len(real.samples) >= 5
