@@ -53,9 +53,8 @@ def test_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert whole == sum(parts.values()) + 4 * row.values["macs"]
     path = tmp_path / "engines.json"
     measured.write(path)
-    jsonschema.validate(
-        json.loads(path.read_text()), json.loads((Path(results.__file__).parent / "schema.json").read_text())
-    )
+    schema = json.loads((Path(results.__file__).parent / "schema.json").read_text())
+    jsonschema.validate(json.loads(path.read_text()), schema)
     assert results.read(path).rows[0].key == measured.rows[0].key
 
 
