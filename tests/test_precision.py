@@ -19,7 +19,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from mubic_deploy import checkpoint
 from mubic_deploy.artifacts import MANIFEST, Artifacts
-from mubic_deploy.engines import eager, onnxruntime
+from mubic_deploy.engines import cpu, eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
 from mubic_deploy.metrics import cc
@@ -228,7 +228,7 @@ def test_half_precision_is_served(half_artifacts: Artifacts, tmp_path: Path) -> 
     video, audio = clips(TINY, 2)
     with serving(half_artifacts, tmp_path) as server, TritonPredictor(server.url) as remote:
         served, _ = remote.predict(video, audio, seed=1)
-    expected, _ = Pipeline(TINY, onnxruntime.load_engines(half_artifacts)).predict(video, audio, seed=1)
+    expected, _ = Pipeline(TINY, cpu.load_engines(cpu.ENGINES[0], half_artifacts)).predict(video, audio, seed=1)
     np.testing.assert_allclose(served, expected, atol=1e-5)
     fusion = text_format.Parse((tmp_path / "repository" / "fusion" / "config.pbtxt").read_text(), ModelConfig())
     assert {t.name: DataType.Name(t.data_type) for t in fusion.input}["V1"] == "TYPE_FP16"
