@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,25 @@ def commit() -> str | None:
         return None
 
 
-def limits(device: str = "cpu", threads: int | None = None) -> dict[str, float]:
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch computes with `count` threads within, and with as many as before after."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def limits(device: str = "cpu") -> dict[str, float]:
     """What this machine does at best, measured now through PyTorch: square matrix products in FLOP/s, by precision
     (the median of the better of two sizes; random values, for zeros can be faster), and a copy in bytes/s, read and
     written both counted."""
     import torch
 
-    if threads:
-        torch.set_num_threads(threads)
     clock = timing.cuda_events if device == "cuda" else timing.wall
     rates = {}
     for precision in ("float32",) if device == "cpu" else ("float32", "float16"):

@@ -48,7 +48,11 @@ def measure(suite: str, size: str, threads: int, quick: bool) -> Results:
 
     rule = timing.QUICK if quick else timing.Rule()
     results = Results(suite, {"size": size, "threads": threads, "quick": quick})
-    with tempfile.TemporaryDirectory(prefix="mubic-bench-") as folder, bar(suite) as progress:
+    with (
+        machine.torch_threads(threads),
+        tempfile.TemporaryDirectory(prefix="mubic-bench-") as folder,
+        bar(suite) as progress,
+    ):
         context = Context(
             size,
             threads,
@@ -57,10 +61,10 @@ def measure(suite: str, size: str, threads: int, quick: bool) -> Results:
             count=lambda name, done, total: progress(f"{suite}: {name}", done, total),
         )
         context.say("measuring the machine")
-        results.limits = machine.limits("cpu", threads)
+        results.limits = machine.limits()
         SUITES[suite](context, rule, results)
         context.say("measuring the machine again")
-        results.notes["limits_after"] = machine.limits("cpu", threads)
+        results.notes["limits_after"] = machine.limits()
     results.finish()
     before, after = results.limits["gemm_float32"], results.notes["limits_after"]["gemm_float32"]
     if abs(after / before - 1) > timing.WIDE:

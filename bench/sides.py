@@ -246,7 +246,6 @@ def load(names: Iterable[str], context: Context) -> tuple[dict[str, Predictor], 
     names = list(names)
     if unknown := [name for name in names if name not in SIDES]:
         raise UserError(f"unknown side {unknown[0]!r}: use {', '.join(SIDES)}")
-    torch.set_num_threads(context.threads)
     loaded, left_out = {}, {}
     for name in names:
         context.say(f"loading {name}")

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from half_fixtures import TINY
 
-from bench import gpu, results, timing
+from bench import gpu, machine, results, timing
 
 RULE = timing.Rule(repeats=5, seconds=0.5, short_s=0.0, warm_up_s=0.2)
 
@@ -25,12 +24,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
         patch.setattr(gpu, "PROFILED", 1)
         patch.setattr(gpu, "CLIPS", 2)
         patch.setattr(timing, "AT_LEAST", 2)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # FP16 on a CPU: many threads on busy cores wait for each other longer than they work
-        try:
+        # FP16 on a CPU: many threads on busy cores wait for each other longer than they work
+        with machine.torch_threads(1):
             gpu.measure(TINY, "cpu", 60, RULE, out, ["torch.compile", "AOTInductor"])
-        finally:
-            torch.set_num_threads(threads)
     return results.read(out / "gpu.json")
 
 
