@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -188,10 +189,7 @@ def test_flash_and_click(times: list[Fraction]) -> None:
         assert w.frame_index - 8 + shown[0] == flash
         (click,) = np.flatnonzero(w.audio)
         assert abs(click - (8304 + apart * 16_000)) <= 1
-        assert (
-            abs(click - (8304 + apart * 16_000))
-            < 16_000 * min(b - a for a, b in zip(times, times[1:], strict=False)) / 2
-        )
+        assert abs(click - (8304 + apart * 16_000)) < 16_000 * min(b - a for a, b in pairwise(times)) / 2
         checked += 1
     assert checked >= 14
 
@@ -283,4 +281,4 @@ def test_windows_share_no_slice_of_sound(fps: Fraction, stride: int) -> None:
     share one only where they lie 336, 672 or 1008 samples apart, exactly. At no usual rate two neighbours do."""
     starts = [round(Fraction(i * stride) / fps * 16_000) for i in range(200)]
     slices = [{start + 336 * j for j in range(4)} for start in starts]
-    assert not any(a & b for a, b in zip(slices, slices[1:], strict=False))
+    assert not any(a & b for a, b in pairwise(slices))
