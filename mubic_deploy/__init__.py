@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 from mubic_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from mubic_deploy.live.client import StreamClient
     from mubic_deploy.pipeline import Pipeline
     from mubic_deploy.predict import predict_clips, predict_film
 
-__all__ = ["Pipeline", "UserError", "predict_clips", "predict_film"]
+__all__ = ["Pipeline", "StreamClient", "UserError", "predict_clips", "predict_film"]
 
-_HOMES = {"Pipeline": "pipeline", "predict_film": "predict", "predict_clips": "predict"}
+_HOMES = {
+    "Pipeline": "pipeline",
+    "StreamClient": "live.client",
+    "predict_film": "predict",
+    "predict_clips": "predict",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,13 @@ class Window:
         return np.stack(self.frames)
 
 
+def check_stride(stride: int) -> int:
+    """`stride` if it is 1 or more, else UserError."""
+    if stride < 1:
+        raise UserError(f"stride {stride} is out of range: use 1 or more frames")
+    return stride
+
+
 class Timeline:
     """Frames and sound of one stream, in bounded memory.
 
@@ -59,9 +66,7 @@ class Timeline:
 
     def __init__(self, config: Config, stride: int = 4, kept_s: float = SOUND_KEPT_S) -> None:
         """kept_s: sound of this length at most is held. UserError for a stride below 1."""
-        if stride < 1:
-            raise UserError(f"stride {stride} is out of range: use 1 or more frames")
-        self.stride = stride
+        self.stride = check_stride(stride)
         self._config = config
         self._kept = round(kept_s * SAMPLE_RATE)
         self._frames: dict[int, tuple[float, Any]] = {}  # by index, oldest first
@@ -182,10 +187,8 @@ class Timeline:
         k = self._next if k is None else k
         if k is None:
             return
-        for index in list(self._frames):
-            if index >= k * self.stride:
-                break
-            del self._frames[index]
+        while self._frames and (oldest := next(iter(self._frames))) < k * self.stride:
+            del self._frames[oldest]
         middle = self._frames.get(k * self.stride + self._config.middle)
         # a frame that is still to come is later than the newest one
         self._sound.trim(excerpt_start(self._last_s if middle is None else middle[0]))
@@ -194,6 +197,16 @@ class Timeline:
         """Index and time stamp of the middle frame of a complete window."""
         index = k * self.stride + self._config.middle
         return index, self._frames[index][0]
+
+    def frames(self, first: int, last: int) -> Iterator[tuple[int, float, Any]]:
+        """Number, time and image of each frame in memory from `first` to `last`."""
+        for index, (time_s, image) in self._frames.items():
+            if first <= index <= last:
+                yield index, time_s, image
+
+    def sound(self, start: int) -> list[tuple[int, np.ndarray]]:
+        """The sound in memory from sample `start` on: first sample and float32 [n] of each piece."""
+        return self._sound.pieces(start)
 
     def cut(self, k: int) -> Window:
         """Window k, complete and not yet forgotten."""
