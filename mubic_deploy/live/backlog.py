@@ -13,6 +13,8 @@ from mubic_deploy.live.streams import MAX_FRAMES
 from mubic_deploy.live.timeline import Timeline
 from mubic_deploy.media.sound import JUMP_S, excerpt_start
 
+QUEUE, DROP = "queue", "drop"
+ON_LAG = (QUEUE, DROP)  # where too many windows wait: whoever feeds waits too, or the oldest one goes
 SOUND_KEPT_S = 600.0  # of sound without frames
 MAX_SOUND = 30 * SAMPLE_RATE  # samples of a request, about
 _BEGINNING = -(1 << 62)  # before any sample
@@ -219,7 +221,7 @@ class Backlog:
             window = (self.sent or self.ready).popleft()
             if window.index == index:
                 break
-        captured = self._captured.get(index, window.ready_s)  # a short stream has no frame 8
+        captured = self._captured[index]
         self._forget()
         return window, captured
 

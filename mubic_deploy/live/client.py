@@ -12,6 +12,7 @@ import numpy as np
 
 from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.backlog import DROP, ON_LAG, QUEUE
 from mubic_deploy.live.link import Settings
 from mubic_deploy.live.packets import RAW, check_encoding
 from mubic_deploy.live.report import Gap, LiveMap, Report
@@ -22,8 +23,6 @@ from mubic_deploy.media.fit import Fit, check_fit, make_fit
 from mubic_deploy.media.sound import NOTABLE_S
 from mubic_deploy.triton.client import TritonPredictor, destination
 
-QUEUE, DROP = "queue", "drop"
-ON_LAG = (QUEUE, DROP)
 SILENCE_S = 1.0  # a source that gives no frame for so long has a gap
 
 

@@ -194,8 +194,8 @@ class Timeline:
         self._sound.trim(excerpt_start(self._last_s if middle is None else middle[0]))
 
     def middle(self, k: int) -> tuple[int, float]:
-        """Index and time stamp of the middle frame of a complete window."""
-        index = k * self.stride + self._config.middle
+        """Index and time stamp of the middle frame of a complete window. In a short stream it is the last one's."""
+        index = min(k * self.stride + self._config.middle, self._last)
         return index, self._frames[index][0]
 
     def frames(self, first: int, last: int) -> Iterator[tuple[int, float, Any]]:
