@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 
 from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, PRECISIONS, VARIANTS
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.backlog import ON_LAG
-from mubic_deploy.live.packets import ENCODINGS, RAW
+from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW
 from mubic_deploy.media.fit import FITS
 from mubic_deploy.training.settings import DATASETS, LIGHTNING_PRECISIONS, PARTS, RECIPES, SCHEDULES, SPLITS, Settings
 from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -15,12 +16,12 @@ import pytest
 from films import frame_times, write_film
 from triton_serving import processes, serving
 
-from mubic_deploy import StreamClient, predict_clips
+from mubic_deploy import AsyncStreamClient, StreamClient, predict_clips
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.report import Gap, LiveMap
+from mubic_deploy.live.settings import StreamSettings
 from mubic_deploy.live.source import FileSource, Heard
-from mubic_deploy.live.streams import StreamSettings
 from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import FilmMap
 from mubic_deploy.pipeline import Pipeline
@@ -140,6 +141,38 @@ def test_bytes_of_raw_frames(toy_server: TritonServer, film: Path) -> None:
         sent = client.report().sent_bytes
     # 60 windows of 75 frames: 16 frames to a window become 1.25
     assert 16 * 112 * 192 * 3 * len(found) > 12 * sent
+
+
+def test_asyncio(toy_server: TritonServer, toy_pipeline: Pipeline, film: Path) -> None:
+    """Two tasks on one event loop, which goes on meanwhile."""
+    expected = list(predict_clips(toy_pipeline, film))
+
+    async def stream() -> tuple[list[LiveMap], int]:
+        beats = 0
+
+        async def feed(client: AsyncStreamClient, source: FileSource) -> None:
+            nonlocal beats
+            for item in source.items():
+                if isinstance(item, Frame):
+                    await client.frame(item.image, item.time_s, source.display)
+                elif isinstance(item, Heard):
+                    await client.sound(item.samples, item.start / 16_000)
+                else:
+                    await client.end_sound()
+                beats += 1
+            await client.finish()
+
+        with FileSource(str(film)) as source:
+            async with AsyncStreamClient(toy_server.url, max_waiting=2) as client:
+                feeding = asyncio.create_task(feed(client, source))
+                found = [m async for m in client]
+                await feeding
+                assert client.report().maps == len(found)
+        return found, beats
+
+    found, beats = asyncio.run(stream())
+    same(found, expected)
+    assert beats > 75
 
 
 # ---- the clock, the size, the sound

@@ -17,7 +17,7 @@ from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import get_config
 from mubic_deploy.engines.onnxruntime import load_engines
 from mubic_deploy.live.packets import Decoder, Encoder
-from mubic_deploy.live.streams import StreamSettings
+from mubic_deploy.live.settings import StreamSettings
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.triton.server import TritonServer
 

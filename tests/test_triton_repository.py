@@ -13,7 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.streams import StreamSettings
+from mubic_deploy.live.settings import StreamSettings
 from mubic_deploy.triton.repository import write_repository
 
 pytest_plugins = ("triton_fixtures",)

@@ -13,8 +13,6 @@ from mubic_deploy.live.streams import MAX_FRAMES
 from mubic_deploy.live.timeline import Timeline
 from mubic_deploy.media.sound import JUMP_S, excerpt_start
 
-QUEUE, DROP = "queue", "drop"
-ON_LAG = (QUEUE, DROP)  # where too many windows wait: whoever feeds waits too, or the oldest one goes
 SOUND_KEPT_S = 600.0  # of sound without frames
 MAX_SOUND = 30 * SAMPLE_RATE  # samples of a request, about
 _BEGINNING = -(1 << 62)  # before any sample

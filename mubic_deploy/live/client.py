@@ -12,11 +12,10 @@ import numpy as np
 
 from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.backlog import DROP, ON_LAG, QUEUE
 from mubic_deploy.live.link import Settings
-from mubic_deploy.live.packets import RAW, check_encoding
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.sender import Limits, Sender
+from mubic_deploy.live.settings import DROP, ON_LAG, QUEUE, RAW, check_encoding
 from mubic_deploy.live.timeline import check_stride
 from mubic_deploy.media.film import Resizer
 from mubic_deploy.media.fit import Fit, check_fit, make_fit

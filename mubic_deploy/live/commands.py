@@ -16,10 +16,10 @@ from typing import Any, TextIO
 
 from mubic_deploy.commands import bar, print_json, say, untrained, warn
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.backlog import DROP, QUEUE
 from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.measures import Measures, measure
 from mubic_deploy.live.report import Gap, LiveMap, Report
+from mubic_deploy.live.settings import DROP, QUEUE
 from mubic_deploy.live.source import FileSource, Heard, LiveSource, open_source
 from mubic_deploy.media.film import Frame, is_file
 from mubic_deploy.media.maps import MapsWriter

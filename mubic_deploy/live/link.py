@@ -14,7 +14,8 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from mubic_deploy import graphs
 from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.live.backlog import Request
-from mubic_deploy.live.packets import RAW, Encoder
+from mubic_deploy.live.packets import Encoder
+from mubic_deploy.live.settings import RAW
 from mubic_deploy.live.streams import FULL, UNKNOWN
 
 # what a new sequence cures, perhaps after a while; the first line is Triton's own

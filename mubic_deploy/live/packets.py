@@ -10,21 +10,13 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.settings import H264, JPEG, check_encoding
 from mubic_deploy.media.film import Resizer
 
-RAW, JPEG, H264 = "raw", "jpeg", "h264"
-ENCODINGS = (RAW, JPEG, H264)
 JPEG_QUALITY = 3  # FFmpeg's scale, 2 is the best
 # every frame alone decodes to one frame, at once; headers come with each key frame
 _X264 = {"preset": "veryfast", "tune": "zerolatency", "crf": "20", "x264-params": "annexb=1:repeat-headers=1"}
 _TICKS = Fraction(1, 1000)
-
-
-def check_encoding(encoding: str) -> str:
-    """`encoding` if it is one of ENCODINGS, else UserError."""
-    if encoding not in ENCODINGS:
-        raise UserError(f"unknown encoding {encoding!r} of frames: use {', '.join(ENCODINGS)}")
-    return encoding
 
 
 class Encoder:

@@ -20,7 +20,6 @@ from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
 
 STDIN = "-"
-_OPEN_S, _READ_S = 10.0, 10.0  # that an address may take to answer, and to send something
 _PAUSE_S = 1.0  # before an address is opened again
 _LIVE = ("rtsp://", "rtmp://", "udp://", "rtp://", "srt://")  # these come back after they broke off
 
@@ -110,15 +109,18 @@ class LiveSource:
     An address of a live stream that breaks off is opened again until `patience_s` has passed without a frame; its
     clock may have jumped by then. Everything else ends where it ends."""
 
-    def __init__(self, source: str, patience_s: float = 30.0) -> None:
-        """UserError if it cannot be opened or has no picture."""
+    def __init__(self, source: str, patience_s: float = 30.0, timeout_s: float = 10.0) -> None:
+        """timeout_s: that an address may take to answer, and to send something. UserError if it cannot be opened or
+        has no picture."""
         self.source, self.name = source, "standard input" if source == STDIN else source
         self.has_sound = False  # it cannot be opened a second time
         self.warnings: list[str] = []
-        self._patience_s = patience_s
+        self._patience_s, self._timeout_s = patience_s, timeout_s
         self._upright = Upright()
         self._damaged = 0
+        self._deaf = False  # no sound was found when it was first opened: none is waited for, or taken, any more
         self._open()
+        self._deaf = self._audio is None
         self._reading = self._read()
         self._first: list[Item] = []
         for item in self._reading:
@@ -145,11 +147,12 @@ class LiveSource:
         yield from self._reading
 
     def _open(self) -> None:
-        self._container = open_live(self.source, self.name)
+        self._container = open_live(self.source, self.name, self._timeout_s)
         self._video = first_video(self._container, self.name)
         self._video.thread_type = "SLICE"  # frame threads hold frames back
         sounds = self._container.streams.audio
-        self._audio = sounds[0] if sounds and sounds[0].codec_context is not None else None
+        heard = sounds and sounds[0].codec_context is not None and not self._deaf
+        self._audio = sounds[0] if heard else None
         self.time_base = self._video.time_base or Fraction(1, 90_000)
         rate = self._video.average_rate or self._video.guessed_rate or Fraction(25)
         self.rate = rate if 0 < rate <= MAX_RATE else Fraction(25)
@@ -182,7 +185,7 @@ class LiveSource:
         """From one opening to its end."""
         placer = Placer()
         last: int | None = None
-        if self._audio is None:
+        if self._deaf:
             yield SoundEnd()
         for decoded in self._decode():
             if isinstance(decoded, av.AudioFrame):
@@ -223,7 +226,7 @@ def open_source(source: str, realtime: bool = False) -> FileSource | LiveSource:
     return LiveSource(source)
 
 
-def open_live(source: str, name: str) -> av.container.InputContainer:
+def open_live(source: str, name: str, timeout_s: float) -> av.container.InputContainer:
     """UserError if it cannot be opened."""
     options = {"rtsp_transport": "tcp"} if source.startswith("rtsp://") else {}
     place, kind = source, None
@@ -232,7 +235,7 @@ def open_live(source: str, name: str) -> av.container.InputContainer:
     elif source.startswith("/dev/video"):
         kind = "v4l2"
     try:
-        return av.open(place, format=kind, options=options, timeout=(_OPEN_S, _READ_S) if "://" in source else None)
+        return av.open(place, format=kind, options=options, timeout=timeout_s if "://" in source else None)
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         raise UserError(f"{name} cannot be opened ({reason}): check the address, and that something is sent") from error

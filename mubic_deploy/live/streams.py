@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from mubic_deploy.config import SAMPLE_RATE, Config
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.packets import RAW, Decoder, check_encoding
+from mubic_deploy.live.packets import Decoder
+from mubic_deploy.live.settings import RAW, StreamSettings, check_encoding
 from mubic_deploy.live.timeline import FRAMES_WAIT, SOUND_KEPT_S, Timeline, Window
 
 MAX_FRAMES = 64  # of a request
@@ -21,24 +21,6 @@ UNKNOWN = "no stream is known under this correlation id"
 FULL = "the server holds"
 
 Arrays = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """max_streams  that the server holds at once
-    idle_s       seconds without a request after which a stream is dropped"""
-
-    max_streams: int = 64
-    idle_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.max_streams < 1:
-            raise UserError(f"max_streams {self.max_streams} is out of range: use 1 or more")
-        if not 0.1 <= self.idle_s <= 86_400:
-            raise UserError(f"idle_s {self.idle_s} is out of range: use 0.1 to 86400 seconds")
-
-
-DEFAULTS = StreamSettings()
 
 
 class Stream:

@@ -23,7 +23,7 @@ from mubic_deploy.engines.tensorrt import Plans
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
 from mubic_deploy.graphs import Signature
-from mubic_deploy.live.streams import DEFAULTS, StreamSettings
+from mubic_deploy.live.settings import DEFAULTS, StreamSettings
 from mubic_deploy.sources import source_dir
 from mubic_deploy.triton import parameters
 from mubic_deploy.triton.parameters import OnnxSettings

@@ -14,7 +14,8 @@ import triton_python_backend_utils as pb_utils  # a module of the server
 
 from mubic_deploy import graphs
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.streams import Stream, Streams, StreamSettings
+from mubic_deploy.live.settings import StreamSettings
+from mubic_deploy.live.streams import Stream, Streams
 from mubic_deploy.live.timeline import Window
 from mubic_deploy.triton import parameters
 
