@@ -113,19 +113,18 @@ class Backlog:
     def _note(self, complete: Iterable[int], now_s: float) -> None:
         timeline = self.timeline
         for k in complete:
-            index, time_s = timeline.middle(k)
             heard = timeline.heard
-            late = not timeline.sound_ended and (heard is None or heard < self._sound_stop(time_s))
+            late = not timeline.sound_ended and (heard is None or heard < self._stop(k))
             # where sound is late, the server must see from the frames how late it is
             until = timeline.last_index if late else min(self._last(k), timeline.last_index)
-            self.ready.append(Waiting(k, index, until, now_s, late))
+            self.ready.append(Waiting(k, timeline.middle(k)[0], until, now_s, late))
 
     def _last(self, k: int) -> int:
         return k * self._stride + self._config.frames - 1
 
-    @staticmethod
-    def _sound_stop(time_s: float) -> int:
-        return excerpt_start(time_s) + AUDIO_SAMPLES
+    def _stop(self, k: int) -> int:
+        """The sample at which a window's sound ends."""
+        return excerpt_start(self.timeline.middle(k)[1]) + AUDIO_SAMPLES
 
     # ---- what goes out
 
@@ -147,20 +146,22 @@ class Backlog:
         """What to send next, so that at most `in_flight` windows are on their way; None if there is nothing.
 
         flush: also what completes no window yet. Call it until it gives None."""
-        going = list(self.ready)[: max(0, in_flight - len(self.sent))]
-        ending = self.finished and not self._ended and self._started
-        if not going and (self.ready or not (flush or ending)):
+        if self._ended:
+            return None
+        room = in_flight - len(self.sent)
+        going = list(self.ready)[: max(0, room)]
+        ending = self.finished and self._started
+        if not going and (self.ready or not (ending or (flush and room > 0))):
             return None
         request = Request(start=not self._started)
         free = len(going) == len(self.ready) and not self.finished  # nothing is to be held back
         until, stop = self.timeline.last_index, None
         if going and not free:
             until = going[-1].until
-            if until == self._last(going[-1].k):
-                stop = self._sound_stop(self.timeline.middle(going[-1].k)[1])
+            stop = None if going[-1].late else self._stop(going[-1].k)
         if self._take_sound(request, stop):
             self._take_frames(request, until if going or free else -1)
-            while self.ready and self.ready[0].until <= self._sent_frame:
+            while self.ready and self._is_sent(self.ready[0]):
                 self.sent.append(self.ready.popleft())
             request.end = self._ended = self.finished and not self.ready
         if not (request.frames or len(request.sound) or request.sound_end or request.end):
@@ -168,6 +169,14 @@ class Backlog:
         request.skip, self._skip = self._skip, []
         self._started = True
         return request
+
+    def _is_sent(self, window: Waiting) -> bool:
+        """Whether the server has all that completes the window."""
+        if window.until > self._sent_frame:
+            return False
+        if window.late or self._told_end:
+            return True
+        return self._sent_sound is not None and self._sent_sound >= self._stop(window.k)
 
     def _take_frames(self, request: Request, until: int) -> None:
         for index, time_s, image in self.timeline.frames(self._sent_frame + 1, until):
@@ -179,25 +188,24 @@ class Backlog:
             self._sent_frame = index
 
     def _take_sound(self, request: Request, stop: int | None) -> bool:
-        """The next sound without a gap in it, to sample `stop` at most. -> whether that was all."""
+        """The next sound without a gap in it, in whole pieces until `stop` is reached: only sound that lies behind a
+        gap says that the gap is one. -> whether that was all to `stop`."""
         taken: list[np.ndarray] = []
         start = end = 0
-        whole = True
+        whole, held_back = True, False
         for at, samples in self.timeline.sound(self._sound_from()):
-            part = samples if stop is None else samples[: max(0, stop - at)]
-            if not len(part):
-                continue
+            if stop is not None and self._sent_sound is not None and self._sent_sound >= stop:
+                held_back = True
+                break
             if taken and (at != end or end - start >= MAX_SOUND):
                 whole = False
                 break
             start = start if taken else at
-            taken.append(part)
-            end = at + len(part)
+            taken.append(samples)
+            end = self._sent_sound = at + len(samples)
         if taken:
-            request.sound, request.sound_start, self._sent_sound = np.concatenate(taken), start, end
-        heard = self.timeline.heard
-        nothing_left = heard is None or (self._sent_sound is not None and self._sent_sound >= heard)
-        if self.timeline.sound_ended and nothing_left and not self._told_end:
+            request.sound, request.sound_start = np.concatenate(taken), start
+        if self.timeline.sound_ended and whole and not held_back and not self._told_end:
             request.sound_end = self._told_end = True
         return whole
 

@@ -15,7 +15,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.live.link import Settings
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.sender import Limits, Sender
-from mubic_deploy.live.settings import DROP, ON_LAG, QUEUE, RAW, check_encoding
+from mubic_deploy.live.settings import DROP, MAX_IN_FLIGHT, ON_LAG, QUEUE, RAW, check_encoding
 from mubic_deploy.live.timeline import check_stride
 from mubic_deploy.media.film import Resizer
 from mubic_deploy.media.fit import Fit, check_fit, make_fit
@@ -68,9 +68,10 @@ class StreamClient:
         give_up_s: float = 60.0,
         on_gap: Callable[[Gap], None] | None = None,
     ) -> None:
-        for name, value in (("max_waiting", max_waiting), ("in_flight", in_flight)):
-            if value < 1:
-                raise UserError(f"{name} {value} is out of range: use 1 or more windows")
+        if max_waiting < 1:
+            raise UserError(f"max_waiting {max_waiting} is out of range: use 1 or more windows")
+        if not 1 <= in_flight <= MAX_IN_FLIGHT:
+            raise UserError(f"in_flight {in_flight} is out of range: use 1 to {MAX_IN_FLIGHT} windows")
         if on_lag not in ON_LAG:
             raise UserError(f"unknown on_lag {on_lag!r}: use {' or '.join(ON_LAG)}")
         if seed < 0:

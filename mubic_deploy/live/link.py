@@ -57,6 +57,34 @@ class Answer:
     passing: bool = False
 
 
+def arrays(
+    request: Request, settings: Settings, encode: Callable[[np.ndarray], bytes] | None = None
+) -> dict[str, np.ndarray]:
+    """The tensors of a request, by name; see `graphs.stream`. encode: makes packets of the frames."""
+    tensors: dict[str, np.ndarray] = {}
+    if request.start:
+        tensors["STRIDE"] = np.array([settings.stride], np.int32)
+        tensors["SEED"] = np.array([settings.seed], np.int64)
+        tensors["STEPS"] = np.array([settings.steps], np.int32)
+        tensors["ENCODING"] = np.array([settings.encoding.encode()], np.object_)
+        tensors["SOUND_RATE"] = np.array([SAMPLE_RATE], np.int32)
+    if request.frames:
+        if encode is None:
+            tensors["FRAMES"] = np.stack(request.frames)
+        else:
+            tensors["PACKETS"] = np.array([encode(frame) for frame in request.frames], np.object_)
+        tensors["FRAME_INDEX"] = np.array(request.indices, np.int64)
+        tensors["FRAME_TIME"] = np.array(request.times, np.float64)
+    if len(request.sound):
+        tensors["SOUND"] = request.sound
+        tensors["SOUND_TIME"] = np.array([request.sound_start / SAMPLE_RATE], np.float64)
+    if request.sound_end:
+        tensors["SOUND_END"] = np.array([True])
+    if request.skip:
+        tensors["SKIP"] = np.array(request.skip, np.int64)
+    return tensors
+
+
 class Link:
     """A sequence on a connection of its own. Answers and errors come on a thread of the connection's; everything else
     is for one thread."""
@@ -82,7 +110,7 @@ class Link:
     def send(self, request: Request) -> None:
         """InferenceServerException if the connection is broken already."""
         inputs = []
-        for name, array in self._arrays(request).items():
+        for name, array in arrays(request, self._settings, self._encode).items():
             inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
             inputs[-1].set_data_from_numpy(array)
             self.bytes += sum(len(x) for x in array) if array.dtype == np.object_ else array.nbytes
@@ -101,31 +129,6 @@ class Link:
         """Gives up what is on its way."""
         self._client.stop_stream(cancel_requests=True)
         self._client.close()
-
-    def _arrays(self, request: Request) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = {}
-        if request.start:
-            settings = self._settings
-            arrays["STRIDE"] = np.array([settings.stride], np.int32)
-            arrays["SEED"] = np.array([settings.seed], np.int64)
-            arrays["STEPS"] = np.array([settings.steps], np.int32)
-            arrays["ENCODING"] = np.array([settings.encoding.encode()], np.object_)
-            arrays["SOUND_RATE"] = np.array([SAMPLE_RATE], np.int32)
-        if request.frames:
-            if self._encode is None:
-                arrays["FRAMES"] = np.stack(request.frames)
-            else:
-                arrays["PACKETS"] = np.array([self._encode(frame) for frame in request.frames], np.object_)
-            arrays["FRAME_INDEX"] = np.array(request.indices, np.int64)
-            arrays["FRAME_TIME"] = np.array(request.times, np.float64)
-        if len(request.sound):
-            arrays["SOUND"] = request.sound
-            arrays["SOUND_TIME"] = np.array([request.sound_start / SAMPLE_RATE], np.float64)
-        if request.sound_end:
-            arrays["SOUND_END"] = np.array([True])
-        if request.skip:
-            arrays["SKIP"] = np.array(request.skip, np.int64)
-        return arrays
 
     def _answered(self, result: Any, error: InferenceServerException | None) -> None:
         if error is not None:

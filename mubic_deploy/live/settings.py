@@ -10,6 +10,7 @@ RAW, JPEG, H264 = "raw", "jpeg", "h264"
 ENCODINGS = (RAW, JPEG, H264)  # of frames on the wire
 QUEUE, DROP = "queue", "drop"
 ON_LAG = (QUEUE, DROP)  # where too many windows wait: whoever feeds waits too, or the oldest one goes
+MAX_IN_FLIGHT = 16  # windows of a stream that may wait for their maps on the server
 
 
 def check_encoding(encoding: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from mubic_deploy.config import SAMPLE_RATE, Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.packets import Decoder
-from mubic_deploy.live.settings import RAW, StreamSettings, check_encoding
+from mubic_deploy.live.settings import MAX_IN_FLIGHT, RAW, StreamSettings, check_encoding
 from mubic_deploy.live.timeline import FRAMES_WAIT, SOUND_KEPT_S, Timeline, Window
 
 MAX_FRAMES = 64  # of a request
@@ -55,8 +55,7 @@ class Stream:
         """The windows that a request completes. UserError if something in it cannot be; then nothing of it is taken,
         except that the decoder of an H.264 stream does not go back."""
         timeline = self._timeline
-        each = min(timeline.stride, self._config.frames)
-        if self.waiting * each > FRAMES_WAIT and not end:
+        if self.waiting > MAX_IN_FLIGHT and not end:
             raise UserError(f"{self.waiting} windows of this stream wait for their maps: send no more before those")
         frames, indices, times = self._frames(arrays)
         sound = arrays.get("SOUND", np.zeros(0, np.float32))
