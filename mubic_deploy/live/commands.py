@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,13 +41,11 @@ def stream(arguments: Namespace) -> int:
     targets = {kind: path for kind, path in given.items() if path is not None}
     piped = targets.get("ndjson") == STDOUT
     files = {kind: path for kind, path in targets.items() if path != STDOUT}
-    gaps: list[Gap] = []
+    gaps: deque[Gap] = deque(maxlen=1000)  # a camera may run for months
     with contextlib.ExitStack() as stack:
         source = open_source(arguments.source, arguments.realtime)
         feeder: Feeder | None = None
-        stack.callback(lambda: feeder.thread.join(_STOP_S) if feeder else None)
-        # what is still being read must not be closed: it goes with the process
-        stack.callback(lambda: None if feeder and feeder.thread.is_alive() else source.close())
+        stack.callback(lambda: _let_go(source, feeder))
         check_targets(files, KINDS, Path(arguments.source) if is_file(arguments.source) else None)
         live = arguments.realtime or isinstance(source, LiveSource)
         client = stack.enter_context(
