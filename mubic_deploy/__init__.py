@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 from mubic_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from mubic_deploy.live.aio import AsyncStreamClient
+    from mubic_deploy.live.client import StreamClient
     from mubic_deploy.pipeline import Pipeline
     from mubic_deploy.predict import predict_clips, predict_film
 
-__all__ = ["Pipeline", "UserError", "predict_clips", "predict_film"]
+__all__ = ["AsyncStreamClient", "Pipeline", "StreamClient", "UserError", "predict_clips", "predict_film"]
 
-_HOMES = {"Pipeline": "pipeline", "predict_film": "predict", "predict_clips": "predict"}
+_HOMES = {
+    "AsyncStreamClient": "live.aio",
+    "Pipeline": "pipeline",
+    "StreamClient": "live.client",
+    "predict_film": "predict",
+    "predict_clips": "predict",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, OPTIMISATIONS, PRECISIONS, VARIANTS
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW
 from mubic_deploy.media.fit import FITS
 from mubic_deploy.training.settings import DATASETS, LIGHTNING_PRECISIONS, PARTS, RECIPES, SCHEDULES, SPLITS, Settings
 from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT
@@ -27,9 +28,10 @@ EXTRAS = {
     "pytriton": "serve",
     **dict.fromkeys(("lightning_fabric", "tensorboard", "scipy", "PIL"), "train"),
 }  # else torch's
-HOMES = dict.fromkeys(
-    ("scenes", "listen", "train", "evaluate", "pack"), "mubic_deploy.training.commands"
-)  # else commands
+HOMES = {
+    **dict.fromkeys(("scenes", "listen", "train", "evaluate", "pack"), "mubic_deploy.training.commands"),
+    "stream": "mubic_deploy.live.commands",
+}  # else commands
 CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"
 
 
@@ -286,9 +288,27 @@ def build_parser() -> Parser:
     repository.add_argument("--no-cuda-graphs", dest="cuda_graphs", help="tensorrt: launch kernel by kernel", **off)
     repository.add_argument("--no-warm-up", dest="warm_up", help="tensorrt: be ready before the first request", **off)
 
-    stream = commands.add_parser("stream", help="send a film's windows to a running server as they come")
-    stream.add_argument("source", metavar="SOURCE")
+    stream = commands.add_parser(
+        "stream", help="a film, a camera or a broadcast to a running server, maps as they come"
+    )
+    stream.add_argument(
+        "source", metavar="SOURCE", help="a file, an address (rtsp://, http://, udp://), /dev/videoN, or - for stdin"
+    )
     stream.add_argument("--url", required=True, metavar="HOST:PORT", help="the server's gRPC address")
+    stream.add_argument("-o", "--overlay", metavar="OVERLAY.mp4", type=Path, help="the film with its saliency over it")
+    stream.add_argument("--maps", metavar="MAPS.npz", type=Path, help="the maps, their frames and times")
+    stream.add_argument(
+        "--ndjson", metavar="MAPS.ndjson", type=Path, help="a line of JSON a map, at once; - for stdout"
+    )
+    stream.add_argument("--realtime", action="store_true", help="a file in its own time, not as fast as possible")
+    stream.add_argument("--encoding", choices=ENCODINGS, default=RAW, help=f"how frames travel (default {RAW})")
+    lag = (
+        "where the server is too slow: queue waits (default for files), drop gives up the oldest window (default else)"
+    )
+    stream.add_argument("--on-lag", choices=ON_LAG, help=lag)
+    stream.add_argument(
+        "--max-waiting", type=positive, metavar="N", help="windows that may wait (default 8)", default=8
+    )
     _prediction(stream, stride=4)
     _json(stream)
 

@@ -217,7 +217,7 @@ def _parity_table(parity: dict[str, Any], what: str = "ONNX Runtime against eage
     screen.print(table)
 
 
-def _untrained(seed: int | None) -> list[str]:
+def untrained(seed: int | None) -> list[str]:
     """The warning for random weights; `seed` is theirs, None for weights from a file."""
     return [] if seed is None else [UNTRAINED.format(seed=seed)]
 
@@ -250,7 +250,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         from mubic_deploy.triton.client import TritonPredictor
 
         with TritonPredictor(engine) as remote:
-            yield remote, _untrained(remote.source["seed"])
+            yield remote, untrained(remote.source["seed"])
         return
     given = arguments.artifacts
     if engine == "eager" and given is not None:
@@ -266,7 +266,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         given = _artifacts(arguments).path  # with a progress bar, if it must be exported
     source = given or arguments.checkpoint or DEMO_CHECKPOINT
     pipeline = Pipeline.open(source, engine, arguments.variant, cuda_graphs=not arguments.no_cuda_graphs)
-    yield pipeline, _untrained(pipeline.source["seed"])
+    yield pipeline, untrained(pipeline.source["seed"])
 
 
 def predict(arguments: Namespace) -> int:
@@ -322,7 +322,7 @@ def serve(arguments: Namespace) -> int:
 
         def ready(server: TritonServer) -> None:
             starting.close()
-            warn(_untrained(artifacts.manifest["source"]["seed"]))
+            warn(untrained(artifacts.manifest["source"]["seed"]))
             say(f"serving {artifacts.config.name} ({artifacts.config.variant}): gRPC {server.url}")
             say(f"  HTTP {server.host}:{server.http_port}, metrics {server.host}:{server.metrics_port}/metrics")
             say(f"  log {server.log}; stop with Ctrl-C")
@@ -368,37 +368,6 @@ def repository(arguments: Namespace) -> int:
     return 0
 
 
-def stream(arguments: Namespace) -> int:
-    """Windows of a film to a server as they come; each map's time, peak and latency."""
-    from mubic_deploy.media.clips import read_clips
-    from mubic_deploy.media.film import Film
-    from mubic_deploy.media.fit import make_fit
-    from mubic_deploy.triton.client import TritonPredictor
-    from mubic_deploy.triton.stream import stream_clips, summarize
-
-    points = []
-    with Film(arguments.source) as film, TritonPredictor(arguments.url) as predictor:
-        config = predictor.config
-        if arguments.steps is not None:
-            config.check_steps(arguments.steps)
-        clips = read_clips(film, config, arguments.stride, arguments.fit)
-        fit = make_fit(arguments.fit, film.display, (config.height, config.width))
-        for point in stream_clips(clips, predictor, fit.back, seed=arguments.seed, steps=arguments.steps):
-            points.append(point)
-            if not arguments.json:
-                place = f"peak at {point.x:.3f}, {point.y:.3f}"
-                say(f"{point.time_s:8.3f} s  {place}  {1000 * point.latency_s:6.0f} ms")
-    warnings = _untrained(predictor.source["seed"]) + film.warnings
-    summary = summarize(points)
-    if arguments.json:
-        print_json({"maps": [vars(p) for p in points], "summary": vars(summary), "warnings": warnings})
-        return 0
-    warn(warnings)
-    median, p95 = 1000 * summary.median_s, 1000 * summary.p95_s
-    say(f"{summary.maps} maps, {summary.maps_per_s:.1f} a second; latency {median:.0f} ms median, {p95:.0f} ms p95")
-    return 0
-
-
 def demo(arguments: Namespace) -> int:
     """Export, serve, predict a rendered scene, or a film that was named, through the server, stop."""
     from mubic_deploy.predict import check, predict_film
@@ -430,7 +399,7 @@ def demo(arguments: Namespace) -> int:
                     progress=lambda done, total: progress("predicting through Triton", done, total),
                 )
             progress("stopping Triton", 1, 1)
-    warnings = _untrained(artifacts.manifest["source"]["seed"]) + result.warnings
+    warnings = untrained(artifacts.manifest["source"]["seed"]) + result.warnings
     paths = {name: str(path) for name, path in files.items()} | {"graphs": str(artifacts.path), "log": str(log)}
     if arguments.json:
         print_json({"film": film, "maps": result.maps, "frames": result.frames, "warnings": warnings, "files": paths})

@@ -17,6 +17,9 @@ FLOAT32 = PRECISIONS[0]
 ENSEMBLE = "mubic"  # the whole chain as one model of Triton
 FIXED_ENSEMBLE = "mubic_fixed"  # the same with the sampler instead of the loop
 SAMPLER = "sampler"
+STREAM = "mubic_stream"  # the model of live streams
+BYTES = "bytes"  # a tensor's type where each element is a string of bytes
+ANY = -1  # of a shape: as many as a request brings
 
 
 class Shaped(Protocol):
@@ -35,7 +38,7 @@ ShapedT = TypeVar("ShapedT", bound=Shaped)
 @dataclass(frozen=True)
 class Tensor:
     name: str
-    dtype: str  # NumPy's name
+    dtype: str  # NumPy's name, or BYTES
     shape: tuple[int, ...]  # without the batch axis
 
     def check(self, array: ShapedT) -> ShapedT:
@@ -169,6 +172,44 @@ def pipeline(c: Config) -> Signature:
 def fixed_pipeline(c: Config) -> Signature:
     """The chain with the sampler, as Triton's ensemble: the number of steps is the sampler's."""
     return Signature(FIXED_ENSEMBLE, (*media(c), SEED), (saliency_map(c),))
+
+
+def stream(c: Config) -> Signature:
+    """The model of live streams in Triton, a sequence of requests a stream. It has no batch axis, and whatever a
+    request has nothing of is left out.
+
+    FRAMES       new frames of the model's input size, RGB in display order; or
+    PACKETS      one encoded frame each, as ENCODING says
+    FRAME_INDEX  of each new frame in the stream; the last one's plus 1 by default
+    FRAME_TIME   of each new frame, seconds of the stream's clock; must grow
+    SOUND        new samples, 16 kHz mono in [-1, 1]; none by default
+    SOUND_TIME   of the first of them, on the same clock; where the last ones ended by default
+    SOUND_END    true: there is no sound (any more), so none is waited for
+    SKIP         middle frames of windows that are not wanted
+    at the start only: STRIDE (frames between two windows), SEED, STEPS, ENCODING (raw, jpeg or h264), SOUND_RATE
+
+    It answers with one response a window that became complete: the map, and of the window's middle frame MAP_INDEX
+    and MAP_TIME; HEARD is the part of the window's sound that there was. A last, empty response ends each request."""
+    inputs = (
+        Tensor("FRAMES", "uint8", (ANY, c.height, c.width, 3)),
+        Tensor("PACKETS", BYTES, (ANY,)),
+        Tensor("FRAME_INDEX", "int64", (ANY,)),
+        Tensor("FRAME_TIME", "float64", (ANY,)),
+        Tensor("SOUND", "float32", (ANY,)),
+        Tensor("SOUND_TIME", "float64", (1,)),
+        Tensor("SOUND_END", "bool", (1,)),
+        Tensor("SKIP", "int64", (ANY,)),
+        Tensor("STRIDE", "int32", (1,)),
+        *settings(),
+        Tensor("ENCODING", BYTES, (1,)),
+        Tensor("SOUND_RATE", "int32", (1,)),
+    )
+    of_window = (
+        Tensor("MAP_INDEX", "int64", (1,)),
+        Tensor("MAP_TIME", "float64", (1,)),
+        Tensor("HEARD", "float32", (1,)),
+    )
+    return Signature(STREAM, inputs, (*results(c), *of_window))
 
 
 def settings() -> tuple[Tensor, ...]:

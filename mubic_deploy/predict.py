@@ -89,12 +89,12 @@ def predict_film(
         with replacing(targets) as staged, ExitStack() as stack:
             sinks = {}
             for kind, path in staged.items():
-                with _naming(kind, targets[kind]):
+                with naming(kind, targets[kind]):
                     sinks[kind] = _sink(kind, path, film)
                 stack.callback(sinks[kind].close)
             for item in _run(predictor, film, steps, seed, stride, fit):
                 for kind, sink in sinks.items():
-                    with _naming(kind, targets[kind]):
+                    with naming(kind, targets[kind]):
                         sink.add_frame(item) if isinstance(item, Frame) else sink.add_map(item)
                 if isinstance(item, FilmMap):
                     counts[item.steps_used] += 1
@@ -103,7 +103,7 @@ def predict_film(
                 if progress is not None:
                     progress(frames, film.expected)
             for kind, sink in sinks.items():
-                with _naming(kind, targets[kind]):
+                with naming(kind, targets[kind]):
                     sink.finish()
         seconds = time.monotonic() - began
         return Prediction(counts.total(), frames, dict(sorted(counts.items())), seconds, film.warnings)
@@ -193,7 +193,7 @@ def _sink(kind: str, path: Path, film: Film) -> _Sink:
 
 
 @contextmanager
-def _naming(kind: str, target: Path) -> Iterator[None]:
+def naming(kind: str, target: Path) -> Iterator[None]:
     """Errors of writing name the output."""
     try:
         yield

@@ -75,18 +75,6 @@ def test_random_weights_are_announced(run, film: Path, tmp_path: Path) -> None:
     assert "the weights are random (seed 0)" in json.loads(ran.out)["warnings"][0]
 
 
-def test_stream_prints_each_map_and_a_summary(run, film: Path, server: TritonServer) -> None:
-    ran = run("stream", film, "--url", server.url, "--stride", 16, "--steps", 1, "--json")
-    assert ran.code == 0, ran.err
-    report = json.loads(ran.out)
-    assert [m["frame_index"] for m in report["maps"]] == list(range(8, 125, 16))
-    assert all(0 < m["x"] < 1 and 0 < m["y"] < 1 and m["latency_s"] > 0 for m in report["maps"])
-    assert report["summary"]["maps"] == 8
-    lines = run("stream", film, "--url", server.url, "--stride", 32, "--steps", 1).out.splitlines()
-    assert len(lines) == 5  # four maps and the summary
-    assert "0.320 s  peak at" in lines[0]
-
-
 def test_demo_leaves_a_film_a_sheet_and_maps_and_no_server(tmp_path: Path) -> None:
     """As `make demo` does, in a process of its own."""
     command = [sys.executable, "-m", "mubic_deploy.cli", "demo", "--out", str(tmp_path / "out")]
@@ -218,6 +206,10 @@ PREDICT = ("predict", "{film}", "-o", "{out}", "--artifacts", "{graphs}")
         wrong("predict", "{film}", "-o", "{out}", "--engine", "triton://127.0.0.1:9", says="no Triton server answers"),
         wrong("predict", "{film}", "-o", "{out}", "--engine", "triton://x", says="is no address of a Triton server"),
         wrong("stream", "{film}", "--url", "127.0.0.1:9", says="no Triton server answers"),
+        wrong("stream", "{missing}", "--url", "127.0.0.1:9", says="missing.mp4 does not exist"),
+        wrong("stream", "udp://127.0.0.1:9", "--url", "127.0.0.1:9", "--realtime", says="--realtime is for files"),
+        wrong("stream", "http://127.0.0.1:9/x", "--url", "127.0.0.1:9", says="http://127.0.0.1:9/x cannot be opened"),
+        wrong("stream", "{film}", "--url", "127.0.0.1:9", "--ndjson", "{out}", says="must end in .ndjson"),
         wrong("serve", "--artifacts", "{edited}", says="SHA-256 differs"),
         wrong("demo", "--video", "{missing}", "--out", "{folder}", says="missing.mp4"),
         wrong("demo", "--out", "{text}", says="choose another --out"),
@@ -289,7 +281,7 @@ def test_serving_and_clients_need_no_torch(demo_artifacts: Artifacts, tmp_path: 
 import sys
 sys.modules.update({name: None for name in ("torch", "torchvision", "torchaudio", "onnx", "safetensors")})
 import mubic_deploy.parity, mubic_deploy.metrics, mubic_deploy.triton.repository, mubic_deploy.triton.server
-import mubic_deploy.triton.client, mubic_deploy.triton.stream
+import mubic_deploy.triton.client, mubic_deploy.live.client, mubic_deploy.live.streams
 from mubic_deploy.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -281,7 +281,7 @@ def test_serve_has_what_its_python_models_import_and_no_more() -> None:
         tree = ast.parse((ROOT / "triton_models" / name / "1" / "model.py").read_text())
         modules |= reached(list(imports(tree)))
     assert "mubic_deploy.diffusion" in modules
-    assert third_party(modules) == installed("serve") == {"numpy"}
+    assert third_party(modules) == installed("serve") == {"av", "numpy"}
     assert ("ENV", "PYTHONPATH=/opt/models") in stages()["serve"]
     # what the image is checked with brings in all of it
     (check,) = (re.search(r'python3 -c "(.+?)"', rest) for word, rest in stages()["serve"] if word == "RUN")

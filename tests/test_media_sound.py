@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from films import check_flash_and_click, click, flash_and_click, frame_times, write_film
@@ -11,7 +12,7 @@ from films import check_flash_and_click, click, flash_and_click, frame_times, wr
 from mubic_deploy.config import AUDIO_SAMPLES, DEMO
 from mubic_deploy.media.clips import read_clips
 from mubic_deploy.media.film import Film
-from mubic_deploy.media.sound import Sound, excerpt_start
+from mubic_deploy.media.sound import Placer, Sound, excerpt_start
 
 MIDDLE = AUDIO_SAMPLES // 2
 BLACK = np.zeros((36, 64, 3), np.uint8)
@@ -127,8 +128,8 @@ def test_sound_is_read_ahead_only_as_needed(tmp_path):
     reader = Sound(str(path), "long.mkv")
     for time_s in range(0, 600, 7):
         reader.excerpt(float(time_s))
-        assert sum(len(block) for _, block in reader._blocks) < AUDIO_SAMPLES + 8192
-        assert reader._position <= time_s * 16_000 + AUDIO_SAMPLES + 8192
+        assert reader._blocks.held < AUDIO_SAMPLES + 8192
+        assert reader.position <= time_s * 16_000 + AUDIO_SAMPLES + 8192
 
 
 def test_unnamed_channels_are_averaged(tmp_path):
@@ -140,3 +141,21 @@ def test_unnamed_channels_are_averaged(tmp_path):
 
 def test_click_helper_is_where_it_says():
     assert np.flatnonzero(click(0.5, 1.0)[0])[0] == 24_000
+
+
+def test_a_clock_that_drifts():
+    """A sound card that runs 1 % fast: 970 samples every 20 ms that call themselves 48 kHz, with right time stamps.
+    After 30 s they would be 312 ms off; what clicks at 30 s stays there to half a frame of 25 fps."""
+    placer = Placer()
+    for i in range(1550):
+        samples = np.zeros((1, 970), np.float32)
+        if i == 1500:
+            samples[0, :48] = 0.8
+        frame = av.AudioFrame.from_ndarray(samples, "fltp", "mono")
+        frame.sample_rate, frame.pts, frame.time_base = 48_000, 960 * i, Fraction(1, 48_000)
+        for start, placed in placer.push(frame):
+            loud = np.flatnonzero(placed > 0.4)
+            if len(loud):
+                assert (start + loud[0]) / 16_000 == pytest.approx(30, abs=0.02)
+                return
+    pytest.fail("the click was not heard")

@@ -13,6 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.settings import StreamSettings
 from mubic_deploy.triton.repository import write_repository
 
 pytest_plugins = ("triton_fixtures",)
@@ -49,8 +50,23 @@ def test_ensemble_runs_the_encoders_side_by_side(toy_artifacts: Artifacts, tmp_p
 def test_visual_only_has_no_audio(tmp_path: Path) -> None:
     artifacts = toy_graphs.write(get_config("demo", "visual_only"), tmp_path / "toy")
     write_repository(artifacts, tmp_path / "r")
-    assert {p.name for p in (tmp_path / "r").iterdir()} == {"visual_encoder", "fusion", "denoiser", "ddim", "mubic"}
+    names = {"visual_encoder", "fusion", "denoiser", "ddim", "mubic", "mubic_stream"}
+    assert {p.name for p in (tmp_path / "r").iterdir()} == names
     assert {t.name for t in read(tmp_path / "r", "mubic").input} == {"VIDEO", "SEED", "STEPS"}
+
+
+def test_streams(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    write_repository(toy_artifacts, tmp_path / "r", streams=StreamSettings(max_streams=3, idle_s=7.5))
+    stream = read(tmp_path / "r", "mubic_stream")
+    assert stream.sequence_batching.max_sequence_idle_microseconds == 7_500_000
+    assert stream.parameters["MAX_STREAMS"].string_value == "3"
+    assert stream.model_transaction_policy.decoupled
+    assert (stream.max_batch_size, stream.instance_group[0].count) == (0, 1)
+    assert all(given.optional for given in stream.input)
+    assert {t.name: list(t.dims) for t in stream.input}["FRAMES"] == [-1, 112, 192, 3]
+    for wrong, message in (({"max_streams": 0}, "max_streams 0 is out"), ({"idle_s": 0.0}, r"idle_s 0\.0 is out")):
+        with pytest.raises(UserError, match=message):
+            StreamSettings(**wrong)
 
 
 def test_instances(toy_artifacts: Artifacts, tmp_path: Path) -> None:

@@ -260,6 +260,14 @@ def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.Video
         raise UserError(f"{source} may not be read: change its permissions") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{name} is not a film that FFmpeg can read ({_reason(error)}): check or convert it") from error
+    video = first_video(container, name)
+    video.thread_type = "AUTO"
+    return container, video
+
+
+def first_video(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    """The pictures of an opened container. UserError, and the container is closed, if it has none that can be
+    decoded."""
     # cover pictures of sound files are streams too; "tty" shows any text file as a film
     covers = av.stream.Disposition.attached_pic
     films = [s for s in container.streams.video if not s.disposition & covers and container.format.name != "tty"]
@@ -270,8 +278,7 @@ def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.Video
     if films[0].codec_context is None:
         container.close()
         raise UserError(f"{name}: its video codec is unknown here: convert it to H.264 in MP4")
-    films[0].thread_type = "AUTO"
-    return container, films[0]
+    return films[0]
 
 
 def _reason(error: Exception) -> str:

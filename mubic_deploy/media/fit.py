@@ -75,14 +75,19 @@ def map_shape(display: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(height * MAP_WIDTH / width)), MAP_WIDTH
 
 
+def check_fit(name: str) -> str:
+    """`name` if it is one of FITS, else UserError."""
+    if name not in FITS:
+        raise UserError(f"unknown fit {name!r}: choose one of {', '.join(FITS)}")
+    return name
+
+
 def make_fit(name: str, display: tuple[int, int], size: tuple[int, int]) -> Fit:
     """The fit `name` of frames of `display` (height, width) to a model input of `size`.
 
     `letterbox` shows the whole frame between bars, `crop` fills the input with the frame's centre, `stretch` changes
     the frame's shape. UserError for another name."""
-    if name not in FITS:
-        raise UserError(f"unknown fit {name!r}: choose one of {', '.join(FITS)}")
-    if name == "stretch":
+    if check_fit(name) == "stretch":
         return Fit(display, size, size, (0, 0))
     ratios = [s / d for s, d in zip(size, display, strict=True)]
     ratio = min(ratios) if name == "letterbox" else max(ratios)

@@ -5,20 +5,32 @@ from __future__ import annotations
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import av
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from mubic_deploy.media import heat
-from mubic_deploy.media.film import Film, Frame, Resizer
+from mubic_deploy.media.film import Frame, Resizer
 from mubic_deploy.media.maps import FilmMap
 from mubic_deploy.media.track import SoundTrack
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # hold H.264 with any time stamps
 MAX_WAITING = 64  # frames; 90 MB at 720p
 CRF, PRESET = "20", "superfast"
+
+
+class Shown(Protocol):
+    """What an overlay is made over: see `Film`."""
+
+    source: str
+    display: tuple[int, int]
+    rate: Fraction
+    time_base: Fraction
+    has_sound: bool
 
 
 class OverlayWriter:
@@ -28,7 +40,7 @@ class OverlayWriter:
     stand still. No more than MAX_WAITING frames wait: with a larger stride a map stands still first and then moves to
     the next one."""
 
-    def __init__(self, path: Path, film: Film) -> None:
+    def __init__(self, path: Path, film: Shown) -> None:
         """path must end in one of `SUFFIXES`. OSError or ValueError if it cannot be written."""
         height, width = film.display
         # 4:2:0 has no odd sizes
@@ -44,6 +56,7 @@ class OverlayWriter:
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self._pixels
         self._stream.time_base = self._stream.codec_context.time_base = film.time_base
         self._colours_known = False
+        self._last_s = 0.0  # of the last frame that was written
         self._sound = SoundTrack(film.source, self._output) if film.has_sound else None
 
     def add_frame(self, frame: Frame) -> None:
@@ -64,14 +77,15 @@ class OverlayWriter:
             self._write(frame, saliency)
         self._before = item
 
-    def finish(self) -> None:
-        """Writes what is left and closes the file."""
+    def finish(self, whole: bool = True) -> None:
+        """Writes what is left and closes the file. whole: with the sound to the film's end, not only to the last
+        frame's."""
         while self._waiting:
             assert self._before is not None, "a film has at least one map"
             self._write(self._waiting.popleft(), self._before.saliency)
         self._mux(self._stream.encode(None))
         if self._sound is not None:
-            self._sound.mux_until(None)
+            self._sound.mux_until(None if whole else self._last_s)
         self._output.close()
 
     def close(self) -> None:
@@ -83,6 +97,7 @@ class OverlayWriter:
             self._output.close()
 
     def _write(self, frame: Frame, saliency: np.ndarray) -> None:
+        self._last_s = frame.time_s
         image = self._resize(frame.image, self._size, self._pixels)
         if not self._colours_known:
             self._tag_colours(image)

@@ -19,26 +19,114 @@ def excerpt_start(time_s: float) -> int:
     return round(time_s * SAMPLE_RATE) - AUDIO_SAMPLES // 2
 
 
-class Sound:
-    """The first sound track of `source`, in bounded memory: excerpts must be asked for in increasing time.
+class Blocks:
+    """Sound that lies on the time line, in blocks by the number of their first sample. Between them is silence."""
 
-    Channels are mixed by FFmpeg's downmix with weights that sum to 1, so that full scale stays in [-1, 1]."""
+    def __init__(self) -> None:
+        self._blocks: list[tuple[int, np.ndarray]] = []  # (first sample, float32 [n])
+        self._trimmed = -(1 << 62)  # nothing before this sample is needed any more
+
+    def add(self, start: int, samples: np.ndarray) -> None:
+        """samples: float32 [n], 16 kHz. Where blocks overlap the later one counts."""
+        if start + len(samples) > self._trimmed:
+            self._blocks.append((start, samples))
+
+    def trim(self, start: int) -> None:
+        """Forgets the blocks that end before sample `start`."""
+        self._trimmed = start
+        self._blocks = [(at, block) for at, block in self._blocks if at + len(block) > start]
+
+    def excerpt(self, start: int, count: int = AUDIO_SAMPLES) -> np.ndarray:
+        """float32 [count] in [-1, 1]: the samples from `start` on, zero where there are none."""
+        out = np.zeros(count, np.float32)
+        for at, block in self._blocks:
+            begin, end = max(at, start), min(at + len(block), start + count)
+            if begin < end:
+                out[begin - start : end - start] = block[begin - at : end - at]
+        return np.clip(out, -1, 1, out=out)
+
+    @property
+    def held(self) -> int:
+        """Samples in memory."""
+        return sum(len(block) for _, block in self._blocks)
+
+    def covered(self, start: int, count: int = AUDIO_SAMPLES) -> int:
+        """How many of these samples lie in a block."""
+        there = np.zeros(count, bool)
+        for at, block in self._blocks:
+            there[max(at - start, 0) : max(at + len(block) - start, 0)] = True
+        return int(there.sum())
+
+    def pieces(self, start: int) -> list[tuple[int, np.ndarray]]:
+        """What lies at `start` and after it: (first sample, float32 [n]), in the order it was added."""
+        return [(max(at, start), block[max(start - at, 0) :]) for at, block in self._blocks if at + len(block) > start]
+
+
+class Placer:
+    """Puts decoded sound on the time line as 16 kHz mono, by its time stamps.
+
+    Channels are mixed by FFmpeg's downmix with weights that sum to 1, so that full scale stays in [-1, 1]. Time
+    stamps that stray by less than 10 ms are rounding; one that strays by more, as that of a clock that drifts does
+    in the end, is where the sound goes on."""
+
+    def __init__(self) -> None:
+        self.position = 0  # where the next resampled sample belongs
+        self.start_s: float | None = None
+        self.end_s = 0.0
+        self._resampler: av.AudioResampler | None = None
+        self._kind: tuple[str, str, int] | None = None
+        self._next_s = 0.0  # when the next decoded frame should start
+
+    def push(self, frame: av.AudioFrame) -> list[tuple[int, np.ndarray]]:
+        """The next decoded frame -> (first sample, float32 [n]) of what came out of the resampler."""
+        if not frame.samples or not frame.sample_rate:
+            return []
+        out = []
+        time_s = self._next_s if frame.time is None else frame.time
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != self._kind or abs(time_s - self._next_s) > JUMP_S:
+            out = self.flush()
+            self._kind, self._next_s = kind, time_s
+            self.position = round(time_s * SAMPLE_RATE)
+            self._resampler = resampler()
+        if self.start_s is None:
+            self.start_s = time_s
+        self._next_s += frame.samples / frame.sample_rate
+        self.end_s = max(self.end_s, self._next_s)
+        frame.pts = None  # placed here; the resampler must not compensate
+        assert self._resampler is not None
+        return out + self._placed(self._resampler.resample(known_layout(frame)))
+
+    def flush(self) -> list[tuple[int, np.ndarray]]:
+        """What the resampler still holds, at the end or before a jump."""
+        if self._resampler is None:
+            return []
+        rest, self._resampler = self._resampler.resample(None), None
+        return self._placed(rest)
+
+    def _placed(self, frames: list[av.AudioFrame]) -> list[tuple[int, np.ndarray]]:
+        out = []
+        for frame in frames:
+            if frame is None:  # a resampler with nothing to do hands the end of the stream through
+                continue
+            samples = np.array(frame.to_ndarray()[0], np.float32)
+            out.append((self.position, samples))
+            self.position += len(samples)
+        return out
+
+
+class Sound:
+    """The first sound track of `source`, in bounded memory: excerpts must be asked for in increasing time."""
 
     def __init__(self, source: str, name: str) -> None:
         self._name = name
         self._container = av.open(source)
         self._stream = self._container.streams.audio[0]
         self._frames = self._decode()
-        self._blocks: list[tuple[int, np.ndarray]] = []  # (first sample, float32 [n])
-        self._trimmed = -(1 << 62)  # nothing before this sample is needed any more
-        self._resampler: av.AudioResampler | None = None
-        self._kind: tuple[str, str, int] | None = None
-        self._position = 0  # where the next resampled sample belongs
-        self._next_s = 0.0  # when the next decoded frame should start
+        self._blocks = Blocks()
+        self._placer = Placer()
         self._damaged = False
         self.finished = False
-        self.start_s: float | None = None
-        self.end_s = 0.0
 
     def close(self) -> None:
         self._container.close()
@@ -47,27 +135,35 @@ class Sound:
         """float32 [16608] in [-1, 1], 16 kHz, centred on `time_s` seconds of the film's clock; zero where the film
         has no sound."""
         start = excerpt_start(time_s)
-        stop = start + AUDIO_SAMPLES
-        self._trimmed = start
-        self._blocks = [(at, block) for at, block in self._blocks if at + len(block) > start]
-        while not self.finished and self._position < stop:
-            self._read()
-        out = np.zeros(AUDIO_SAMPLES, np.float32)
-        for at, block in self._blocks:
-            begin, end = max(at, start), min(at + len(block), stop)
-            if begin < end:
-                out[begin - start : end - start] = block[begin - at : end - at]
-        return np.clip(out, -1, 1, out=out)
+        self._blocks.trim(start)
+        while not self.finished and self._placer.position < start + AUDIO_SAMPLES:
+            for at, samples in self.read():
+                self._blocks.add(at, samples)
+        return self._blocks.excerpt(start)
+
+    def read(self) -> list[tuple[int, np.ndarray]]:
+        """What is decoded next: (first sample, float32 [n]) of each piece. `finished` is set at the end."""
+        frame = next(self._frames, None)
+        if frame is None:
+            self.finished = True
+            return self._placer.flush()
+        return self._placer.push(frame)
+
+    @property
+    def position(self) -> int:
+        """Up to which sample the sound is decoded."""
+        return self._placer.position
 
     def warnings(self, first_s: float, last_s: float) -> list[str]:
         """What was missing for a film whose frames run from `first_s` to `last_s`, one line each."""
         name, found = self._name, []
-        if self.start_s is None:
+        start_s, end_s = self._placer.start_s, self._placer.end_s
+        if start_s is None:
             return [f"the sound of {name} cannot be decoded: it is predicted as silent"] if self.finished else []
-        if self.start_s > first_s + NOTABLE_S:
-            found.append(f"the sound of {name} starts at {self.start_s:.2f} s: silence is used before")
-        if self.finished and self.end_s < last_s - NOTABLE_S:
-            found.append(f"the sound of {name} ends at {self.end_s:.2f} s of {last_s:.2f} s: silence is used after")
+        if start_s > first_s + NOTABLE_S:
+            found.append(f"the sound of {name} starts at {start_s:.2f} s: silence is used before")
+        if self.finished and end_s < last_s - NOTABLE_S:
+            found.append(f"the sound of {name} ends at {end_s:.2f} s of {last_s:.2f} s: silence is used after")
         elif self._damaged:
             found.append(f"the sound of {name} is damaged: silence is used where it cannot be decoded")
         return found
@@ -86,43 +182,6 @@ class Sound:
                 yield from packet.decode()
             except av.FFmpegError:
                 self._damaged = True
-
-    def _read(self) -> None:
-        frame = next(self._frames, None)
-        if frame is None:
-            self._flush()
-            self.finished = True
-            return
-        if not frame.samples or not frame.sample_rate:
-            return
-        time_s = self._next_s if frame.time is None else frame.time
-        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if kind != self._kind or abs(time_s - self._next_s) > JUMP_S:
-            self._flush()
-            self._kind, self._next_s = kind, time_s
-            self._position = round(time_s * SAMPLE_RATE)
-            self._resampler = resampler()
-        if self.start_s is None:
-            self.start_s = time_s
-        self._next_s += frame.samples / frame.sample_rate
-        self.end_s = max(self.end_s, self._next_s)
-        frame.pts = None  # placed here; the resampler must not compensate
-        assert self._resampler is not None
-        self._append(self._resampler.resample(known_layout(frame)))
-
-    def _flush(self) -> None:
-        if self._resampler is not None:
-            self._append(self._resampler.resample(None))
-            self._resampler = None
-
-    def _append(self, frames: list[av.AudioFrame]) -> None:
-        for frame in frames:
-            if frame is None:  # a resampler with nothing to do hands the end of the stream through
-                continue
-            samples = np.array(frame.to_ndarray()[0], np.float32)
-            if self._position + len(samples) > self._trimmed:
-                self._blocks.append((self._position, samples))
-            self._position += len(samples)
 
 
 def resampler() -> av.AudioResampler:

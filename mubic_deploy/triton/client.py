@@ -86,6 +86,18 @@ class TritonPredictor:
     def close(self) -> None:
         self._client.close()
 
+    def require_streams(self) -> None:
+        """UserError unless the server takes live streams."""
+        try:
+            if self._client.is_model_ready(graphs.STREAM, client_timeout=_CONNECT_TIMEOUT):
+                return
+        except InferenceServerException as error:
+            raise self._explained(error) from None
+        raise UserError(
+            f"the Triton server at {self.address} takes no live streams: write its model repository again with this "
+            f"version, it has no model {graphs.STREAM}"
+        )
+
     def predict(
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
     ) -> Result:

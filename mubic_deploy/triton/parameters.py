@@ -14,6 +14,7 @@ from mubic_deploy.errors import UserError
 CONFIG = "CONFIG"  # the Config as JSON: every model has it, the ensemble too, so that a client knows what is served
 SOURCE = "SOURCE"  # of the weights, as the manifest says it; the ensembles have it
 FIXED_STEPS = "FIXED_STEPS"  # of the sampler; the ensemble that uses it has it
+MAX_STREAMS = "MAX_STREAMS"  # that the model of live streams holds; it has it
 _ENGINE, _ONNX, _SHA256, _PRECISION, _THREADS = "ENGINE", "ONNX", "SHA256", "PRECISION", "THREADS"
 
 
@@ -68,3 +69,8 @@ def from_model_config(model_config: str) -> dict[str, str]:
     """The parameters in the JSON that Triton gives to `initialize`."""
     entries = json.loads(model_config)["parameters"]
     return {key: value["string_value"] for key, value in entries.items()}
+
+
+def idle_s(model_config: str) -> float:
+    """Seconds without a request after which Triton ends a sequence, in the JSON that it gives to `initialize`."""
+    return int(json.loads(model_config)["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6

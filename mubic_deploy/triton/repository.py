@@ -1,5 +1,6 @@
 """Triton's model repository: the four graphs, `ddim` and the ensemble `mubic`, and where there is a sampler, the
-ensemble `mubic_fixed`; for a CPU from a folder of ONNX graphs, for a GPU from a folder of TensorRT plans.
+ensemble `mubic_fixed`; and `mubic_stream`, which keeps live streams. For a CPU from a folder of ONNX graphs, for a GPU
+from a folder of TensorRT plans.
 
 Every config.pbtxt is made from `graphs` and written through the protobuf schema that tritonclient ships."""
 
@@ -23,19 +24,24 @@ from mubic_deploy.engines.tensorrt import Plans
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
 from mubic_deploy.graphs import Signature
+from mubic_deploy.live.settings import DEFAULTS, StreamSettings
 from mubic_deploy.sources import source_dir
 from mubic_deploy.triton import parameters
 from mubic_deploy.triton.parameters import GraphSettings
 
 CONFIG_FILE = "config.pbtxt"
 PLAN = "model.plan"  # Triton's own name for it
+SEQUENCES = 1 << 16  # that Triton tells apart; the model holds fewer
 _POWERS = tuple(2**n for n in range(11))
 _TYPES = {
+    "bool": "TYPE_BOOL",
     "uint8": "TYPE_UINT8",
     "int32": "TYPE_INT32",
     "int64": "TYPE_INT64",
     "float16": "TYPE_FP16",
     "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64",
+    graphs.BYTES: "TYPE_STRING",
 }
 
 
@@ -48,13 +54,14 @@ def write_repository(
     max_batch: int = 8,
     instances: Mapping[str, int] | None = None,
     call_denoiser: bool = False,
+    streams: StreamSettings = DEFAULTS,
 ) -> None:
     """Writes the model repository for the CPU into the folder `out`, which is replaced if it is such a repository.
 
     engine: one of `cpu.ENGINES`; threads: of each graph, 0 for one a core; max_batch: samples that a model merges into
     one run, >= 1; instances: processes a model, by name, 1 where none is given; call_denoiser: `ddim` calls the model
     `denoiser` at every step, as it does on a GPU, instead of running the graph itself, which is faster there. Only with
-    calls are requests batched for `ddim`: by itself it runs one after the other.
+    calls are requests batched for `ddim`: by itself it runs one after the other. streams: limits of live streams.
 
     The repository names the ONNX files by absolute path and SHA-256: it serves these artefacts where they are.
     UserError if a setting is out of range or `out` holds something else."""
@@ -70,7 +77,7 @@ def write_repository(
             # without a delay: what waits already is merged, nobody waits for company
             model.dynamic_batching.SetInParent()
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
-    configs += _ensembles(artifacts, max_batch)
+    configs += [*_ensembles(artifacts, max_batch), _stream(config, streams)]
     _write(configs, Path(out))
 
 
@@ -96,7 +103,12 @@ class GpuSettings:
             raise UserError(f"queue delay {self.queue_delay_us} is out of range: use 0 or more microseconds")
 
 
-def write_gpu_repository(plans: Plans, out: Path, settings: GpuSettings = GpuSettings()) -> None:
+def write_gpu_repository(
+    plans: Plans,
+    out: Path,
+    settings: GpuSettings = GpuSettings(),
+    streams: StreamSettings = DEFAULTS,
+) -> None:
     """Writes the model repository for an NVIDIA GPU into the folder `out`, which is replaced if it is such a
     repository: the plans as `tensorrt_plan` models, `ddim` that calls the denoiser, and the ensemble. Between the
     encoders and the map nothing leaves the GPU.
@@ -124,7 +136,7 @@ def write_gpu_repository(plans: Plans, out: Path, settings: GpuSettings = GpuSet
         _gpu_ddim(config, precision, plans.max_batch, settings),
         _python(graphs.host(), plans.max_batch, config),
     ]
-    configs += _ensembles(plans, plans.max_batch)
+    configs += [*_ensembles(plans, plans.max_batch), _stream(config, streams)]
     _write(configs, Path(out), files)
 
 
@@ -201,6 +213,22 @@ def _python(signature: Signature, max_batch: int, config: Config) -> ModelConfig
     """A small model of the Python backend, on the host."""
     model = _model(signature, config)
     model.backend, model.max_batch_size = "python", max_batch
+    model.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
+    return model
+
+
+def _stream(config: Config, streams: StreamSettings) -> ModelConfig:
+    """The model of live streams. One process holds them all: Triton's batcher gives it a sequence's requests in
+    order, and it answers each as its windows are done, while those of other streams go on (decoupled)."""
+    model = _model(graphs.stream(config), config, **{parameters.MAX_STREAMS: str(streams.max_streams)})
+    for given in model.input:
+        given.optional = True
+    model.backend, model.max_batch_size = "python", 0
+    model.model_transaction_policy.decoupled = True
+    model.sequence_batching.max_sequence_idle_microseconds = round(streams.idle_s * 1e6)
+    # Triton's places cost nothing; the model itself says when it holds enough, so that nobody queues behind
+    # sequences that were abandoned
+    model.sequence_batching.oldest.max_candidate_sequences = SEQUENCES
     model.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
     return model
 

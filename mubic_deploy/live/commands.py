@@ -1,0 +1,274 @@
+"""`mubic-deploy stream`: a source to a server, its maps to files as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from mubic_deploy.commands import bar, print_json, say, untrained, warn
+from mubic_deploy.errors import UserError
+from mubic_deploy.live.client import StreamClient
+from mubic_deploy.live.measures import Measures, measure
+from mubic_deploy.live.report import Gap, LiveMap, Report
+from mubic_deploy.live.settings import DROP, QUEUE
+from mubic_deploy.live.source import FileSource, Heard, LiveSource, open_source
+from mubic_deploy.media.film import Frame, is_file
+from mubic_deploy.media.maps import MapsWriter
+from mubic_deploy.media.outputs import check_targets, replacing
+from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
+from mubic_deploy.predict import naming
+
+KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}
+FRAMES = 64  # that wait for the overlay
+STDOUT = Path("-")
+_STATUS_S = 0.5
+_STOP_S = 5.0  # for the maps that are on their way when the stream is stopped
+
+
+def stream(arguments: Namespace) -> int:
+    """A source's maps from a running server, as they come."""
+    given = {"overlay": arguments.overlay, "maps": arguments.maps, "ndjson": arguments.ndjson}
+    targets = {kind: path for kind, path in given.items() if path is not None}
+    piped = targets.get("ndjson") == STDOUT
+    files = {kind: path for kind, path in targets.items() if path != STDOUT}
+    gaps: deque[Gap] = deque(maxlen=1000)  # a camera may run for months
+    with contextlib.ExitStack() as stack:
+        source = open_source(arguments.source, arguments.realtime)
+        feeder: Feeder | None = None
+        stack.callback(lambda: _let_go(source, feeder))
+        check_targets(files, KINDS, Path(arguments.source) if is_file(arguments.source) else None)
+        live = arguments.realtime or isinstance(source, LiveSource)
+        client = stack.enter_context(
+            StreamClient(
+                arguments.url,
+                stride=arguments.stride,
+                seed=arguments.seed,
+                steps=arguments.steps,
+                encoding=arguments.encoding,
+                fit=arguments.fit,
+                on_lag=arguments.on_lag or (DROP if live else QUEUE),
+                max_waiting=arguments.max_waiting,
+                on_gap=gaps.append,
+            )
+        )
+        staged = stack.enter_context(replacing({k: path for k, path in files.items() if k != "ndjson"}))
+        outputs = stack.enter_context(Outputs(source, staged, targets, plain=not arguments.json and not piped))
+        stopped = stack.enter_context(_stop_with_ctrl_c())
+        feeder = Feeder(source, client, stopped, frames=outputs.overlay is not None)
+        with bar("streaming") as progress:
+            for found in _maps(client, feeder, outputs, stopped):
+                if found is not None:
+                    outputs.add_map(found)
+                progress(_status(client.report()), feeder.fed, None)
+        outputs.finish(whole=not stopped.is_set() and feeder.problem is None)
+        report = client.report()
+    warnings = untrained(client.source["seed"]) + source.warnings + [gap.text for gap in gaps]
+    warnings += [str(feeder.problem)] if feeder.problem else []
+    if arguments.json:
+        print_json({**vars(report), "frames": feeder.fed, "gaps": [vars(gap) for gap in gaps], "warnings": warnings})
+        return 0
+    warn(warnings)
+    if not piped:
+        say(_summary(report, feeder.fed))
+    return 0
+
+
+class Feeder:
+    """The thread that reads the source and feeds the client.
+
+    waiting  frames for the overlay, in order
+    fed      how many frames the client got
+    problem  what ended the source before its time"""
+
+    def __init__(
+        self, source: FileSource | LiveSource, client: StreamClient, stopped: threading.Event, frames: bool
+    ) -> None:
+        self.waiting: queue.Queue[Frame] = queue.Queue(FRAMES)
+        self.fed = 0
+        self.problem: UserError | None = None
+        self._source, self._client, self._stopped, self._frames = source, client, stopped, frames
+        self.thread = threading.Thread(target=self._run, name="mubic-source", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            for item in self._source.items():
+                if self._stopped.is_set():
+                    return
+                self._feed(item)
+        except UserError as error:
+            self.problem = error
+        finally:
+            with contextlib.suppress(UserError):  # it is over already, and who reads it knows
+                self._client.finish()
+
+    def _feed(self, item: Any) -> None:
+        if isinstance(item, Frame):
+            while self._frames and not self._stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    self.waiting.put(item, timeout=0.1)
+                    break
+            self._client.frame(item.image, item.time_s, self._source.display)
+            self.fed += 1
+        elif isinstance(item, Heard):
+            self._client.sound(item.samples, item.start / 16_000)
+        else:
+            self._client.end_sound()
+
+
+class Outputs:
+    """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called."""
+
+    def __init__(
+        self, source: FileSource | LiveSource, staged: dict[str, Path], targets: dict[str, Path], plain: bool
+    ) -> None:
+        self._source, self._targets, self._plain = source, targets, plain
+        self._last_pts: int | None = None
+        self._shift = 0
+        self._count = 0
+        self.overlay: OverlayWriter | None = None
+        self._maps: MapsWriter | None = None
+        self._lines: TextIO | None = None
+        with self._naming("overlay"):
+            if "overlay" in staged:
+                self.overlay = OverlayWriter(staged["overlay"], source)
+        with self._naming("maps"):
+            if "maps" in staged:
+                self._maps = MapsWriter(staged["maps"], source.map_shape)
+        with self._naming("ndjson"):
+            if "ndjson" in targets:  # whoever reads along wants each line at once
+                place = targets["ndjson"]
+                self._lines = sys.stdout if place == STDOUT else place.open("w", encoding="utf-8")
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for output in (self.overlay, self._maps, self._lines):
+            if output is not None and output is not sys.stdout:
+                output.close()
+
+    def add_frame(self, frame: Frame) -> None:
+        """For the overlay. Its time stamps must grow, whatever the source's clock does."""
+        image = frame.image
+        pts = (image.pts or 0) + self._shift
+        if self._last_pts is not None and pts <= self._last_pts:
+            step = max(1, round(1 / (self._source.rate * self._source.time_base)))
+            self._shift += self._last_pts + step - pts
+            pts = self._last_pts + step
+        image.pts = self._last_pts = pts
+        assert self.overlay is not None
+        with self._naming("overlay"):
+            self.overlay.add_frame(frame)
+
+    def add_map(self, found: LiveMap) -> None:
+        self._count += 1
+        if self.overlay is not None:
+            with self._naming("overlay"):
+                self.overlay.add_map(found)
+        if self._maps is not None:
+            with self._naming("maps"):
+                self._maps.add_map(found)
+        measures = measure(found.saliency)
+        if self._lines is not None:
+            with self._naming("ndjson"):
+                self._lines.write(json.dumps(record(found, measures)) + "\n")
+                self._lines.flush()
+        if self._plain:
+            x, y, _ = measures.peak
+            say(f"{found.time_s:8.3f} s  peak at {x:.3f}, {y:.3f}  {1000 * found.latency_s:6.0f} ms")
+
+    def finish(self, whole: bool) -> None:
+        """Completes the files. UserError if there was no map."""
+        if not self._count:
+            raise UserError(f"no map came of {self._source.name}: let it run for longer")
+        if self.overlay is not None:
+            with self._naming("overlay"):
+                self.overlay.finish(whole)
+        if self._maps is not None:
+            with self._naming("maps"):
+                self._maps.finish()
+
+    def _naming(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        return naming(kind, self._targets.get(kind, Path()))
+
+
+def record(found: LiveMap, measures: Measures) -> dict[str, Any]:
+    """A map as one line of NDJSON: see `Measures` and `LiveMap`."""
+    (x, y, value), (left, top, width, height) = measures.peak, measures.box
+    return {
+        "time_s": found.time_s,
+        "frame_index": found.frame_index,
+        "peak": {"x": x, "y": y, "value": value},
+        "centroid": {"x": measures.centroid[0], "y": measures.centroid[1]},
+        "entropy": measures.entropy,
+        "box": {"x": left, "y": top, "width": width, "height": height},
+        "heard": found.heard,
+        "steps_used": found.steps_used,
+        "latency_s": found.latency_s,
+    }
+
+
+def _maps(client: StreamClient, feeder: Feeder, outputs: Outputs, stopped: threading.Event) -> Iterator[LiveMap | None]:
+    """Each map as it comes, after the frames before it; now and then None, so that somebody can say how it goes."""
+    end = None
+    while not client.through:
+        if stopped.is_set() and end is None:
+            end = time.monotonic() + _STOP_S
+            feeder.thread.join(_STATUS_S)  # it may wait for a source that says nothing
+            with contextlib.suppress(UserError):
+                client.finish()
+        if end is not None and time.monotonic() > end:
+            break
+        found = client.poll(0.02 if outputs.overlay is not None else _STATUS_S)
+        while not feeder.waiting.empty():
+            outputs.add_frame(feeder.waiting.get())
+        yield found
+    while not feeder.waiting.empty():
+        outputs.add_frame(feeder.waiting.get())
+
+
+def _let_go(source: FileSource | LiveSource, feeder: Feeder | None) -> None:
+    """Closes the source, unless it is still being read: then it goes with the process."""
+    if feeder is not None:
+        feeder.thread.join(_STOP_S)
+        if feeder.thread.is_alive():
+            return
+    source.close()
+
+
+def _summary(report: Report, frames: int) -> str:
+    seconds = {"median": report.median_s, "p95": report.p95_s, "p99": report.p99_s}
+    latency = ", ".join(f"{1000 * s:.0f} ms {name}" for name, s in seconds.items())
+    return f"{report.maps} maps of {frames} frames, {report.dropped} dropped; latency {latency}"
+
+
+def _status(report: Report) -> str:
+    late = "" if report.maps == 0 else f", {1000 * report.median_s:.0f} ms median, {1000 * report.p99_s:.0f} ms p99"
+    return f"{report.maps} maps{late}, lag {report.lag_s:.1f} s, {report.dropped} dropped, frames"
+
+
+@contextlib.contextmanager
+def _stop_with_ctrl_c() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C, so that the outputs are completed; the second one is Python's own."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

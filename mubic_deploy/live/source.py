@@ -1,0 +1,241 @@
+"""Where a stream comes from: files, addresses, capture devices, standard input; what PyAV opens."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+
+from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
+from mubic_deploy.errors import UserError
+from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video, is_file
+from mubic_deploy.media.fit import map_shape
+from mubic_deploy.media.sound import Placer, excerpt_start
+
+STDIN = "-"
+_PAUSE_S = 1.0  # before an address is opened again
+_LIVE = ("rtsp://", "rtmp://", "udp://", "rtp://", "srt://")  # these come back after they broke off
+
+
+@dataclass(frozen=True)
+class Heard:
+    """float32 [n] of 16 kHz sound, its first sample at sample `start` of the source's clock."""
+
+    start: int
+    samples: np.ndarray
+
+
+class SoundEnd:
+    """There is no sound, or no more of it."""
+
+
+Item = Frame | Heard | SoundEnd
+
+
+class Source(Protocol):
+    """An opened source. Iterated once, it gives its frames and its sound as they come.
+
+    display, rate, time_base  see `Film`; they are what an overlay is made with
+    has_sound                 whether its file can be opened a second time for its sound
+    warnings                  one line each for what was missing, complete at the end"""
+
+    name: str
+    source: str
+    display: tuple[int, int]
+    rate: Fraction
+    time_base: Fraction
+    has_sound: bool
+    warnings: list[str]
+
+    @property
+    def map_shape(self) -> tuple[int, int]: ...
+    def items(self) -> Iterator[Item]: ...
+    def close(self) -> None: ...
+
+
+class FileSource(Film):
+    """A film, read as `predict` reads it, as fast as it is wanted or in its own time."""
+
+    def __init__(self, source: str, realtime: bool = False) -> None:
+        super().__init__(source)
+        self._realtime = realtime
+
+    def __enter__(self) -> FileSource:
+        return self
+
+    def items(self) -> Iterator[Item]:
+        """Sound goes before the frames whose windows need it, wherever it lies in the file; in its own time it does
+        not come before its time."""
+        sound = self.sound()
+        began = None
+        first_s = last_s = 0.0
+        if sound is None:
+            yield SoundEnd()
+        try:
+            for frame in self.frames():
+                if began is None:
+                    began, first_s = time.monotonic() - frame.time_s, frame.time_s
+                last_s = frame.time_s
+                if self._realtime:
+                    time.sleep(max(0.0, began + frame.time_s - time.monotonic()))
+                wanted = round(frame.time_s * SAMPLE_RATE)
+                wanted = wanted if self._realtime else excerpt_start(frame.time_s) + 2 * AUDIO_SAMPLES
+                while sound is not None and not sound.finished and sound.position < wanted:
+                    yield from (Heard(*piece) for piece in sound.read())
+                    if sound.finished:
+                        yield SoundEnd()
+                yield frame
+            while sound is not None and not sound.finished:  # what the last windows still hear
+                if sound.position > round(last_s * SAMPLE_RATE) + AUDIO_SAMPLES:
+                    break
+                yield from (Heard(*piece) for piece in sound.read())
+            if sound is not None:
+                self.warnings += sound.warnings(first_s, last_s)
+        finally:
+            if sound is not None:
+                sound.close()
+
+
+class LiveSource:
+    """What comes once, frames and sound side by side: an address, a device, standard input.
+
+    An address of a live stream that breaks off is opened again until `patience_s` has passed without a frame; its
+    clock may have jumped by then. Everything else ends where it ends."""
+
+    def __init__(self, source: str, patience_s: float = 30.0, timeout_s: float = 10.0) -> None:
+        """timeout_s: that an address may take to answer, and to send something. UserError if it cannot be opened or
+        has no picture."""
+        self.source, self.name = source, "standard input" if source == STDIN else source
+        self.has_sound = False  # it cannot be opened a second time
+        self.warnings: list[str] = []
+        self._patience_s, self._timeout_s = patience_s, timeout_s
+        self._upright = Upright()
+        self._damaged = 0
+        self._deaf = False  # no sound was found when it was first opened: none is waited for, or taken, any more
+        self._open()
+        self._deaf = self._audio is None
+        self._reading = self._read()
+        self._first: list[Item] = []
+        for item in self._reading:
+            self._first.append(item)
+            if isinstance(item, Frame):
+                break
+        else:
+            self.close()
+            raise UserError(f"{self.name}: no frame can be decoded: send H.264 with its key frames")
+        image = item.image
+        width = round(image.width * (self._video.sample_aspect_ratio or 1)) or image.width
+        self.display = (width, image.height) if self._upright.turned else (image.height, width)
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(height, width) of its maps."""
+        return map_shape(self.display)
+
+    def close(self) -> None:
+        self._container.close()
+
+    def items(self) -> Iterator[Item]:
+        yield from self._first
+        yield from self._reading
+
+    def _open(self) -> None:
+        self._container = open_live(self.source, self.name, self._timeout_s)
+        self._video = first_video(self._container, self.name)
+        self._video.thread_type = "SLICE"  # frame threads hold frames back
+        sounds = self._container.streams.audio
+        heard = sounds and sounds[0].codec_context is not None and not self._deaf
+        self._audio = sounds[0] if heard else None
+        self.time_base = self._video.time_base or Fraction(1, 90_000)
+        rate = self._video.average_rate or self._video.guessed_rate or Fraction(25)
+        self.rate = rate if 0 < rate <= MAX_RATE else Fraction(25)
+
+    def _read(self) -> Iterator[Item]:
+        index = 0
+        while True:
+            for item in self._run(index):
+                index += isinstance(item, Frame)
+                yield item
+            if not self.source.startswith(_LIVE) or not self._comes_back():
+                break
+        if self._damaged:
+            self.warnings.append(f"{self.name}: {self._damaged} part(s) could not be decoded")
+
+    def _comes_back(self) -> bool:
+        self._container.close()
+        end = time.monotonic() + self._patience_s
+        while time.monotonic() < end:
+            time.sleep(_PAUSE_S)
+            try:
+                self._open()
+            except UserError:
+                continue
+            return True
+        self.warnings.append(f"{self.name} broke off and did not come back within {self._patience_s:g} s")
+        return False
+
+    def _run(self, index: int) -> Iterator[Item]:
+        """From one opening to its end."""
+        placer = Placer()
+        last: int | None = None
+        if self._deaf:
+            yield SoundEnd()
+        for decoded in self._decode():
+            if isinstance(decoded, av.AudioFrame):
+                yield from (Heard(*piece) for piece in placer.push(decoded))
+                continue
+            image = self._upright(decoded)
+            if image.pts is None:
+                image.pts = 0 if last is None else last + max(1, round(1 / (self.rate * self.time_base)))
+            image.time_base = self.time_base
+            last = image.pts
+            yield Frame(index, float(image.pts * self.time_base), image)
+            index += 1
+        yield from (Heard(*piece) for piece in placer.flush())
+
+    def _decode(self) -> Iterator[av.VideoFrame | av.AudioFrame]:
+        streams = [stream for stream in (self._video, self._audio) if stream is not None]
+        packets = self._container.demux(*streams)
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.FFmpegError):  # the end, or it broke off
+                return
+            try:
+                for decoded in packet.decode():
+                    if isinstance(decoded, (av.VideoFrame, av.AudioFrame)):
+                        yield decoded
+            except av.FFmpegError:
+                self._damaged += 1
+
+
+def open_source(source: str, realtime: bool = False) -> FileSource | LiveSource:
+    """A file as such, everything else as live. UserError if there is nothing in it, or realtime asked of what is."""
+    device = source.startswith("/dev/")
+    if source != STDIN and is_file(source) and not device and not Path(source).is_fifo():
+        return FileSource(source, realtime)
+    if realtime:
+        raise UserError(f"--realtime is for files: {source} comes in its own time already")
+    return LiveSource(source)
+
+
+def open_live(source: str, name: str, timeout_s: float) -> av.container.InputContainer:
+    """UserError if it cannot be opened."""
+    options = {"rtsp_transport": "tcp"} if source.startswith("rtsp://") else {}
+    place, kind = source, None
+    if source == STDIN:
+        place = f"pipe:{os.dup(0)}"
+    elif source.startswith("/dev/video"):
+        kind = "v4l2"
+    try:
+        return av.open(place, format=kind, options=options, timeout=timeout_s if "://" in source else None)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise UserError(f"{name} cannot be opened ({reason}): check the address, and that something is sent") from error

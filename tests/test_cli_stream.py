@@ -1,0 +1,152 @@
+"""`mubic-deploy stream`, over toy graphs in the real server."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from films import frame_times, write_film
+
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.triton.server import TritonServer
+
+pytest_plugins = ("triton_fixtures",)
+
+
+def picture(index: int) -> np.ndarray:
+    image = np.full((180, 320, 3), 40, np.uint8)
+    image[40:90, 2 * index : 2 * index + 50] = (240, 180, 40)
+    return image
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """132 frames at 25 frames a second with a sound of as long, AAC."""
+    sound = np.sin(np.arange(132 * 1920) / 17)[None].astype(np.float32) / 3
+    path = tmp_path_factory.mktemp("films") / "film.mp4"
+    return write_film(path, frame_times(25, 132), picture, sound=sound, codec="aac")
+
+
+def test_stream_prints_each_map_and_a_summary(run, film: Path, toy_server: TritonServer) -> None:
+    ran = run("stream", film, "--url", toy_server.url, "--stride", 16, "--steps", 1, "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert (report["maps"], report["frames"], report["dropped"], report["gaps"]) == (8, 132, 0, [])
+    assert 0 < report["median_s"] <= report["p99_s"]
+    lines = run("stream", film, "--url", toy_server.url, "--stride", 32, "--steps", 1).out.splitlines()
+    assert len(lines) == 5  # four maps and the summary
+    assert "0.320 s  peak at" in lines[0]
+    assert lines[4].startswith("4 maps of 132 frames, 0 dropped; latency ")
+
+
+def test_stream_writes_what_predict_writes(
+    run, film: Path, toy_artifacts: Artifacts, toy_server: TritonServer, tmp_path: Path
+) -> None:
+    here = run(
+        "predict",
+        film,
+        "-o",
+        tmp_path / "a.mp4",
+        "--maps",
+        tmp_path / "a.npz",
+        "--stride",
+        16,
+        "--artifacts",
+        toy_artifacts.path,
+    )
+    assert here.code == 0, here.err
+    outputs = ("-o", tmp_path / "b.mp4", "--maps", tmp_path / "b.npz", "--ndjson", tmp_path / "b.ndjson")
+    there = run("stream", film, "--url", toy_server.url, *outputs, "--stride", 16)
+    assert there.code == 0, there.err
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in "ab")
+    assert a["frame_index"].tolist() == b["frame_index"].tolist()
+    assert a["time_s"].tolist() == b["time_s"].tolist()
+    assert np.abs(a["maps"] - b["maps"]).max() < 1e-5
+    lines = [json.loads(line) for line in (tmp_path / "b.ndjson").read_text().splitlines()]
+    assert [line["frame_index"] for line in lines] == a["frame_index"].tolist()
+    for line, saliency in zip(lines, b["maps"], strict=True):
+        row, column = np.unravel_index(saliency.argmax(), saliency.shape)
+        assert line["peak"] == pytest.approx(
+            {"x": (column + 0.5) / 320, "y": (row + 0.5) / 180, "value": saliency.max()}
+        )
+        box = line["box"]
+        left, top = round(box["x"] * 320), round(box["y"] * 180)
+        inside = saliency[top : top + round(box["height"] * 180), left : left + round(box["width"] * 320)]
+        assert inside.sum() >= 0.499 * saliency.sum()
+        assert line["latency_s"] > 0
+        assert 0 < line["entropy"] <= 1
+    with av.open(tmp_path / "a.mp4") as one, av.open(tmp_path / "b.mp4") as two:
+        assert [f.time for f in one.decode(video=0)] == [f.time for f in two.decode(video=0)]
+        assert two.streams.audio[0].codec_context.name == one.streams.audio[0].codec_context.name
+
+
+def test_stream_from_a_pipe(film: Path, toy_server: TritonServer, tmp_path: Path) -> None:
+    """Standard input, as from another program; lines of JSON to standard output."""
+    command = ["stream", "-", "--url", toy_server.url, "--stride", "32", "--ndjson", "-", "--on-lag", "queue"]
+    command += ["-o", str(tmp_path / "o.mp4")]
+    transport = tmp_path / "film.ts"  # what a pipe can carry
+    with av.open(str(film)) as source, av.open(transport, "w") as out:
+        video = out.add_stream_from_template(source.streams.video[0])
+        sound = out.add_stream("aac", 48_000)
+        resampler = av.AudioResampler("fltp", "stereo", 48_000)
+        for packet in source.demux(source.streams.video[0], source.streams.audio[0]):
+            if packet.stream.type == "video" and packet.dts is not None:
+                packet.stream = video
+                out.mux(packet)
+            elif packet.stream.type == "audio":
+                for decoded in packet.decode():
+                    assert isinstance(decoded, av.AudioFrame)
+                    for block in resampler.resample(decoded):
+                        out.mux(sound.encode(block))
+        out.mux(sound.encode(None))
+    with transport.open("rb") as stdin:
+        ran = subprocess.run(
+            [sys.executable, "-m", "mubic_deploy.cli", *command],
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert ran.returncode == 0, ran.stderr
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [line["frame_index"] for line in lines] == [8, 40, 72, 104]
+    assert all(line["heard"] == 1 for line in lines[1:3])
+    with av.open(tmp_path / "o.mp4") as overlay:
+        assert len(list(overlay.decode(video=0))) == 132
+
+
+def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: TritonServer, tmp_path: Path) -> None:
+    command = ["stream", str(film), "--url", toy_server.url, "--realtime", "--stride", "8", "--json"]
+    command += [
+        "-o",
+        str(tmp_path / "o.mp4"),
+        "--maps",
+        str(tmp_path / "m.npz"),
+        "--ndjson",
+        str(tmp_path / "m.ndjson"),
+    ]
+    running = subprocess.Popen([sys.executable, "-m", "mubic_deploy.cli", *command], stdout=subprocess.PIPE, text=True)
+    lines = tmp_path / "m.ndjson"
+    end = time.monotonic() + 30
+    while not lines.exists() or lines.read_text().count("\n") < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=30)
+    assert running.returncode == 0
+    report = json.loads(output)
+    assert 16 <= report["frames"] < 132
+    assert len(np.load(tmp_path / "m.npz")["maps"]) == report["maps"] == lines.read_text().count("\n") >= 2
+    with av.open(tmp_path / "o.mp4") as overlay:
+        assert len(list(overlay.decode(video=0))) == report["frames"]
+    with av.open(tmp_path / "o.mp4") as overlay:
+        seconds = [f.time or 0 for f in overlay.decode(audio=0)]
+    assert seconds[-1] < report["frames"] / 25 + 0.1
+    assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}

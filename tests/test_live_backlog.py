@@ -1,0 +1,163 @@
+"""What a client sends, and sends again, against the very state that the server keeps; no server, no network."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from mubic_deploy.config import DEMO
+from mubic_deploy.live.backlog import Backlog
+from mubic_deploy.live.link import Settings, arrays
+from mubic_deploy.live.settings import RAW
+from mubic_deploy.live.streams import Stream
+from mubic_deploy.live.timeline import Window
+
+TONE = (np.arange(400_000) % 997 / 997).astype(np.float32)  # sound that says where it is
+
+
+class Server:
+    """One sequence at a time, which may be lost with all that is on its way."""
+
+    def __init__(self, backlog: Backlog, stride: int, in_flight: int) -> None:
+        self.backlog, self.in_flight = backlog, in_flight
+        self.settings = Settings(stride, 0, 4, RAW)
+        self.stream: Stream | None = None
+        self.ended = False
+        self.on_their_way: list[Window] = []
+        self.found: list[Window] = []
+
+    def send(self, flush: bool = False) -> None:
+        """All there is to send. UserError if the server would refuse it."""
+        while (request := self.backlog.request(self.in_flight, flush)) is not None:
+            assert not self.ended, "a request after the last one"
+            if request.start:
+                self.stream = Stream(DEMO, arrays(request, self.settings))
+            assert self.stream is not None, "a request before the first one"
+            self.on_their_way += self.stream.push(arrays(request, self.settings), request.end)
+            self.ended = request.end
+            self.stream.waiting = len(self.on_their_way)  # it refuses more than it will hold
+
+    def answer(self, count: int) -> None:
+        for window in self.on_their_way[:count]:
+            if self.backlog.answered(window.frame_index) is not None:
+                self.found.append(window)
+        del self.on_their_way[:count]
+
+    def lose(self) -> None:
+        self.on_their_way.clear()
+        self.stream, self.ended = None, False
+        self.backlog.begin_again()
+
+
+def check(server: Server, expected: list[int], sound: str, end: int) -> None:
+    """Every window came once, with its own frames and the sound of its own time."""
+    assert [w.frame_index for w in server.found] == expected
+    for w in server.found:
+        first = w.frame_index - 8
+        assert w.video[:, 0, 0, 0].tolist() == [i % 256 for i in range(first, first + 16)]
+        at = 640 * w.frame_index - 8304
+        inside = np.arange(max(at, 0), min(at + 16_608, end))
+        wanted = np.zeros(16_608, np.float32)
+        if sound != "none":
+            wanted[inside - at] = TONE[inside]
+        np.testing.assert_array_equal(w.audio, wanted)
+
+
+@pytest.mark.parametrize("sound", ["with it", "ahead", "none", "ends early"])
+@pytest.mark.parametrize("stride", [1, 4, 16, 23])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_window_is_lost(sound: str, stride: int, seed: int) -> None:
+    """Frames and sound in random parts, answers late, the sequence lost again and again."""
+    rng = random.Random(f"{sound} {stride} {seed}")
+    backlog = Backlog(DEMO, stride)
+    server = Server(backlog, stride, in_flight=rng.randint(1, 5))
+    frames, heard, now = 150, 0, 0.0
+    end = 640 * 90 if sound == "ends early" else 640 * frames
+    for i in range(frames):
+        now += 0.04
+        ahead = 30_000 if sound == "ahead" else 640
+        while sound != "none" and heard < min(end, 640 * i + ahead):
+            count = min(rng.randint(1, 3000), end - heard)
+            backlog.add_sound(heard, TONE[heard : heard + count], now)
+            heard += count
+        if (sound == "none" and i == 0) or (sound == "ends early" and i == 95):
+            backlog.end_sound(now)
+        backlog.add_frame(np.full((112, 192, 3), i % 256, np.uint8), i / 25, now)
+        if rng.random() < 0.5:
+            server.send(flush=rng.random() < 0.2)
+        if rng.random() < 0.6:
+            server.answer(rng.randint(0, 3))
+        if rng.random() < 0.05:
+            server.lose()
+    backlog.finish(now)
+    for _ in range(500):
+        server.send()
+        server.answer(2)
+        if rng.random() < 0.05:
+            server.lose()
+        if backlog.done:
+            break
+    assert backlog.done
+    server.send(flush=True)
+    check(server, list(range(8, frames - 7, stride)), sound, end)
+    assert backlog.timeline.held[0] <= stride + 16
+
+
+def test_dropped_windows_are_not_computed() -> None:
+    backlog = Backlog(DEMO, 1)
+    server = Server(backlog, 1, in_flight=2)
+    backlog.end_sound(0)
+    dropped = []
+    for i in range(60):
+        backlog.add_frame(np.full((112, 192, 3), i, np.uint8), i / 25, i / 25)
+        while len(backlog.ready) > 3:
+            dropped.append(backlog.drop())
+        if i % 5 == 0:
+            server.send()
+            server.answer(1)
+        if i == 40:
+            server.lose()
+    backlog.finish(60 / 25)
+    for _ in range(500):
+        server.send()
+        server.answer(1)
+    found = [w.frame_index for w in server.found]
+    assert len(dropped) > 20
+    assert sorted(found + dropped) == list(range(8, 53))
+    assert found == sorted(found)
+
+
+def test_late_sound() -> None:
+    """The server must come to the same opinion of what is late, or the client waits for ever."""
+    backlog = Backlog(DEMO, 4)
+    server = Server(backlog, 4, in_flight=2)
+    for i in range(150):
+        backlog.add_frame(np.full((112, 192, 3), i, np.uint8), i / 25, i / 25)
+        if i < 20 or i >= 110:  # 3.6 s are missing
+            backlog.add_sound(640 * i, TONE[640 * i : 640 * i + 640], i / 25)
+        server.send()
+        server.answer(2)
+    backlog.finish(6)
+    for _ in range(500):
+        server.send()
+        server.answer(2)
+    assert backlog.done
+    assert [w.frame_index for w in server.found] == list(range(8, 143, 4))
+    assert [w.heard == 1 for w in server.found[-4:-2]] == [True, True]
+
+
+def test_a_short_stream() -> None:
+    backlog = Backlog(DEMO, 4)
+    server = Server(backlog, 4, in_flight=2)
+    for i in range(3):
+        backlog.add_frame(np.full((112, 192, 3), i, np.uint8), i / 25, i / 25)
+    server.send(flush=True)
+    server.lose()
+    backlog.finish(1)
+    server.send()
+    server.answer(1)
+    assert backlog.done
+    (window,) = server.found
+    assert (window.frame_index, window.video[:, 0, 0, 0].tolist()) == (2, [0, 1, *[2] * 14])

@@ -1,0 +1,415 @@
+"""`StreamClient` against the real server, over toy graphs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from films import frame_times, write_film
+from triton_serving import processes, serving
+
+from mubic_deploy import AsyncStreamClient, StreamClient, predict_clips
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.errors import UserError
+from mubic_deploy.live.report import Gap, LiveMap
+from mubic_deploy.live.settings import StreamSettings
+from mubic_deploy.live.source import FileSource, Heard
+from mubic_deploy.media.film import Frame
+from mubic_deploy.media.maps import FilmMap
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.triton.server import TritonServer
+
+pytest_plugins = ("triton_fixtures",)
+
+
+def picture(index: int) -> np.ndarray:
+    """A bright square that walks over a dim ramp."""
+    image = np.tile(np.linspace(20, 120, 64, dtype=np.uint8)[None, :, None], (36, 1, 3))
+    image[8:20, index % 50 : index % 50 + 12] = (240, 180, 40)
+    return image
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return (0.3 * np.random.default_rng(seed).standard_normal((1, round(48_000 * seconds)))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """75 frames of 25 fps with sound that ends 0.3 s before the pictures."""
+    path = tmp_path_factory.mktemp("films") / "film.mkv"
+    return write_film(path, frame_times(25, 75), picture, sound=noise(2.7))
+
+
+def feed(client: StreamClient, source: FileSource, times: list[float] | None = None) -> None:
+    """All of a source; times: is filled with when each frame was given."""
+    for item in source.items():
+        if isinstance(item, Frame):
+            client.frame(item.image, item.time_s, source.display)
+        elif isinstance(item, Heard):
+            client.sound(item.samples, item.start / 16_000)
+        else:
+            client.end_sound()
+    client.finish()
+
+
+def maps_of(client: StreamClient, path: Path, realtime: bool = False) -> list[LiveMap]:
+    with FileSource(str(path), realtime) as source:
+        feeding = threading.Thread(target=feed, args=(client, source))
+        feeding.start()
+        found = list(client)
+        feeding.join()
+    return found
+
+
+def same(found: list[LiveMap], expected: list[FilmMap]) -> None:
+    assert [m.frame_index for m in found] == [m.frame_index for m in expected]
+    assert [m.time_s for m in found] == [m.time_s for m in expected]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.saliency, b.saliency, atol=1e-5)
+        assert a.steps_used == b.steps_used
+
+
+@pytest.mark.parametrize(("stride", "realtime"), [(1, False), (4, False), (20, False), (4, True)])
+def test_the_same_maps_as_predict(
+    toy_server: TritonServer, toy_pipeline: Pipeline, film: Path, stride: int, realtime: bool
+) -> None:
+    expected = list(predict_clips(toy_pipeline, film, stride=stride, seed=3, steps=2))
+    gaps: list[Gap] = []
+    with StreamClient(toy_server.url, stride=stride, seed=3, steps=2, on_gap=gaps.append) as client:
+        found = maps_of(client, film, realtime)
+        report = client.report()
+    same(found, expected)
+    assert (report.maps, report.dropped, report.lost, report.waiting, report.gaps) == (len(found), 0, 0, 0, 0)
+    assert gaps == []
+    assert 0 < report.median_s <= report.p95_s <= report.p99_s
+    if realtime:  # half the excerpt of sound has to be waited for
+        assert all(0.5 < m.latency_s < 3 for m in found[:-4])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["29.97 fps", "variable rate", "sound at the end of the file", "late sound", "gap", "silent", "short", "portrait"],
+)
+def test_the_same_maps_of_odd_films(
+    toy_server: TritonServer, toy_pipeline: Pipeline, tmp_path: Path, name: str
+) -> None:
+    times, options = frame_times(25, 40), {"sound": noise(1.6)}
+    if name == "29.97 fps":
+        times = frame_times(Fraction(30_000, 1001), 50)
+    elif name == "variable rate":
+        times = [Fraction(i, 30) + Fraction(i * i, 9000) for i in range(45)]
+    elif name == "sound at the end of the file":
+        options["interleave"] = False  # type: ignore[assignment]
+    elif name == "late sound":
+        options["sound_start"] = Fraction(1, 2)  # type: ignore[assignment]
+    elif name == "gap":
+        options["gap"] = (24 * 1024, Fraction(2, 5))  # type: ignore[assignment]
+    elif name == "silent":
+        del options["sound"]
+    elif name == "short":
+        times, options = frame_times(25, 5), {"sound": noise(0.2)}
+    elif name == "portrait":
+        options["rotation"] = 90  # type: ignore[assignment]
+    path = write_film(tmp_path / "film.mkv" if name != "portrait" else tmp_path / "film.mp4", times, picture, **options)
+    expected = list(predict_clips(toy_pipeline, path))
+    with StreamClient(toy_server.url) as client:
+        same(maps_of(client, path), expected)
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "h264"])
+def test_encoded_frames(toy_server: TritonServer, toy_pipeline: Pipeline, film: Path, encoding: str) -> None:
+    expected = list(predict_clips(toy_pipeline, film, stride=1))
+    with StreamClient(toy_server.url, stride=1, encoding=encoding) as client:
+        found = maps_of(client, film)
+        sent = client.report().sent_bytes
+    assert [m.frame_index for m in found] == [m.frame_index for m in expected]
+    # as if each of the 60 windows had been sent whole: 16 frames of 112 x 192 and 16 608 samples
+    assert 100 * sent < len(found) * (16 * 112 * 192 * 3 + 4 * 16_608)
+
+
+def test_bytes_of_raw_frames(toy_server: TritonServer, film: Path) -> None:
+    with StreamClient(toy_server.url, stride=1) as client:
+        found = maps_of(client, film)
+        sent = client.report().sent_bytes
+    # 60 windows of 75 frames: 16 frames to a window become 1.25
+    assert 16 * 112 * 192 * 3 * len(found) > 12 * sent
+
+
+def test_asyncio(toy_server: TritonServer, toy_pipeline: Pipeline, film: Path) -> None:
+    """Two tasks on one event loop, which goes on meanwhile."""
+    expected = list(predict_clips(toy_pipeline, film))
+
+    async def stream() -> tuple[list[LiveMap], int]:
+        beats = 0
+
+        async def feed(client: AsyncStreamClient, source: FileSource) -> None:
+            nonlocal beats
+            for item in source.items():
+                if isinstance(item, Frame):
+                    await client.frame(item.image, item.time_s, source.display)
+                elif isinstance(item, Heard):
+                    await client.sound(item.samples, item.start / 16_000)
+                else:
+                    await client.end_sound()
+                beats += 1
+            await client.finish()
+
+        with FileSource(str(film)) as source:
+            async with AsyncStreamClient(toy_server.url, max_waiting=2) as client:
+                feeding = asyncio.create_task(feed(client, source))
+                found = [m async for m in client]
+                await feeding
+                assert client.report().maps == len(found)
+        return found, beats
+
+    found, beats = asyncio.run(stream())
+    same(found, expected)
+    assert beats > 75
+
+
+# ---- the clock, the size, the sound
+
+
+def frames_of(client: StreamClient, indices: range, fps: int = 25, offset: float = 0.0) -> None:
+    for i in indices:
+        client.frame(picture(i), offset + i / fps)
+        client.sound(np.full(640, (i % 10) / 20, np.float32), offset + i / fps)
+
+
+def test_the_clock_goes_back(toy_server: TritonServer) -> None:
+    gaps: list[Gap] = []
+    with StreamClient(toy_server.url, max_waiting=99, on_gap=gaps.append) as client:
+        frames_of(client, range(42), offset=100)
+        frames_of(client, range(42), offset=3)
+        client.finish()
+        found = list(client)
+    # frames 0..41: windows at 8, 12, .. 32; frame 42 is the new clock's first: windows start at 44
+    assert [m.frame_index for m in found] == [*range(8, 33, 4), *range(52, 77, 4)]
+    assert [m.time_s for m in found[:2]] == [100.32, 100.48]
+    assert found[7].time_s == 3 + 10 / 25
+    assert [gap.kind for gap in gaps] == ["clock"]
+    assert "goes back from 101.640 s to 3.000 s" in gaps[0].text
+
+
+def test_a_source_that_was_away(toy_server: TritonServer) -> None:
+    gaps: list[Gap] = []
+    with StreamClient(toy_server.url, max_waiting=99, on_gap=gaps.append) as client:
+        frames_of(client, range(20))
+        frames_of(client, range(20, 40), offset=10)
+        client.finish()
+        assert [m.frame_index for m in client] == [8, 12, 16, 20, 24, 28, 32]
+    assert {(gap.kind, round(gap.time_s, 2), round(gap.seconds, 2)) for gap in gaps} == {
+        ("clock", 0.76, 10.04),
+        ("sound", 0.8, 10.0),
+        ("sound", 0.32, 0.0),  # what it wanted to hear until 0.84 s did not come
+    }
+
+
+def test_sound_that_does_not_come(toy_server: TritonServer) -> None:
+    gaps: list[Gap] = []
+    with StreamClient(toy_server.url, max_waiting=99, on_gap=gaps.append) as client:
+        for i in range(90):
+            client.frame(picture(i), i / 25)
+        first = client.poll(20)
+        assert first is not None
+        assert (first.frame_index, first.heard) == (8, 0)
+        client.finish()
+        found = [first, *client]
+    assert [m.frame_index for m in found] == list(range(8, 83, 4))
+    assert [gap.kind for gap in gaps] == ["sound"]
+
+
+def test_frames_of_another_size(toy_server: TritonServer) -> None:
+    """They are brought to the first one's shape, as in a film."""
+    with StreamClient(toy_server.url) as client:
+        client.end_sound()
+        for i in range(16):
+            client.frame(np.zeros((36, 64, 3) if i < 8 else (90, 120, 3), np.uint8), i / 25)
+        client.finish()
+        (found,) = client
+    assert found.saliency.shape == (36, 64)
+
+
+# ---- lag
+
+
+def test_drop(toy_server: TritonServer) -> None:
+    """Frames as fast as they are made: some windows go, the oldest first, and are counted."""
+    with StreamClient(toy_server.url, stride=1, on_lag="drop", max_waiting=2, in_flight=1) as client:
+        client.end_sound()
+        for i in range(300):
+            client.frame(picture(i), i / 25)
+        client.finish()
+        found = list(client)
+        report = client.report()
+    indices = [m.frame_index for m in found]
+    assert indices == sorted(set(indices))
+    assert indices[-2:] == [291, 292]  # the newest are never dropped
+    assert report.dropped > 50
+    assert len(found) + report.dropped == 285
+
+
+def test_queue_holds_the_source_back(toy_server: TritonServer) -> None:
+    with StreamClient(toy_server.url, stride=1, max_waiting=3, in_flight=2) as client:
+        client.end_sound()
+        most = 0
+
+        def source() -> None:
+            nonlocal most
+            for i in range(100):
+                client.frame(picture(i), i / 25)
+                most = max(most, client.report().waiting)
+            client.finish()
+
+        feeding = threading.Thread(target=source)
+        feeding.start()
+        found = list(client)
+        feeding.join()
+    assert [m.frame_index for m in found] == list(range(8, 93))
+    assert most <= 3 + 2
+
+
+# ---- the server
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def test_the_server_is_killed_and_comes_back(
+    toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path, film: Path
+) -> None:
+    """In the middle of a stream, with windows on their way: every window is answered, once, with the right map."""
+    expected = list(predict_clips(toy_pipeline, film, stride=1))
+    gaps: list[Gap] = []
+    with serving(toy_artifacts, tmp_path) as first:
+        port = first.grpc_port
+        client = StreamClient(first.url, stride=1, max_waiting=2, timeout=5, on_gap=gaps.append)
+        with client, FileSource(str(film)) as source:
+            feeding = threading.Thread(target=feed, args=(client, source))
+            feeding.start()
+            found = [next(client) for _ in range(15)]
+            (server,) = [
+                pid for pid in processes(first.shm_prefix) if Path(f"/proc/{pid}/exe").resolve().name == "tritonserver"
+            ]
+            os.kill(server, signal.SIGKILL)
+            while Path(f"/proc/{server}").exists():
+                time.sleep(0.05)
+            time.sleep(1)
+            second = TritonServer(
+                tmp_path / "repository", http_port=0, grpc_port=port, metrics_port=0, log=tmp_path / "log2"
+            )
+            with second:
+                found += list(client)
+            feeding.join()
+            report = client.report()
+    same(found, expected)
+    assert (report.maps, report.dropped, report.lost) == (60, 0, 0)
+    assert [gap.kind for gap in gaps] == ["connection"]
+    assert gaps[0].seconds > 1
+    assert f"no maps from 127.0.0.1:{port}" in gaps[0].text
+
+
+def test_the_server_stands_still(toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path, film: Path) -> None:
+    """Its processes are stopped for longer than the timeout, as when a network stalls."""
+    expected = list(predict_clips(toy_pipeline, film, stride=1))
+    gaps: list[Gap] = []
+    with (
+        serving(toy_artifacts, tmp_path) as server,
+        StreamClient(server.url, stride=1, max_waiting=2, timeout=1, on_gap=gaps.append) as client,
+        FileSource(str(film)) as source,
+    ):
+        feeding = threading.Thread(target=feed, args=(client, source))
+        feeding.start()
+        found = [next(client) for _ in range(10)]
+        (pid,) = [p for p in processes(server.shm_prefix) if Path(f"/proc/{p}/exe").resolve().name == "tritonserver"]
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(2.5)
+        os.kill(pid, signal.SIGCONT)
+        found += list(client)
+        feeding.join()
+    same(found, expected)
+    assert "connection" in {gap.kind for gap in gaps}
+
+
+def test_a_sequence_that_the_server_forgot(
+    toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path, film: Path
+) -> None:
+    expected = list(predict_clips(toy_pipeline, film))
+    with (
+        serving(toy_artifacts, tmp_path, streams=StreamSettings(idle_s=1)) as server,
+        StreamClient(server.url, max_waiting=99) as client,
+        FileSource(str(film)) as source,
+    ):
+        for item in source.items():
+            if isinstance(item, Frame):
+                client.frame(item.image, item.time_s)
+                if item.index == 40:
+                    time.sleep(2.5)  # the source stands still
+            elif isinstance(item, Heard):
+                client.sound(item.samples, item.start / 16_000)
+        client.finish()
+        same(list(client), expected)
+
+
+def test_a_server_that_is_gone_for_good(toy_artifacts: Artifacts, tmp_path: Path, film: Path) -> None:
+    with serving(toy_artifacts, tmp_path) as server:
+        client = StreamClient(server.url, give_up_s=1.5)
+    with client:
+        for i in range(20):
+            client.frame(picture(i), i / 25)
+        with pytest.raises(UserError, match=r"gave no answer for 1\.5 s .*: start it with mubic-deploy serve"):
+            next(client)
+        with pytest.raises(UserError, match="gave no answer for"):
+            client.frame(picture(20), 0.8)
+
+
+def test_full(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    """A server that holds as many streams as it may: the next one waits until there is room."""
+    with (
+        serving(toy_artifacts, tmp_path, streams=StreamSettings(max_streams=1)) as server,
+        StreamClient(server.url) as one,
+        StreamClient(server.url) as two,
+    ):
+        frames_of(one, range(30))
+        assert next(one).frame_index == 8
+        frames_of(two, range(20))
+        assert two.poll(0.5) is None
+        one.finish()
+        assert [m.frame_index for m in one] == [12, 16, 20]
+        two.finish()
+        assert [m.frame_index for m in two] == [8, 12]
+
+
+def test_what_is_wrong_at_once(toy_server: TritonServer, port: int) -> None:
+    for options, message in (
+        ({"stride": 0}, "stride 0 is out of range"),
+        ({"seed": -1}, "seed -1 is negative"),
+        ({"steps": 13}, "steps 13 is out of range"),
+        ({"encoding": "gif"}, "unknown encoding 'gif'"),
+        ({"fit": "zoom"}, "unknown fit 'zoom'"),
+        ({"on_lag": "wait"}, "unknown on_lag 'wait': use queue or drop"),
+        ({"max_waiting": 0}, "max_waiting 0 is out of range"),
+        ({"in_flight": 0}, "in_flight 0 is out of range"),
+    ):
+        with pytest.raises(UserError, match=message):
+            StreamClient(toy_server.url, **options)
+    with pytest.raises(UserError, match=f"no Triton server answers at 127.0.0.1:{port}"):
+        StreamClient(f"127.0.0.1:{port}")
+    with StreamClient(toy_server.url) as client:
+        with pytest.raises(UserError, match=r"sound must be float32 \[n\], not int16 \[7\]"):
+            client.sound(np.zeros(7, np.int16), 0)
+        client.finish()
+        with pytest.raises(UserError, match="the stream was finished or closed"):
+            client.frame(picture(0), 0)
+        assert list(client) == []

@@ -1,0 +1,116 @@
+"""Sources of live streams: what comes, when, and on which clock."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from films import click, flash_and_click, frame_times, write_film
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.live.source import FileSource, Heard, Item, LiveSource, SoundEnd, open_source
+from mubic_deploy.media.film import Frame
+from mubic_deploy.media.sound import excerpt_start
+
+DARK = np.full((36, 64, 3), 20, np.uint8)
+
+# sends a file to an address in its own time, twice with a pause, as a camera does that is restarted
+CAMERA = """
+import sys, time, av
+for _ in range(2):
+    with av.open(sys.argv[1]) as source, av.open(sys.argv[2], "w", format="mpegts") as out:
+        streams = {s.index: out.add_stream_from_template(s) for s in source.streams}
+        began = time.monotonic()
+        for packet in source.demux():
+            if packet.dts is not None:
+                time.sleep(max(0, began + float(packet.dts * packet.time_base) - time.monotonic()))
+                packet.stream = streams[packet.stream.index]
+                out.mux(packet)
+    time.sleep(4)
+"""
+
+
+def kinds(items: list[Item]) -> tuple[int, int, int]:
+    """How many frames, pieces of sound, and ends of the sound."""
+    return tuple(sum(isinstance(i, kind) for i in items) for kind in (Frame, Heard, SoundEnd))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+def test_a_file_gives_sound_before_the_frames_that_need_it(tmp_path: Path, interleave: bool) -> None:
+    sound = click(0.5, 4)
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 100), DARK, sound=sound, interleave=interleave)
+    heard = 0
+    with FileSource(str(path)) as source:
+        for item in source.items():
+            if isinstance(item, Heard):
+                assert item.start == heard
+                heard += len(item.samples)
+            elif isinstance(item, Frame):
+                assert heard >= min(excerpt_start(item.time_s) + 16_608, 64_000 - 2000)
+    assert heard == pytest.approx(64_000, abs=2)
+
+
+def test_a_silent_file_says_so_at_once(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 20), DARK)
+    with FileSource(str(path)) as source:
+        items = list(source.items())
+        assert isinstance(items[0], SoundEnd)
+        assert kinds(items) == (20, 0, 1)
+        assert source.warnings == ["film.mkv has no sound: it is predicted as silent"]
+
+
+def test_what_comes_once_has_its_flash_with_its_click(tmp_path: Path) -> None:
+    path = flash_and_click(tmp_path / "film.mkv", frame_times(Fraction(30_000, 1001), 60), 30)
+    source = LiveSource(str(path))
+    items = list(source.items())
+    source.close()
+    (flash,) = [i.time_s for i in items if isinstance(i, Frame) and i.image.to_ndarray(format="gray")[18, 32] > 128]
+    clicks = [
+        (i.start + np.flatnonzero(np.abs(i.samples) > 0.3)[0]) / 16_000
+        for i in items
+        if isinstance(i, Heard) and np.abs(i.samples).max() > 0.3
+    ]
+    assert flash == pytest.approx(30 * 1001 / 30_000, abs=0.001)
+    assert clicks[0] == pytest.approx(flash, abs=0.5 * 1001 / 30_000)
+    assert (source.display, source.map_shape) == ((36, 64), (36, 64))
+
+
+def test_an_address_that_breaks_off_and_comes_back(tmp_path: Path) -> None:
+    """A camera on UDP that sends for 2 s, is away, and sends again with a clock that starts anew."""
+    sound = click(0.5, 2)
+    path = write_film(tmp_path / "film.mp4", frame_times(25, 50), DARK, sound=sound, codec="aac")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    address = f"udp://127.0.0.1:{port}"
+    camera = subprocess.Popen([sys.executable, "-c", CAMERA, str(path), f"{address}?pkt_size=1316"])
+    source = LiveSource(address, patience_s=8, timeout_s=2)
+    try:
+        items = list(source.items())
+    finally:
+        source.close()
+        assert camera.wait(20) == 0
+    frames, pieces, _ = kinds(items)
+    assert 75 <= frames <= 100  # what is sent while nobody listens is lost
+    assert pieces > 50
+    assert [i.index for i in items if isinstance(i, Frame)] == list(range(frames))
+    times = [i.time_s for i in items if isinstance(i, Frame)]
+    assert sum(b <= a for a, b in itertools.pairwise(times)) == 1
+    assert f"{address} broke off and did not come back within 8 s" in source.warnings
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        open_source(str(tmp_path / "none.mp4"))
+    with pytest.raises(UserError, match="/dev/video99 cannot be opened"):
+        open_source("/dev/video99")
+    with pytest.raises(UserError, match="--realtime is for files: - comes in its own time"):
+        open_source("-", realtime=True)
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/x cannot be opened"):
+        LiveSource("http://127.0.0.1:9/x", timeout_s=2)
