@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from bench.results import Results
 from bench.sides import Context
-from bench.suites import batch, engines, parity, steps, waterfall
+from bench.suites import batch, engines, parity, server, steps, waterfall
 from bench.timing import Rule
 
 SUITES: dict[str, Callable[[Context, Rule, Results], None]] = {
     "engines": engines.measure,
     "steps": steps.measure,
     "batch": batch.measure,
+    "server": server.measure,
     "parity": parity.measure,
     "waterfall": waterfall.measure,
 }

@@ -1,0 +1,74 @@
+"""A Triton server to be measured, on this machine, and clients of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+from tritonclient.utils import np_to_triton_dtype
+
+from mubic_deploy import graphs
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import Config
+from mubic_deploy.pipeline import Predictor, request
+from mubic_deploy.triton.client import TritonPredictor
+from mubic_deploy.triton.repository import write_repository
+from mubic_deploy.triton.server import TritonServer
+
+TIMEOUT = 300.0  # s: at 16 clients of `full` a request waits for minutes
+
+
+class Client(Predictor, Protocol):
+    """Close it when it is done."""
+
+    def close(self) -> None: ...
+
+
+class HttpPredictor:
+    """As `TritonPredictor`, over HTTP with binary tensors: for one thread, and for no more clips at once than the server
+    takes. InferenceServerException if the server does not answer or refuses."""
+
+    def __init__(self, address: str, config: Config) -> None:
+        self.config, self.default_steps = config, config.default_steps
+        self._client = InferenceServerClient(address, connection_timeout=TIMEOUT, network_timeout=TIMEOUT)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def predict(
+        self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Pipeline.predict`."""
+        arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)
+        inputs = []
+        for name, array in arrays.items():
+            inputs.append(InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)))
+            inputs[-1].set_data_from_numpy(array)
+        outputs = [InferRequestedOutput(name) for name in graphs.pipeline(self.config).output_names]
+        answer = self._client.infer(graphs.ENSEMBLE, inputs, outputs=outputs)
+        return answer.as_numpy("SALIENCY"), answer.as_numpy("STEPS_USED")
+
+
+@contextlib.contextmanager
+def serving(artifacts: Artifacts, folder: Path, **options: Any) -> Iterator[TritonServer]:
+    """A server of the graphs on free ports, its repository in `folder`. options: those of `write_repository`."""
+    repository = folder / "repository"
+    write_repository(artifacts, repository, **options)
+    with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
+        yield server
+
+
+def address(server: TritonServer, protocol: str) -> str:
+    """HOST:PORT of "grpc" or "http"."""
+    return server.url if protocol == "grpc" else f"{server.host}:{server.http_port}"
+
+
+def client(server: TritonServer, protocol: str, config: Config) -> Client:
+    """A new client, with a connection of its own."""
+    if protocol == "grpc":
+        return TritonPredictor(server.url, TIMEOUT)
+    return HttpPredictor(address(server, protocol), config)
