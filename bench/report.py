@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import page, text
 from bench.drawing import Styles
+from bench.goals import outcomes
 from bench.groups import Group, first_of, group_charts, groups, reached, roofline
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder
@@ -80,7 +81,7 @@ def write(found: dict[str, Results], old: Sequence[str], out: Path, progress: An
                 for chart in charts:
                     page.png(chart, folder)
                 drawn += len(charts)
-            body = "\n".join([_opening(found, old), *sections, _machines(found)])
+            body = "\n".join([_opening(found, old), _goals(found), *sections, _machines(found)])
             (folder / PAGE).write_text(page.document(TITLE, body), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
@@ -116,6 +117,19 @@ def _opening(found: dict[str, Results], old: Sequence[str]) -> str:
         f"<h1>{escape(TITLE)}</h1>\n<p>{escape(' '.join(measured))}</p>\n<p>{reading}</p>\n"
         f'<nav aria-label="Results"><ul>{links}<li><a href="#machines">Machines and software</a></li></ul></nav>'
     )
+
+
+def _goals(found: dict[str, Results]) -> str:
+    """What was aimed at beside what was measured; nothing where no goal was measured."""
+    rows = []
+    for outcome in outcomes(found):
+        goal = outcome.goal
+        said = {True: "yes", False: "<strong>no</strong>", None: "not measured"}[outcome.reached]
+        measured = f"{text.digits(outcome.measured, 4)} {goal.unit}".rstrip()
+        rows.append([escape(goal.name), escape(goal.bounds), measured, said])
+    if not rows:
+        return ""
+    return '<h2 id="goals">Goals</h2>\n' + page.table("Goals", ["what", "goal", "measured", "reached"], rows, texts=2)
 
 
 def _hardware(results: Results) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from bench.results import Results
 from bench.sides import Context
-from bench.suites import batch, engines, parity, server, steps, waterfall
+from bench.suites import batch, engines, growth, parity, server, steps, waterfall
 from bench.timing import Rule
 
 SUITES: dict[str, Callable[[Context, Rule, Results], None]] = {
@@ -16,4 +16,5 @@ SUITES: dict[str, Callable[[Context, Rule, Results], None]] = {
     "server": server.measure,
     "parity": parity.measure,
     "waterfall": waterfall.measure,
+    "growth": growth.measure,
 }

@@ -26,7 +26,7 @@ WHOLE = (
     "onnxruntime",
     "openvino",
 )
-GRAPHS = ("eager", "torch.compile", "onnxruntime", "openvino")  # of these each graph alone too
+GRAPHS = ("eager, torchvision", "eager", "torch.compile", "onnxruntime", "openvino")  # of these each graph alone too
 
 
 def measure(context: Context, rule: Rule, results: Results) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import log_mel
 from bench.results import Results, Row
 from bench.sides import Context, load
 from bench.suites.engines import predictor_of
@@ -35,6 +36,8 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
                     axes: dict[str, int | str] = {"graph": graph, "tensor": tensor}
                     results.rows.append(Row("parity", name, axes, values={"largest_difference": difference}))
             _each_step(context, reference, name, side, results)
+    context.say("comparing the log-mel")
+    results.rows += log_mel.rows(context.folder)
     _metrics(context, results)
 
 
