@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import av
 import jsonschema
 import numpy as np
 import pytest
 
-from bench import machine, results, sides, timing
+from bench import child, machine, results, sides, timing
 from bench.__main__ import main
 from bench.run import measure
-from bench.suites import batch, engines, parity, steps, waterfall
+from bench.suites import batch, engines, growth, parity, server, steps, waterfall
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
 
@@ -77,6 +78,52 @@ def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.values["clips_per_s"] == pytest.approx(row.axes["batch"] / row.timing.median)  # type: ignore[operator]
 
 
+def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CONCURRENCY", (2,))
+    monkeypatch.setattr(server, "BATCHES", (1, 2))
+    measured = measure("server", "demo", 1, quick=True)
+    whole = {row.side: row for row in rows(measured, "whole")}
+    assert list(whole) == ["in process", "grpc", "http"]
+    for protocol in ("grpc", "http"):
+        assert whole[protocol].values["largest_difference"] < 1e-5
+        assert whole[protocol].values["over_in_process"] > 0.5
+    loads = {(row.side, row.axes["protocol"]): row.values["clips_per_s"] for row in rows(measured, "server")}
+    assert loads.keys() == {(side, p) for side in ("our clients", "perf_analyzer") for p in ("grpc", "http")}
+    assert [row.axes["batch"] for row in rows(measured, "batch")] == [1, 2]
+    best = max(row.values["clips_per_s"] for row in rows(measured, "batch"))
+    ours = measured.row("server", "our clients", protocol="grpc", concurrency=2).values
+    assert ours["over_in_process"] == pytest.approx(ours["clips_per_s"] / best)
+
+
+def test_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "STEPS", (1, 12))
+    monkeypatch.setattr(growth, "BATCHES", {"demo": (1, 4)})
+    monkeypatch.setattr(growth, "MINUTES", {"demo": (1,)})
+    monkeypatch.setattr(growth, "STRIDE", 300)
+    measured = measure("growth", "demo", 1, quick=True)
+    one, four = rows(measured, "growth over batch")
+    assert 1e8 < one.values["peak_bytes"] < four.values["peak_bytes"] < 2e9  # a process without PyTorch
+    (film,) = rows(measured, "growth over film")
+    assert film.values["maps"] == 6  # 1800 frames
+    assert film.values["maps_per_s"] == pytest.approx(6 / film.values["wall_s"])
+    assert 1e8 < film.values["peak_bytes"] < 1.5e9
+
+
+def test_a_film_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    growth.render_minute(tmp_path / "minute.mp4")
+    growth.repeat(tmp_path / "minute.mp4", tmp_path / "two.mp4", 2)
+    with av.open(tmp_path / "two.mp4") as film:
+        times = [float(frame.time) for frame in film.decode(video=0) if frame.time is not None]
+    assert len(times) == 2 * 60 * growth.FPS
+    assert np.diff(times).min() > 0
+    assert times[-1] == pytest.approx(120, abs=0.2)
+
+
+def test_work_that_fails_says_why() -> None:
+    with pytest.raises(UserError, match=r"command predict no_film .* failed .*no_film does not exist"):
+        child.run("command", "predict", "no_film", "--maps", "maps.npz")
+
+
 def test_waterfall(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waterfall, "BARS", {k: v for k, v in waterfall.BARS.items() if "folded" not in k})
     measured = measure("waterfall", "demo", 1, quick=True)
@@ -101,6 +148,10 @@ def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row.values["largest_difference"] < 1e-4 for row in rows(measured, "parity"))
     assert [row.axes["steps"] for row in rows(measured, "parity of maps")] == list(range(1, 13))
     assert all(row.values["cc"] > 0.9999 for row in rows(measured, "parity of maps"))
+    log_mel = {(row.side, row.axes["sound"]): row.values["largest_difference"] for row in rows(measured, "log-mel")}
+    assert log_mel["ONNX Runtime", "noise"] < 1e-4
+    assert log_mel["ONNX Runtime", "silence"] < 1e-6
+    assert log_mel["torchaudio, float32", "noise"] < 1e-4
     metrics = {row.side: row.values for row in rows(measured, "metrics")}
     assert metrics.keys() == {"eager", "onnxruntime", "openvino"}
     assert metrics["eager"]["cc"] > 0.3  # it sees something
