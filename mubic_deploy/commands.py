@@ -375,7 +375,7 @@ def repository(arguments: Namespace) -> int:
         from mubic_deploy.engines.tensorrt import Plans
 
         if any(option is not None for option in (arguments.threads, arguments.max_batch, arguments.call_denoiser)):
-            raise UserError("--threads, --max-batch and --call-denoiser are for a CPU: leave out them, or --engine")
+            raise UserError("--threads, --max-batch and --call-denoiser are for a CPU: leave them out")
         if arguments.queue_delay is not None:
             given["queue_delay_us"] = arguments.queue_delay
         for model, count in arguments.instances or []:
