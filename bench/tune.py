@@ -226,11 +226,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Tunes, prints, writes the results and the model repository of the best setting. UserError if it cannot."""
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS)
     target_s = math.inf if arguments.target_ms is None else arguments.target_ms / 1000
+    given = Artifacts.open(arguments.artifacts) if arguments.artifacts else None
     _check(arguments)
     with tempfile.TemporaryDirectory(prefix="mubic-tune-") as folder, bar("tune") as progress:
         counted: Count = lambda what, done, total: progress(f"tune: {what}", done, total)  # noqa: E731
         context = Context(arguments.size, 0, Path(folder), lambda what: progress(f"tune: {what}", 0, None), counted)
-        artifacts = Artifacts.open(arguments.artifacts) if arguments.artifacts else context.artifacts
+        artifacts = given or context.artifacts
         bench = Bench(artifacts, Path(folder), arguments.protocol, arguments.concurrency, seconds)
         settings = {name: getattr(arguments, name) for name in ("concurrency", "protocol", "target_ms", "quick")}
         size, cores = artifacts.config.name, len(os.sched_getaffinity(0))
@@ -331,7 +332,8 @@ def _show(found: Results) -> None:
     target = "" if settings["target_ms"] is None else f", p99 under {settings['target_ms']:g} ms"
     clients = f"{settings['concurrency']} clients over {settings['protocol']}"
     table = Table(title=f"tune, {settings['size']}, {clients}{target}")
-    for heading in ("setting", "clips/s", "spread", "median", "p99", "target"):
+    headings = ("setting", "clips/s", "spread", "median", "p99", *(["target"] if target else []))
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     tuned = [row for row in found.rows if row.what == "tuned"]
     trials = [row for row in found.rows if row.what == "tune"]
@@ -340,9 +342,9 @@ def _show(found: Results) -> None:
         for row in rows:
             assert row.timing is not None
             times = [text.seconds(s) for s in (row.timing.median, row.timing.percentile(99))]
-            met = {None: "", 1.0: "met", 0.0: "missed"}[row.values.get("meets_target")]
+            met = [] if not target else ["met" if row.values["meets_target"] else "missed"]
             rate, spread = text.digits(row.values["clips_per_s"]), f"{100 * row.values['spread']:.1f} %"
-            table.add_row(row.side, rate, spread, *times, met)
+            table.add_row(row.side, rate, spread, *times, *met)
         table.add_section()
     console = Console()
     if not console.is_terminal:

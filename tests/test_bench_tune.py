@@ -13,6 +13,7 @@ from bench import descent, machine, results, timing, tune
 from bench.__main__ import main
 from bench.descent import P99, RATE, Verdict, descend, judged, rank
 from bench.load import Answers, Load
+from bench.results import Results
 from bench.tune import Setting, Space
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.cli import build_parser
@@ -142,6 +143,45 @@ def test_the_default_stays_without_a_real_gain(
 def test_a_default_that_misses_the_target_is_judged_by_its_p99() -> None:
     verdict = judged(load([10.0, 10.0, 10.0], 0.4), load([8.0, 8.0, 8.0], 0.2), 0.3)
     assert (verdict.figure, verdict.gain, verdict.real) == (P99, pytest.approx(2.0), True)
+
+
+class Pretended(tune.Bench):
+    """Without servers: one thread gives 12 clips a second for 10, calls do not start; side by side, what is said."""
+
+    beside: float | None = 12.0
+
+    def trial(self, setting: Setting) -> Load:
+        if setting.call_denoiser:
+            raise UserError("the server ended by itself")
+        return load([12.0 if setting.threads == 1 else 10.0] * 2)
+
+    def against(self, default: Setting, found: Setting, rounds: int, count: tune.Count) -> dict[str, Load]:
+        if self.beside is None:
+            raise UserError("there is no memory for two")
+        return {"default": load([10.0] * rounds), found.text(default): load([self.beside] * rounds)}
+
+
+@pytest.mark.parametrize(
+    ("beside", "threads", "said"),
+    [
+        (12.0, 1, "threads 1: 1.200 x the default's clips a second (95 %: 1.200 to 1.200), it is kept"),
+        (10.1, 0, "which is no real difference: the default stays"),
+        (None, 0, "threads 1 and the default do not run side by side: the default stays"),
+    ],
+)
+def test_only_what_is_better_beside_the_default_is_kept(
+    toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: float, threads: int, said: str
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(Pretended, "beside", beside)
+    written = Results("tune", {})
+    pretended = Pretended(toy_artifacts, tmp_path, "grpc", 4, 1.0)
+    kept = tune.tune(pretended, 1.0, False, written, lambda *_: None)
+    assert kept == Setting(cpu.ENGINES[0], threads)
+    assert said in written.notes["verdict"]
+    assert written.left_out["threads 1, calls"] == "the server ended by itself"
+    assert written.row("tune", "threads 1").values["clips_per_s"] == 12
+    assert [row.side for row in written.rows if row.what == "tuned"] == (["default", "threads 1"] if beside else [])
 
 
 # ---- with the real server
