@@ -29,8 +29,8 @@ class Client(Predictor, Protocol):
 
 
 class HttpPredictor:
-    """As `TritonPredictor`, over HTTP with binary tensors: for one thread, and for no more clips at once than the
-    server takes. InferenceServerException if the server does not answer or refuses."""
+    """As `TritonPredictor`, over HTTP with binary tensors; for one thread, and for no more clips than the server takes
+    at once. InferenceServerException if the server does not answer or refuses."""
 
     def __init__(self, address: str, config: Config) -> None:
         self.config, self.default_steps = config, config.default_steps
