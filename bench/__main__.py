@@ -1,11 +1,11 @@
-"""python -m bench: run, compare, report."""
+"""python -m bench: run, compare, report, tune."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from bench import compare, report, run
+from bench import compare, report, run, tune
 from bench.suites import SUITES
 from mubic_deploy.cli import Parser, guarded
 
@@ -16,6 +16,7 @@ def build_parser() -> Parser:
     run.add_arguments(commands.add_parser("run", help="measure a suite"), list(SUITES))
     compare.add_arguments(commands.add_parser("compare", help="which differences between two runs are real"))
     report.add_arguments(commands.add_parser("report", help="a page and pictures of a folder of results"))
+    tune.add_arguments(commands.add_parser("tune", help="find the server's settings for a latency target"))
     return parser
 
 
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         arguments = build_parser().parse_args(argv)
-        return {"run": run.run, "compare": compare.run, "report": report.run}[arguments.command](arguments)
+        does = {"run": run.run, "compare": compare.run, "report": report.run, "tune": tune.run}
+        return does[arguments.command](arguments)
 
     return guarded(work)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from bench import machine, timing
 from bench.results import FOLDER, Results
-from bench.sides import Context
+from bench.sides import Context, Say
 from mubic_deploy.commands import bar, say, warn
 from mubic_deploy.config import CONFIGS
 from mubic_deploy.errors import UserError
@@ -60,16 +62,23 @@ def measure(suite: str, size: str, threads: int, quick: bool) -> Results:
             say=lambda text: progress(f"{suite}: {text}", 0, None),
             count=lambda name, done, total: progress(f"{suite}: {name}", done, total),
         )
-        context.say("measuring the machine")
-        results.limits = machine.limits()
-        SUITES[suite](context, rule, results)
-        context.say("measuring the machine again")
-        results.notes["limits_after"] = machine.limits()
+        with limits(results, context.say):
+            SUITES[suite](context, rule, results)
+    return results
+
+
+@contextlib.contextmanager
+def limits(results: Results, say: Say) -> Iterator[None]:
+    """What is measured within, between two measurements of the machine. A machine that changed is warned of."""
+    say("measuring the machine")
+    results.limits = machine.limits()
+    yield
+    say("measuring the machine again")
+    results.notes["limits_after"] = machine.limits()
     results.finish()
     before, after = results.limits["gemm_float32"], results.notes["limits_after"]["gemm_float32"]
     if abs(after / before - 1) > timing.WIDE:
         warn([f"the machine's GEMM rate went from {before / 1e9:.0f} to {after / 1e9:.0f} GFLOP/s during the run"])
-    return results
 
 
 def show(results: Results) -> None:

@@ -63,6 +63,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def instances(text: str) -> tuple[str | None, int]:
+    """MODEL=COUNT, or COUNT with None for the model."""
+    model, equals, count = text.rpartition("=")
+    if equals and not model:
+        raise argparse.ArgumentTypeError(f"{text} names no model: use COUNT or MODEL=COUNT")
+    return model or None, positive(count)
+
+
 def _weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=VARIANTS, help="of random weights, or that the file must be of")
 
@@ -89,6 +97,18 @@ def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
     parser.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
     parser.add_argument("--stride", type=positive, default=stride, help=f"frames between two maps (default {stride})")
     parser.add_argument("--fit", choices=FITS, default="letterbox", help="how frames meet the model's size")
+
+
+def _serving(parser: argparse.ArgumentParser, delay: str = "0") -> None:
+    """How a server computes. Unset ones keep the repository's default."""
+    parser.add_argument("--threads", type=natural, metavar="N", help="of each graph (default: one a core)")
+    many = "processes of each graph, or of one model; may be repeated (default 1)"
+    parser.add_argument("--instances", type=instances, action="append", metavar="N|MODEL=N", help=many)
+    parser.add_argument("--max-batch", type=positive, metavar="N", help="clips that a model merges (default 8)")
+    waits = f"microseconds that a request waits for company (default {delay})"
+    parser.add_argument("--queue-delay", type=natural, metavar="US", help=waits)
+    calls = "the DDIM loop calls the model denoiser, which merges the steps of several clips"
+    parser.add_argument("--call-denoiser", action="store_true", default=None, help=calls)
 
 
 def _engine(parser: argparse.ArgumentParser) -> None:
@@ -272,18 +292,16 @@ def build_parser() -> Parser:
     serve.add_argument("--grpc-port", type=natural, default=GRPC_PORT, help=f"default {GRPC_PORT}")
     serve.add_argument("--metrics-port", type=natural, default=METRICS_PORT, help=f"default {METRICS_PORT}")
     serve.add_argument("--engine", choices=cpu.ENGINES, default=cpu.ENGINES[0], help=f"default {cpu.ENGINES[0]}")
-    serve.add_argument("--threads", type=natural, default=0, help="of each graph (default: one a core)")
+    _serving(serve)
     serve.add_argument("--log", type=Path, default=Path("tritonserver.log"), help="default tritonserver.log")
 
     repository = commands.add_parser("repository", help="write Triton's model repository, for a server of your own")
     repository.add_argument("artifacts", metavar="DIR", type=Path, help="exported graphs, or TensorRT engines")
     repository.add_argument("--engine", choices=(*cpu.ENGINES, "tensorrt"), default=cpu.ENGINES[0])
     repository.add_argument("--out", metavar="REPOSITORY", type=Path, required=True)
-    repository.add_argument("--instances", type=positive, default=1, help="of each graph (default 1)")
+    _serving(repository, delay="0; tensorrt: 100")
     loops = "tensorrt: instances of the DDIM loop (default 4)"
     repository.add_argument("--loops", type=positive, help=loops)
-    delay = "tensorrt: microseconds that a request waits for company (default 100)"
-    repository.add_argument("--queue-delay", type=natural, metavar="US", help=delay)
     off: dict[str, Any] = {"action": "store_const", "const": False}
     repository.add_argument("--no-cuda-graphs", dest="cuda_graphs", help="tensorrt: launch kernel by kernel", **off)
     repository.add_argument("--no-warm-up", dest="warm_up", help="tensorrt: be ready before the first request", **off)

@@ -309,6 +309,27 @@ def predict(arguments: Namespace) -> int:
     return 0
 
 
+def _instances(arguments: Namespace, artifacts: Artifacts) -> dict[str, int]:
+    """--instances by model; what comes later counts."""
+    found: dict[str, int] = {}
+    for model, count in arguments.instances or []:
+        found |= dict.fromkeys(artifacts.signatures, count) if model is None else {model: count}
+    return found
+
+
+def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any]:
+    """What the command line says of a server on a CPU, for `write_repository`; what it does not say is left out."""
+    options = {
+        "engine": arguments.engine,
+        "threads": arguments.threads,
+        "instances": _instances(arguments, artifacts),
+        "max_batch": arguments.max_batch,
+        "queue_delay_us": arguments.queue_delay,
+        "call_denoiser": arguments.call_denoiser,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def serve(arguments: Namespace) -> int:
     """A Triton server in the foreground."""
     import tempfile
@@ -329,7 +350,7 @@ def serve(arguments: Namespace) -> int:
 
         starting.enter_context(messages.status("starting Triton"))
         repository = Path(folder) / "models"
-        write_repository(artifacts, repository, engine=arguments.engine, threads=arguments.threads)
+        write_repository(artifacts, repository, **serving_options(arguments, artifacts))
         run_server(
             repository,
             on_ready=ready,
@@ -347,23 +368,29 @@ def repository(arguments: Namespace) -> int:
     """A model repository, for a server of one's own."""
     from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository, write_repository
 
-    options = {"loops": arguments.loops, "queue_delay_us": arguments.queue_delay}
-    options |= {"cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
+    options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
     given = {name: value for name, value in options.items() if value is not None}
     served = f"tritonserver --model-repository {arguments.out}"
     if arguments.engine == "tensorrt":
         from mubic_deploy.engines.tensorrt import Plans
 
+        if any(option is not None for option in (arguments.threads, arguments.max_batch, arguments.call_denoiser)):
+            raise UserError("--threads, --max-batch and --call-denoiser are for a CPU: leave them out")
+        if arguments.queue_delay is not None:
+            given["queue_delay_us"] = arguments.queue_delay
+        for model, count in arguments.instances or []:
+            if model is not None:
+                raise UserError(f"--instances {model}={count} is for a CPU: say how many of each engine, or --loops")
+            given["instances"] = count
         plans = Plans.open(arguments.artifacts)
-        write_gpu_repository(plans, arguments.out, GpuSettings(instances=arguments.instances, **given))
+        write_gpu_repository(plans, arguments.out, GpuSettings(**given))
         if plans.manifest["version_compatible"]:
             served += " --backend-config=tensorrt,version-compatible=true"
     elif given:
-        raise UserError("--loops, --queue-delay, --no-cuda-graphs and --no-warm-up are for --engine tensorrt")
+        raise UserError("--loops, --no-cuda-graphs and --no-warm-up are for --engine tensorrt")
     else:
         artifacts = Artifacts.open(arguments.artifacts)
-        instances = dict.fromkeys(artifacts.signatures, arguments.instances)
-        write_repository(artifacts, arguments.out, engine=arguments.engine, instances=instances)
+        write_repository(artifacts, arguments.out, **serving_options(arguments, artifacts))
     say(f"{arguments.out}: serve it with {served}")
     return 0
 

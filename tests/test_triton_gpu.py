@@ -132,13 +132,45 @@ def test_every_tensor_of_the_ensemble_has_one_maker(written: Path, name: str) ->
 
 
 def test_the_command(run, toy_artifacts: Artifacts, tmp_path: Path) -> None:
-    ran = run("repository", toy_artifacts.path, "--out", tmp_path / "cpu", "--instances", 2)
-    assert ran.code == 0
-    assert read(tmp_path / "cpu", "fusion").instance_group[0].count == 2
-    ran = run("repository", toy_artifacts.path, "--engine", "tensorrt", "--out", tmp_path / "gpu")
+    command = ("repository", toy_artifacts.path, "--out", tmp_path / "cpu")
+    assert run(*command, "--instances", 2).code == 0
+    counts = {name: read(tmp_path / "cpu", name).instance_group[0].count for name in ("fusion", "denoiser", "ddim")}
+    assert counts == {"fusion": 2, "denoiser": 2, "ddim": 1}
+    options = ("--instances", 2, "--instances", "ddim=3", "--instances", "fusion=1", "--threads", 1, "--max-batch", 4)
+    assert run(*command, *options, "--queue-delay", 700, "--call-denoiser", "--engine", "onnxruntime").code == 0
+    fusion, ddim = read(tmp_path / "cpu", "fusion"), read(tmp_path / "cpu", "ddim")
+    assert (fusion.instance_group[0].count, ddim.instance_group[0].count) == (1, 3)
+    assert (fusion.max_batch_size, ddim.max_batch_size) == (4, 4)
+    assert fusion.dynamic_batching.max_queue_delay_microseconds == 700
+    assert {key: fusion.parameters[key].string_value for key in ("ENGINE", "THREADS")} == {
+        "ENGINE": "onnxruntime",
+        "THREADS": "1",
+    }
+    assert "ONNX" not in ddim.parameters  # it calls
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--instances", "fuson=2"), "there is no model 'fuson' to give instances to"),
+        (("--instances", "fusion=0"), "argument --instances: 0 is too small"),
+        (("--instances", "=2"), "=2 names no model: use COUNT or MODEL=COUNT"),
+        (("--instances", "fusion=two"), "two is not a whole number"),
+        (("--max-batch", 0), "argument --max-batch: 0 is too small"),
+        (("--queue-delay", -1), "-1 is not a whole number"),
+        (("--no-warm-up",), "are for --engine tensorrt"),
+        (("--engine", "tensorrt"), "holds no engines.json"),
+        (("--engine", "tensorrt", "--threads", 1), "are for a CPU"),
+        (("--engine", "tensorrt", "--call-denoiser"), "are for a CPU"),
+        (("--engine", "tensorrt", "--instances", "fusion=2"), "--instances fusion=2 is for a CPU"),
+    ],
+)
+def test_the_command_refuses(run, toy_artifacts: Artifacts, tmp_path: Path, options: tuple, says: str) -> None:
+    ran = run("repository", toy_artifacts.path, "--out", tmp_path / "r", *options)
     assert ran.code == 2
-    assert "holds no engines.json" in ran.err
-    assert not (tmp_path / "gpu").exists()
+    assert says in ran.err
+    assert ran.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # ---- in the real server

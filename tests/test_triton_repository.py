@@ -75,6 +75,22 @@ def test_instances(toy_artifacts: Artifacts, tmp_path: Path) -> None:
     assert read(tmp_path / "r", "ddim").instance_group[0].count == 1
 
 
+def test_queue_delay(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    """Where requests are batched, and nowhere else: `ddim` batches them only when it calls the denoiser."""
+    graphs = ("visual_encoder", "audio_encoder", "fusion", "denoiser", "sampler")
+    for calls in (False, True):
+        write_repository(toy_artifacts, tmp_path / "r", queue_delay_us=1500, call_denoiser=calls)
+        batched = (*graphs, "ddim") if calls else graphs
+        delays = {p.name: read(tmp_path / "r", p.name) for p in (tmp_path / "r").iterdir()}
+        found = {n: m.dynamic_batching.max_queue_delay_microseconds for n, m in delays.items()}
+        assert {name: delay for name, delay in found.items() if delay} == dict.fromkeys(batched, 1500)
+        assert {n for n, m in delays.items() if m.HasField("dynamic_batching")} == set(batched)
+    write_repository(toy_artifacts, tmp_path / "r")
+    fusion = read(tmp_path / "r", "fusion")
+    assert fusion.HasField("dynamic_batching")
+    assert fusion.dynamic_batching.max_queue_delay_microseconds == 0
+
+
 def test_same_settings_same_files(toy_artifacts: Artifacts, tmp_path: Path) -> None:
     write_repository(toy_artifacts, tmp_path / "a")
     write_repository(toy_artifacts, tmp_path / "b", max_batch=2)
@@ -89,6 +105,7 @@ def test_same_settings_same_files(toy_artifacts: Artifacts, tmp_path: Path) -> N
     [
         ({"max_batch": 0}, "max_batch 0 is out of range"),
         ({"threads": -1}, "threads -1 is out of range"),
+        ({"queue_delay_us": -1}, "queue delay -1 is out of range: use 0 or more microseconds"),
         ({"instances": {"fusion": 0}}, "0 instances of fusion are out of range"),
         (
             {"instances": {"fuson": 1}},

@@ -53,15 +53,18 @@ def write_repository(
     threads: int = 0,
     max_batch: int = 8,
     instances: Mapping[str, int] | None = None,
+    queue_delay_us: int = 0,
     call_denoiser: bool = False,
     streams: StreamSettings = DEFAULTS,
 ) -> None:
     """Writes the model repository for the CPU into the folder `out`, which is replaced if it is such a repository.
 
     engine: one of `cpu.ENGINES`; threads: of each graph, 0 for one a core; max_batch: samples that a model merges into
-    one run, >= 1; instances: processes a model, by name, 1 where none is given; call_denoiser: `ddim` calls the model
-    `denoiser` at every step, as it does on a GPU, instead of running the graph itself, which is faster there. Only with
-    calls are requests batched for `ddim`: by itself it runs one after the other. streams: limits of live streams.
+    one run, >= 1; instances: processes a model, by name, 1 where none is given; queue_delay_us: microseconds that a
+    request waits for company in the models whose requests are batched, 0 merges only what waits already; call_denoiser:
+    `ddim` calls the model `denoiser` at every step, as it does on a GPU, instead of running the graph itself, which is
+    faster there. Only with calls are requests batched for `ddim`: by itself it runs one after the other. streams:
+    limits of live streams.
 
     The repository names the ONNX files by absolute path and SHA-256: it serves these artefacts where they are.
     UserError if a setting is out of range or `out` holds something else."""
@@ -69,16 +72,22 @@ def write_repository(
     instances = dict(instances or {})
     models = {name: _settings(artifacts, name, engine, threads) for name in artifacts.signatures}
     _check(engine, max_batch, threads, instances, {*models, "ddim"})
+    _check_delay(queue_delay_us)
     configs = [_graph_model(config, precision, name, settings) for name, settings in models.items()]
     configs.append(_ddim(config, precision, None if call_denoiser else models["denoiser"]))
     for model in configs:
         model.max_batch_size = max_batch
         if model.name != "ddim" or call_denoiser:
-            # without a delay: what waits already is merged, nobody waits for company
-            model.dynamic_batching.SetInParent()
+            model.dynamic_batching.SetInParent()  # without a delay too
+            model.dynamic_batching.max_queue_delay_microseconds = queue_delay_us
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
     configs += [*_ensembles(artifacts, max_batch), _stream(config, streams)]
     _write(configs, Path(out))
+
+
+def _check_delay(queue_delay_us: int) -> None:
+    if queue_delay_us < 0:
+        raise UserError(f"queue delay {queue_delay_us} is out of range: use 0 or more microseconds")
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,7 @@ class GpuSettings:
         for name in ("instances", "loops"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: use 1 or more")
-        if self.queue_delay_us < 0:
-            raise UserError(f"queue delay {self.queue_delay_us} is out of range: use 0 or more microseconds")
+        _check_delay(self.queue_delay_us)
 
 
 def write_gpu_repository(
@@ -266,9 +274,8 @@ def _ensemble(model: ModelConfig, chain: list[Signature], max_batch: int) -> Mod
 
 def _write(configs: list[ModelConfig], out: Path, plans: Mapping[str, Path] = MappingProxyType({})) -> None:
     """Beside `out` first, then renamed: a repository is whole or not there. plans: files to copy, by model."""
+    require_repository(out)
     try:
-        if out.exists() and not (out.is_dir() and (_is_repository(out) or not any(out.iterdir()))):
-            raise UserError(f"{out} exists and is no model repository: give another folder or remove it")
         with replacing(out) as fresh:
             for model in configs:
                 version = fresh / model.name / "1"  # an ensemble needs the folder too, with nothing in it
@@ -278,6 +285,15 @@ def _write(configs: list[ModelConfig], out: Path, plans: Mapping[str, Path] = Ma
                     shutil.copyfile(source_dir("triton_models") / model.name / "1" / "model.py", version / "model.py")
                 if model.name in plans:
                     shutil.copyfile(plans[model.name], version / PLAN)
+    except OSError as error:
+        raise UserError(f"the model repository {out} cannot be written: {error}") from None
+
+
+def require_repository(out: Path) -> None:
+    """UserError unless a repository may be written to `out`: it is new, an empty folder, or a repository of ours."""
+    try:
+        if out.exists() and not (out.is_dir() and (_is_repository(out) or not any(out.iterdir()))):
+            raise UserError(f"{out} exists and is no model repository: give another folder or remove it")
     except OSError as error:
         raise UserError(f"the model repository {out} cannot be written: {error}") from None
 
