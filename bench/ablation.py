@@ -7,8 +7,9 @@ model with 1, 2, 4, 8 and 12 steps.
     mubic-deploy listen runs/hearing.safetensors
     python bench/ablation.py data/train data/held_out --vggish runs/hearing.safetensors --save
 
-A run that is there is not trained again, and one that was stopped goes on. The thesis's figures stand beside ours; they
-are of another size of model on other data (AVAD), so only the order of the variants compares."""
+A run that is there is not trained again, and one that was stopped goes on; --variants takes some of them at a time, and
+--save keeps those that were saved before. The thesis's figures stand beside ours; they are of another size of model on
+other data (AVAD), so only the order of the variants compares."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from mubic_deploy.training.pretrained import load_vggish
 from mubic_deploy.training.settings import PARTS, RECIPES
 from mubic_deploy.training.train import Machine, train
 
-RESULTS = Path(__file__).parent / "results"
+SAVED, CURVES = Path("bench/results/model/ablation.json"), Path("docs/ablation.png")  # in the checkout
 STEPS = (1, 2, 4, 8, 12)
 
 
@@ -85,36 +86,56 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=8)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--save", action="store_true", help="to bench/results/ablation.json and docs/ablation.png")
+    parser.add_argument(
+        "--save", action="store_true", help="to bench/results/model/ablation.json and docs/ablation.png"
+    )
     arguments = parser.parse_args()
     videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
     machine = Machine(arguments.accelerator, 1, 1)
     rows: dict[str, dict[str, Any]] = {}
+    facts: dict[str, Any] = {"stride": arguments.stride, "videos": len(videos)}
     for variant in arguments.variants:
         path = trained(variant, arguments.epochs, arguments.data, arguments.runs, machine, arguments.vggish)
-        rows[variant] = scores(path, videos, arguments.stride)
+        settings = {k: v for k, v in json.loads((path.parent / "settings.json").read_text()).items() if k != "variant"}
+        facts |= {"settings": settings, "vggish_sha256": sha256(arguments.vggish) if arguments.vggish else None}
+        rows[variant] = {**scores(path, videos, arguments.stride)}
         if variant == "full":
-            steps = {str(n): scores(path, videos, arguments.stride, n) for n in STEPS}
+            rows[variant]["steps"] = {str(n): scores(path, videos, arguments.stride, n) for n in STEPS}
+        rows[variant]["history"] = json.loads((path.parent / "history.json").read_text())
+    if arguments.save:
+        rows = save(facts, rows)
+    show(rows)
 
+
+def save(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Beside the variants that were saved before, if they were trained and evaluated alike; returns all of them, in the
+    order of the thesis. UserError if they were not."""
+    root = Path(__file__).parent.parent
+    if (root / SAVED).is_file():
+        saved = json.loads((root / SAVED).read_text())
+        if strange := [name for name, value in facts.items() if saved[name] != value]:
+            raise UserError(f"{SAVED} has variants with other {strange[0]}: remove it, or train and evaluate alike")
+        rows = saved["variants"] | rows
+    rows = {variant: rows[variant] for variant in VARIANTS if variant in rows}
+    (root / SAVED).write_text(json.dumps({**facts, "variants": rows}, indent=1) + "\n")
+    curves.draw({variant: row["history"] for variant, row in rows.items()}, root / CURVES)
+    return rows
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
     table = Table(title="scenes, demo size | thesis: AVAD, full size (Table 4.3)")
     for heading in ("", "CC", "NSS", "SIM", "AUC-J", "thesis CC", "NSS", "SIM"):
         table.add_column(heading, justify="right" if heading else "left")
+
+    def ours(row: dict[str, Any]) -> list[str]:
+        return [f"{row[k]:.3f}" for k in ("cc", "nss", "sim", "auc_judd")]
+
     for variant, row in rows.items():
         theirs = TABLE_4_3[variant]
-        ours = [f"{row[k]:.3f}" for k in ("cc", "nss", "sim", "auc_judd")]
-        table.add_row(variant, *ours, f"{theirs.cc:.3f}", f"{theirs.nss:.2f}", f"{theirs.sim:.3f}")
-    if "full" in rows:
-        for n, row in steps.items():
-            table.add_row(f"full, {n} steps", *(f"{row[k]:.3f}" for k in ("cc", "nss", "sim", "auc_judd")), "", "", "")
+        table.add_row(variant, *ours(row), f"{theirs.cc:.3f}", f"{theirs.nss:.2f}", f"{theirs.sim:.3f}")
+    for n, row in rows.get("full", {}).get("steps", {}).items():
+        table.add_row(f"full, {n} steps", *ours(row), "", "", "")
     Console().print(table)
-    if arguments.save:
-        settings = json.loads((arguments.runs / arguments.variants[0] / "settings.json").read_text())
-        heard = sha256(arguments.vggish) if arguments.vggish else None
-        facts = {"settings": settings, "vggish_sha256": heard}
-        result = {**facts, "variants": rows, "steps": steps if "full" in rows else {}}
-        (RESULTS / "ablation.json").write_text(json.dumps(result, indent=2) + "\n")
-        histories = {v: json.loads((arguments.runs / v / "history.json").read_text()) for v in rows}
-        curves.draw(histories, Path(__file__).parent.parent / "docs" / "ablation.png")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from mubic_deploy.training.evaluate import METRICS, Evaluation, centre_bias, eva
 from mubic_deploy.training.layout import read_list
 from mubic_deploy.training.settings import PARTS
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "model"
 STEPS = (1, 2, 8, MAX_STEPS, ADAPTIVE)  # beside the default
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("held_out", type=Path)
     parser.add_argument("--checkpoint", default=DEMO_CHECKPOINT)
     parser.add_argument("--stride", type=int, default=32)
-    parser.add_argument("--save", action="store_true", help="also write bench/results/checkpoint.json")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/model/checkpoint.json")
     arguments = parser.parse_args()
     videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
     model, source = checkpoint.load(arguments.checkpoint)

@@ -251,10 +251,8 @@ def _load(a: Path, b: Path) -> tuple[list[Comparison], list[str]]:
         raise UserError(f"{a} and {b} are a file and a folder: name two files or two folders")
     if not a.is_dir():
         return [compare(results.read(a), results.read(b), str(a), str(b))], []
-    (found_a, old_a), (found_b, old_b) = results.read_folder(a), results.read_folder(b)
-    alone = [f"{a / name} is of the old format: skipped" for name in old_a]
-    alone += [f"{b / name} is of the old format: skipped" for name in old_b]
-    alone += [f"{name} is in {a} only" for name in sorted(found_a.keys() - found_b.keys())]
+    found_a, found_b = results.read_folder(a), results.read_folder(b)
+    alone = [f"{name} is in {a} only" for name in sorted(found_a.keys() - found_b.keys())]
     alone += [f"{name} is in {b} only" for name in sorted(found_b.keys() - found_a.keys())]
     if not (names := sorted(found_a.keys() & found_b.keys())):
         raise UserError(f"no file of {a} has the name of one of {b}: name the two files to compare")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -20,7 +20,7 @@ from bench.groups import Group, first_of, group_charts, groups, reached, rooflin
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder
 from bench.timing import CONFIDENCE, WIDE, ratio
-from mubic_deploy.commands import bar, say, warn
+from mubic_deploy.commands import bar, say
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
 
@@ -47,12 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the report. UserError if there are no results, or OUT cannot or should not be written."""
-    found, old = read_folder(arguments.results)
+    found = read_folder(arguments.results)
     require_report(arguments.out)
-    if old:
-        warn([f"of the old format, left out: {', '.join(old)}"])
     with bar("drawing") as progress:
-        pictures = write(found, old, arguments.out, progress)
+        pictures = write(found, arguments.out, progress)
     say(f"{arguments.out / PAGE}: {len(found)} results, {pictures} charts, which are there as PNGs too")
     return 0
 
@@ -67,9 +65,8 @@ def require_report(out: Path) -> None:
         raise UserError(f"{out} exists and holds what is no report ({(strange or names)[0]}): choose another --out")
 
 
-def write(found: dict[str, Results], old: Sequence[str], out: Path, progress: Any = lambda *_: None) -> int:
-    """The page and its PNGs into `out`, whole or not at all; how many charts there are. found: by file name; old: names
-    of the files that are left out."""
+def write(found: dict[str, Results], out: Path, progress: Any = lambda *_: None) -> int:
+    """The page and its PNGs into `out`, whole or not at all; how many charts there are. found: by file name."""
     styles, drawn = Styles(), 0
     found = dict(sorted(found.items(), key=lambda item: (_place(item[1].suite), item[0])))
     try:
@@ -82,14 +79,14 @@ def write(found: dict[str, Results], old: Sequence[str], out: Path, progress: An
                 for chart in charts:
                     page.png(chart, folder)
                 drawn += len(charts)
-            body = "\n".join([_opening(found, old), _goals(found), *sections, _machines(found)])
+            body = "\n".join([_opening(found), _goals(found), *sections, _machines(found)])
             (folder / PAGE).write_text(page.document(TITLE, body), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
     return drawn
 
 
-def _opening(found: dict[str, Results], old: Sequence[str]) -> str:
+def _opening(found: dict[str, Results]) -> str:
     """What was measured on what, when, from which commit, and what is not there."""
     about: dict[str, list[str]] = {}
     for name, results in found.items():
@@ -105,8 +102,6 @@ def _opening(found: dict[str, Results], old: Sequence[str]) -> str:
     everywhere = len(found)
     left = [m if len(n) == everywhere else f"{m} in {', '.join(n)}" for m, n in missing.items()]
     measured.append(f"Left out: {'; '.join(left)}." if left else "Nothing was left out.")
-    if old:
-        measured.append(f"Files of an older format are not shown: {', '.join(old)}.")
     links = "".join(f'<li><a href="#{_slug(n)}">{escape(_heading(n, r))}</a></li>' for n, r in found.items())
     reading = (
         f"Figures are medians of all calls, beside them the {100 * CONFIDENCE:.0f} % bootstrap interval of the median; "

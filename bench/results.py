@@ -150,28 +150,15 @@ def read(path: Path) -> Results:
     return Results(rows=rows, notes=data.get("notes", {}), **kept)
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Results], list[str]]:
-    """The results files of a folder by name, and the names of those of the old format, which had no schema. UserError
-    if there is no folder, nothing in it to read, or a file that is neither."""
+def read_folder(folder: Path) -> dict[str, Results]:
+    """The results files of a folder by name. UserError if there is no folder, or nothing in it, or a file that is no
+    results file of this schema."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one that `bench run` wrote to")
-    found, old = {}, []
-    for path in sorted(folder.glob("*.json")):
-        if _is_old(path):
-            old.append(path.name)
-        else:
-            found[path.name] = read(path)
+    found = {path.name: read(path) for path in sorted(folder.glob("*.json"))}
     if not found:
-        raise UserError(f"{folder} holds no results of schema {SCHEMA}: measure with `bench run` first")
-    return found, old
-
-
-def _is_old(path: Path) -> bool:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False  # `read` says what is wrong with it
-    return isinstance(data, dict) and "schema" not in data
+        raise UserError(f"{folder} holds no results: measure with `bench run` first")
+    return found
 
 
 def _without_nan(value: Any) -> Any:

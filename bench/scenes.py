@@ -29,7 +29,7 @@ from mubic_deploy.scenes.viewers import (
     gaze,
 )
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "model"
 LAG = 2  # frames, of the pursuit
 FOLLOW, MOVE, CENTRE = FOLLOWERS / VIEWERS, MOVERS / VIEWERS, 1 - (FOLLOWERS + MOVERS) / VIEWERS
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1001)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--save", action="store_true", help="also write bench/results/scenes.json")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/model/scenes.json")
     arguments = parser.parse_args()
     scores: dict[str, list[float]] = {}
     for index in range(arguments.scenes):

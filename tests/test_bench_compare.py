@@ -177,11 +177,10 @@ def test_table(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], mon
 def test_folders_pair_files_by_name(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (path.parent for path in files)
     run_of([]).write(b / "steps.json")
-    (a / "memory.json").write_text('{"name": "memory"}')
     assert compare.run(parse(a, b, "--json")) == 0
     said = json.loads(capsys.readouterr().out)
     assert [c["a"] for c in said["comparisons"]] == [str(a / "engines.json")]
-    assert said["warnings"] == [f"{a / 'memory.json'} is of the old format: skipped", f"steps.json is in {b} only"]
+    assert said["warnings"] == [f"steps.json is in {b} only"]
 
 
 def test_what_cannot_be_compared(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "out"
-    report.write(everything(), ["memory.json"], out)
+    report.write(everything(), out)
     return out
 
 
@@ -170,13 +170,13 @@ def test_first_paragraph(parsed: Page) -> None:
     opening = parsed.said[parsed.said.index("Measured on") :]
     assert opening.startswith(
         "Measured on 2 cores of AMD EPYC, 24 GB, no GPU, 24 November 2026, commit 0123456789ab. "
-        "Left out: openvino (it is not installed) in engines. Files of an older format are not shown: memory.json."
+        "Left out: openvino (it is not installed) in engines."
     )
 
 
 def test_machines_are_told_apart() -> None:
     other = run_of("gpu", [], machine=MACHINE | {"gpu": {"name": "NVIDIA H200"}}, commit="0123456789ab+")
-    said = report._opening({"engines.json": run_of("engines", []), "gpu.json": other}, [])
+    said = report._opening({"engines.json": run_of("engines", []), "gpu.json": other})
     assert "engines: measured on 2 cores of AMD EPYC, 24 GB, no GPU, 24 November 2026, commit 0123456789ab. " in said
     assert (
         "gpu: measured on 2 cores of AMD EPYC, 24 GB, one NVIDIA H200, 24 November 2026, commit 0123456789ab with "
@@ -303,12 +303,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     run_of("waterfall", [Row("waterfall", s, {}, constant(1.0)) for s in "ab"]).write(
         tmp_path / "in" / "waterfall.json"
     )
-    (tmp_path / "in" / "memory.json").write_text('{"name": "memory"}')
     out = tmp_path / "a" / "out"
     assert report.run(parse(tmp_path / "in", "--out", out)) == 0
     said = capsys.readouterr()
     assert said.out == f"{out / report.PAGE}: 1 results, 1 charts, which are there as PNGs too\n"
-    assert said.err == "warning: of the old format, left out: memory.json\n"
+    assert said.err == ""
     (out / "gone.png").touch()
     assert report.run(parse(tmp_path / "in", "--out", out)) == 0  # its own report it may replace
     assert sorted(p.name for p in out.iterdir()) == [report.PAGE, "waterfall.png"]
@@ -329,7 +328,7 @@ def test_it_replaces_nothing_but_a_report(tmp_path: Path) -> None:
 
 def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"waterfall.json": everything()["waterfall.json"]}
-    report.write(found, [], tmp_path / "out")
+    report.write(found, tmp_path / "out")
     before = (tmp_path / "out" / report.PAGE).read_bytes()
 
     def full(*_: object) -> None:
@@ -337,6 +336,6 @@ def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(page, "png", full)
     with pytest.raises(UserError, match="No space left"):
-        report.write(found | {"steps.json": everything()["steps.json"]}, [], tmp_path / "out")
+        report.write(found | {"steps.json": everything()["steps.json"]}, tmp_path / "out")
     assert (tmp_path / "out" / report.PAGE).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -105,15 +105,13 @@ def test_what_is_no_results_file(tmp_path: Path, text: str) -> None:
         results.read(tmp_path / "a.json")
 
 
-def test_a_folder_names_what_is_of_the_old_format(tmp_path: Path) -> None:
+def test_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no folder"):
         results.read_folder(tmp_path / "none")
-    (tmp_path / "whole.json").write_text('{"name": "whole", "result": {}}')
-    with pytest.raises(UserError, match="holds no results of schema 1"):
+    with pytest.raises(UserError, match="holds no results"):
         results.read_folder(tmp_path)
     measured().write(tmp_path / "engines.json")
-    found, old = results.read_folder(tmp_path)
-    assert (list(found), old) == (["engines.json"], ["whole.json"])
+    assert list(results.read_folder(tmp_path)) == ["engines.json"]
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json cannot be read"):
         results.read_folder(tmp_path)
