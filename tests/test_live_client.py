@@ -266,10 +266,12 @@ def port() -> int:
         return taken.getsockname()[1]
 
 
-def test_the_server_is_killed_and_comes_back(
-    toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path, film: Path
+@pytest.mark.parametrize("killed", [True, False])
+def test_the_server_restarts(
+    toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path, film: Path, killed: bool
 ) -> None:
-    """In the middle of a stream, with windows on their way: every window is answered, once, with the right map."""
+    """Killed, or asked to end, in the middle of a stream, with windows on their way: every window is answered, once,
+    with the right map."""
     expected = list(predict_clips(toy_pipeline, film, stride=1))
     gaps: list[Gap] = []
     with serving(toy_artifacts, tmp_path) as first:
@@ -282,9 +284,12 @@ def test_the_server_is_killed_and_comes_back(
             (server,) = [
                 pid for pid in processes(first.shm_prefix) if Path(f"/proc/{pid}/exe").resolve().name == "tritonserver"
             ]
-            os.kill(server, signal.SIGKILL)
-            while Path(f"/proc/{server}").exists():
-                time.sleep(0.05)
+            if killed:
+                os.kill(server, signal.SIGKILL)
+                while Path(f"/proc/{server}").exists():
+                    time.sleep(0.05)
+            else:
+                first.stop()
             time.sleep(1)
             second = TritonServer(
                 tmp_path / "repository", http_port=0, grpc_port=port, metrics_port=0, log=tmp_path / "log2"
