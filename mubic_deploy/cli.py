@@ -318,6 +318,9 @@ def build_parser() -> Parser:
     stream.add_argument(
         "--ndjson", metavar="MAPS.ndjson", type=Path, help="a line of JSON a map, at once; - for stdout"
     )
+    stream.add_argument(
+        "--show", action="store_true", help="a window with the saliency over the frames; q, Esc or closing it ends"
+    )
     stream.add_argument("--realtime", action="store_true", help="a file in its own time, not as fast as possible")
     stream.add_argument("--encoding", choices=ENCODINGS, default=RAW, help=f"how frames travel (default {RAW})")
     lag = (

@@ -1,4 +1,4 @@
-"""A bare client of `mubic_stream`: what a request holds is the test's affair."""
+"""A bare client of `mubic_stream`: what a request holds is the test's affair. And what it may hold, and is answered."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import tritonclient.grpc as triton
 from tritonclient.utils import np_to_triton_dtype
 
 from mubic_deploy.graphs import STREAM
+from mubic_deploy.pipeline import Pipeline
+
+FPS = 25
 
 DTYPES = {
     "FRAME_INDEX": np.int64,
@@ -95,3 +98,37 @@ class Sequences:
         response = result.get_response()
         tensors = Answer({tensor.name: result.as_numpy(tensor.name) for tensor in response.outputs})
         self.answers.put((response.id, response.parameters["triton_final_response"].bool_param, tensors))
+
+
+def frames(count: int, seed: int = 0) -> np.ndarray:
+    """uint8 [count, H, W, 3]: pictures that differ, with smooth colours."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (count, 7, 12, 3), np.uint8)
+    return coarse.repeat(16, axis=1).repeat(16, axis=2)
+
+
+def sound(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, count).astype(np.float32)
+
+
+def times(count: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + count) / FPS
+
+
+def expected(pipeline: Pipeline, video: np.ndarray, audio: np.ndarray, stride: int, seed: int, steps: int) -> dict:
+    """The map of each window by its middle frame, from frames and sound as a whole."""
+    padded = np.concatenate([np.zeros(8304, np.float32), audio, np.zeros(640 * len(video) + 16_608, np.float32)])
+    starts = range(0, len(video) - 15, stride)
+    clips = np.stack([video[i : i + 16] for i in starts])
+    excerpts = np.stack([padded[640 * (i + 8) : 640 * (i + 8) + 16_608] for i in starts])
+    maps, _ = pipeline.predict(clips, excerpts, seed, steps)
+    return {i + 8: saliency for i, saliency in zip(starts, maps, strict=True)}
+
+
+def check(answers: list[Answer], maps: dict, steps: int = 4) -> None:
+    assert [int(a["MAP_INDEX"][0]) for a in answers] == list(maps)
+    for answer in answers:
+        index = int(answer["MAP_INDEX"][0])
+        np.testing.assert_allclose(answer["SALIENCY"], maps[index], atol=1e-5)
+        assert answer["MAP_TIME"][0] == index / FPS
+        assert answer["STEPS_USED"].tolist() == [steps]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from films import frame_times, write_film
+from live_feed import feed, maps_of
 from triton_serving import processes, serving
 
 from mubic_deploy import AsyncStreamClient, StreamClient, predict_clips
@@ -46,27 +47,6 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """75 frames of 25 fps with sound that ends 0.3 s before the pictures."""
     path = tmp_path_factory.mktemp("films") / "film.mkv"
     return write_film(path, frame_times(25, 75), picture, sound=noise(2.7))
-
-
-def feed(client: StreamClient, source: FileSource, times: list[float] | None = None) -> None:
-    """All of a source; times: is filled with when each frame was given."""
-    for item in source.items():
-        if isinstance(item, Frame):
-            client.frame(item.image, item.time_s, source.display)
-        elif isinstance(item, Heard):
-            client.sound(item.samples, item.start / 16_000)
-        else:
-            client.end_sound()
-    client.finish()
-
-
-def maps_of(client: StreamClient, path: Path, realtime: bool = False) -> list[LiveMap]:
-    with FileSource(str(path), realtime) as source:
-        feeding = threading.Thread(target=feed, args=(client, source))
-        feeding.start()
-        found = list(client)
-        feeding.join()
-    return found
 
 
 def same(found: list[LiveMap], expected: list[FilmMap]) -> None:
@@ -286,10 +266,12 @@ def port() -> int:
         return taken.getsockname()[1]
 
 
-def test_the_server_is_killed_and_comes_back(
-    toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path, film: Path
+@pytest.mark.parametrize("killed", [True, False])
+def test_the_server_restarts(
+    toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path, film: Path, killed: bool
 ) -> None:
-    """In the middle of a stream, with windows on their way: every window is answered, once, with the right map."""
+    """Killed, or asked to end, in the middle of a stream, with windows on their way: every window is answered, once,
+    with the right map."""
     expected = list(predict_clips(toy_pipeline, film, stride=1))
     gaps: list[Gap] = []
     with serving(toy_artifacts, tmp_path) as first:
@@ -302,9 +284,12 @@ def test_the_server_is_killed_and_comes_back(
             (server,) = [
                 pid for pid in processes(first.shm_prefix) if Path(f"/proc/{pid}/exe").resolve().name == "tritonserver"
             ]
-            os.kill(server, signal.SIGKILL)
-            while Path(f"/proc/{server}").exists():
-                time.sleep(0.05)
+            if killed:
+                os.kill(server, signal.SIGKILL)
+                while Path(f"/proc/{server}").exists():
+                    time.sleep(0.05)
+            else:
+                first.stop()
             time.sleep(1)
             second = TritonServer(
                 tmp_path / "repository", http_port=0, grpc_port=port, metrics_port=0, log=tmp_path / "log2"

@@ -217,7 +217,7 @@ def test_frames_wait_only_for_the_next_map(tmp_path, monkeypatch):
 
     def add_frame(self: OverlayWriter, frame: Frame) -> None:
         original(self, frame)
-        waiting.append(len(self._waiting))
+        waiting.append(self._matcher.waiting)
 
     monkeypatch.setattr(OverlayWriter, "add_frame", add_frame)
     path = write_film(tmp_path / "film.mp4", frame_times(25, 300), GREY)
@@ -236,7 +236,7 @@ def test_a_large_stride_holds_the_map_and_then_moves_to_the_next(tmp_path, monke
         writer = OverlayWriter(tmp_path / "out.mp4", film)
         for frame in film.frames():
             writer.add_frame(frame)
-            assert len(writer._waiting) <= 64
+            assert writer._matcher.waiting <= 64
             if frame.index in (15, 115):
                 writer.add_map(
                     FilmMap(frame.index - 7, (frame.index - 7) / 25, dark if frame.index == 15 else bright, 4)

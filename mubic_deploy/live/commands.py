@@ -22,6 +22,7 @@ from mubic_deploy.live.measures import Measures, measure
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.settings import DROP, QUEUE
 from mubic_deploy.live.source import FileSource, Heard, LiveSource, open_source
+from mubic_deploy.live.window import Window
 from mubic_deploy.media.film import Frame, is_file
 from mubic_deploy.media.maps import MapsWriter
 from mubic_deploy.media.outputs import check_targets, replacing
@@ -29,7 +30,8 @@ from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
 from mubic_deploy.predict import naming
 
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}
-FRAMES = 64  # that wait for the overlay
+FRAMES = 64  # that wait for the outputs
+_TICK_S = 0.02  # between two looks at these
 STDOUT = Path("-")
 _STATUS_S = 0.5
 _STOP_S = 5.0  # for the maps that are on their way when the stream is stopped
@@ -43,6 +45,7 @@ def stream(arguments: Namespace) -> int:
     files = {kind: path for kind, path in targets.items() if path != STDOUT}
     gaps: deque[Gap] = deque(maxlen=1000)  # a camera may run for months
     with contextlib.ExitStack() as stack:
+        window = stack.enter_context(Window()) if arguments.show else None
         source = open_source(arguments.source, arguments.realtime)
         feeder: Feeder | None = None
         stack.callback(lambda: _let_go(source, feeder))
@@ -62,9 +65,12 @@ def stream(arguments: Namespace) -> int:
             )
         )
         staged = stack.enter_context(replacing({k: path for k, path in files.items() if k != "ndjson"}))
-        outputs = stack.enter_context(Outputs(source, staged, targets, plain=not arguments.json and not piped))
+        plain = not arguments.json and not piped
+        outputs = stack.enter_context(Outputs(source, staged, targets, plain, window))
         stopped = stack.enter_context(_stop_with_ctrl_c())
-        feeder = Feeder(source, client, stopped, frames=outputs.overlay is not None)
+        if window is not None:
+            window.open(source.display, source.name, stopped.set)
+        feeder = Feeder(source, client, stopped, frames=outputs.wants_frames)
         with bar("streaming") as progress:
             for found in _maps(client, feeder, outputs, stopped):
                 if found is not None:
@@ -86,7 +92,7 @@ def stream(arguments: Namespace) -> int:
 class Feeder:
     """The thread that reads the source and feeds the client.
 
-    waiting  frames for the overlay, in order
+    waiting  frames for the outputs, in order
     fed      how many frames the client got
     problem  what ended the source before its time"""
 
@@ -130,9 +136,14 @@ class Outputs:
     """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called."""
 
     def __init__(
-        self, source: FileSource | LiveSource, staged: dict[str, Path], targets: dict[str, Path], plain: bool
+        self,
+        source: FileSource | LiveSource,
+        staged: dict[str, Path],
+        targets: dict[str, Path],
+        plain: bool,
+        window: Window | None,
     ) -> None:
-        self._source, self._targets, self._plain = source, targets, plain
+        self._source, self._targets, self._plain, self._window = source, targets, plain, window
         self._last_pts: int | None = None
         self._shift = 0
         self._count = 0
@@ -158,8 +169,25 @@ class Outputs:
             if output is not None and output is not sys.stdout:
                 output.close()
 
+    @property
+    def wants_frames(self) -> bool:
+        return self.overlay is not None or self._window is not None
+
     def add_frame(self, frame: Frame) -> None:
-        """For the overlay. Its time stamps must grow, whatever the source's clock does."""
+        if self._window is not None:
+            self._window.add_frame(frame)
+        if self.overlay is not None:
+            self._keep_growing(frame)
+            with self._naming("overlay"):
+                self.overlay.add_frame(frame)
+
+    def refresh(self) -> None:
+        """Between frames and maps, often: the window lives by it."""
+        if self._window is not None:
+            self._window.refresh()
+
+    def _keep_growing(self, frame: Frame) -> None:
+        """An overlay's time stamps must grow, whatever the source's clock does."""
         image = frame.image
         pts = (image.pts or 0) + self._shift
         if self._last_pts is not None and pts <= self._last_pts:
@@ -167,12 +195,11 @@ class Outputs:
             self._shift += self._last_pts + step - pts
             pts = self._last_pts + step
         image.pts = self._last_pts = pts
-        assert self.overlay is not None
-        with self._naming("overlay"):
-            self.overlay.add_frame(frame)
 
     def add_map(self, found: LiveMap) -> None:
         self._count += 1
+        if self._window is not None:
+            self._window.add_map(found)
         if self.overlay is not None:
             with self._naming("overlay"):
                 self.overlay.add_map(found)
@@ -198,6 +225,8 @@ class Outputs:
         if self._maps is not None:
             with self._naming("maps"):
                 self._maps.finish()
+        if self._window is not None and whole:
+            self._window.finish()
 
     def _naming(self, kind: str) -> contextlib.AbstractContextManager[None]:
         return naming(kind, self._targets.get(kind, Path()))
@@ -230,10 +259,11 @@ def _maps(client: StreamClient, feeder: Feeder, outputs: Outputs, stopped: threa
                 client.finish()
         if end is not None and time.monotonic() > end:
             break
-        found = client.poll(0.02 if outputs.overlay is not None else _STATUS_S)
+        found = client.poll(_TICK_S if outputs.wants_frames else _STATUS_S)
         while not feeder.waiting.empty():
             outputs.add_frame(feeder.waiting.get())
         yield found
+        outputs.refresh()
     while not feeder.waiting.empty():
         outputs.add_frame(feeder.waiting.get())
 

@@ -18,9 +18,10 @@ from mubic_deploy.live.packets import Encoder
 from mubic_deploy.live.settings import RAW
 from mubic_deploy.live.streams import FULL, UNKNOWN
 
-# what a new sequence cures, perhaps after a while; the first line is Triton's own
+# what a new sequence cures, perhaps after a while; the first two lines are Triton's own
 _PASSING = (
     "must specify the START flag", "is not found", "is not ready", "unavailable", "no available versions",
+    "Server is stopping", "is not healthy",
     UNKNOWN, FULL, f"{graphs.ENSEMBLE}:",
 )  # fmt: skip
 # messages of any size; and no memory of a server that was gone: gRPC would try it less and less often

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -33,12 +34,55 @@ class Shown(Protocol):
     has_sound: bool
 
 
-class OverlayWriter:
-    """Frames and maps go in as they come, in order; a frame waits until the next map is there.
+class Matcher:
+    """Finds the map of every frame. Frames and maps go in as they come, in order; a frame waits until the next map is
+    there.
 
     Between two predicted frames the maps are interpolated linearly in time; before the first and after the last they
     stand still. No more than MAX_WAITING frames wait: with a larger stride a map stands still first and then moves to
     the next one."""
+
+    def __init__(self, show: Callable[[Frame, np.ndarray], None]) -> None:
+        """show: gets each frame in order, with its map, float32 [h, w] in [0, 1]."""
+        self._show = show
+        self._waiting: deque[Frame] = deque()
+        self._before: FilmMap | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Frames that wait for a map."""
+        return len(self._waiting)
+
+    def add_frame(self, frame: Frame) -> None:
+        self._waiting.append(frame)
+        if len(self._waiting) > MAX_WAITING and self._before is not None:
+            oldest = self._waiting.popleft()
+            self._show(oldest, self._before.saliency)
+            self._before = replace(self._before, time_s=oldest.time_s)
+
+    def add_map(self, item: FilmMap) -> None:
+        """Shows the frames up to this map's."""
+        before = self._before or item
+        span = item.time_s - before.time_s
+        while self._waiting and self._waiting[0].index <= item.frame_index:
+            frame = self._waiting.popleft()
+            part = np.clip((frame.time_s - before.time_s) / span, 0, 1) if span > 0 else 1.0
+            self._show(frame, before.saliency + np.float32(part) * (item.saliency - before.saliency))
+        self._before = item
+
+    def finish(self) -> None:
+        """Shows what is left; there must have been a map."""
+        while self._waiting:
+            assert self._before is not None, "a film has at least one map"
+            self._show(self._waiting.popleft(), self._before.saliency)
+
+    def clear(self) -> None:
+        """Gives up the frames that wait."""
+        self._waiting.clear()
+
+
+class OverlayWriter:
+    """Frames and maps go in as they come, in order: see `Matcher`."""
 
     def __init__(self, path: Path, film: Shown) -> None:
         """path must end in one of `SUFFIXES`. OSError or ValueError if it cannot be written."""
@@ -47,8 +91,7 @@ class OverlayWriter:
         self._pixels = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
         self._size = film.display
         self._film = film
-        self._waiting: deque[Frame] = deque()
-        self._before: FilmMap | None = None
+        self._matcher = Matcher(self._write)
         self._resize = Resizer()
         self._heat = HeatBlend(self._pixels)
         self._output = av.open(path, "w")
@@ -60,29 +103,16 @@ class OverlayWriter:
         self._sound = SoundTrack(film.source, self._output) if film.has_sound else None
 
     def add_frame(self, frame: Frame) -> None:
-        self._waiting.append(frame)
-        if len(self._waiting) > MAX_WAITING and self._before is not None:
-            oldest = self._waiting.popleft()
-            self._write(oldest, self._before.saliency)
-            self._before = replace(self._before, time_s=oldest.time_s)
+        self._matcher.add_frame(frame)
 
     def add_map(self, item: FilmMap) -> None:
         """Writes the frames up to this map's."""
-        before = self._before or item
-        span = item.time_s - before.time_s
-        while self._waiting and self._waiting[0].index <= item.frame_index:
-            frame = self._waiting.popleft()
-            part = np.clip((frame.time_s - before.time_s) / span, 0, 1) if span > 0 else 1.0
-            saliency = before.saliency + np.float32(part) * (item.saliency - before.saliency)
-            self._write(frame, saliency)
-        self._before = item
+        self._matcher.add_map(item)
 
     def finish(self, whole: bool = True) -> None:
         """Writes what is left and closes the file. whole: with the sound to the film's end, not only to the last
         frame's."""
-        while self._waiting:
-            assert self._before is not None, "a film has at least one map"
-            self._write(self._waiting.popleft(), self._before.saliency)
+        self._matcher.finish()
         self._mux(self._stream.encode(None))
         if self._sound is not None:
             self._sound.mux_until(None if whole else self._last_s)
@@ -90,7 +120,7 @@ class OverlayWriter:
 
     def close(self) -> None:
         """Gives up the files, finished or not."""
-        self._waiting.clear()
+        self._matcher.clear()
         if self._sound is not None:
             self._sound.close()
         with suppress(av.FFmpegError, OSError):  # of a file that is thrown away

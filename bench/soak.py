@@ -1,0 +1,133 @@
+"""A long run: four live streams, a client killed and the server restarted on the way; memory, windows lost, gaps."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.looped import RATE, Loop, clip, repository, server_of
+from bench.results import Results, Row
+from mubic_deploy import StreamClient
+from mubic_deploy.config import DEMO
+from mubic_deploy.errors import UserError
+from mubic_deploy.triton.server import TritonServer
+
+CLIENTS = 4
+SAMPLED_S = 15.0  # between two looks at the server's memory; the clients' is looked at every second time
+LAST_S = 1200.0  # of a run, whose growth counts
+
+
+def soak(arguments: argparse.Namespace, results: Results) -> None:
+    """Every client makes a map a second, so that four of them leave the server room to breathe."""
+    seconds = 60 * arguments.minutes
+    every = min(SAMPLED_S, seconds / 16)  # a short run shall have enough of them
+    film = str((arguments.film or clip()).resolve())
+    events: list[dict[str, Any]] = []
+    memory: dict[str, list[tuple[float, float]]] = {}  # of whom: (seconds since the beginning, MB)
+    with repository() as models, contextlib.ExitStack() as stack:
+        server = stack.enter_context(server_of(models))
+        clients = [_client(film, server.url, seconds) for _ in range(CLIENTS)]
+        for process in clients:
+            stack.callback(process.kill)
+        began = time.monotonic()
+        for n in range(int(seconds / every) + 1):
+            at = n * every
+            time.sleep(max(0.0, began + at - time.monotonic()))
+            if not events and at >= seconds / 6:
+                clients[0].kill()
+                clients[0].wait()
+                events.append({"what": "client killed", "at_s": at})
+            if len(events) == 1 and at >= seconds / 4:
+                server.stop()
+                server = stack.enter_context(server_of(models, server.grpc_port))
+                events.append({"what": "server restarted", "at_s": at, "took_s": time.monotonic() - began - at})
+            at = time.monotonic() - began
+            memory.setdefault("server", []).append((at, _server_mb(server)))
+            if n % 2 == 0:
+                for i, process in enumerate(clients[1:], 1):
+                    with contextlib.suppress(OSError):  # it ended; how, is seen below
+                        memory.setdefault(f"client {i}", []).append((at, private_mb(process.pid)))
+        reports = {f"client {i}": _said(process, i) for i, process in enumerate(clients[1:], 1)}
+    for who, samples in memory.items():
+        report = reports.get(who, {})
+        values = {"growth": growth(samples), "private_mb": samples[-1][1]}
+        values |= {name: value for name, value in report.items() if name != "gaps"}
+        if report:
+            values["gaps"] = len(report["gaps"])
+            results.notes[f"gaps of {who}"] = report["gaps"]
+        results.rows.append(Row("soak", who, values=values))
+    results.notes |= {"events": events, "memory_mb": memory}
+
+
+def growth(samples: Sequence[tuple[float, float]], last_s: float = LAST_S) -> float:
+    """By which part memory grew: median over the last third of the run's end against median over its first third, minus
+    1. The end is the last 20 minutes, or two thirds of a run that is shorter than 30. samples: (seconds, MB), in order;
+    NaN where there are too few."""
+    if not samples:
+        return math.nan
+    end = samples[-1][0]
+    span = min(last_s, 2 / 3 * (end - samples[0][0]))
+    first = [mb for at, mb in samples if end - span <= at <= end - 2 / 3 * span]
+    last = [mb for at, mb in samples if at >= end - span / 3]
+    return median(last) / median(first) - 1 if first and last and span else math.nan
+
+
+def _client(film: str, url: str, seconds: float) -> subprocess.Popen[str]:
+    """`client` in a process of its own."""
+    code = "import sys; from bench.soak import client; client(sys.argv[1], sys.argv[2], float(sys.argv[3]))"
+    command = [sys.executable, "-c", code, film, url, str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+
+
+def client(film: str, url: str, seconds: float) -> None:
+    """A stream in its own time, a map a second. Prints how it went."""
+    loop, gaps, indices = Loop(Path(film)), [], []
+    frames = round(seconds * RATE)
+    began = time.monotonic()
+    with StreamClient(
+        url, stride=RATE, on_lag="queue", give_up_s=120, on_gap=lambda gap: gaps.append(gap.text)
+    ) as feed:
+        for i in range(frames):
+            time.sleep(max(0.0, began + i / RATE - time.monotonic()))
+            loop.feed(feed, i)
+            while (found := feed.poll()) is not None:
+                indices.append(found.frame_index)
+        feed.finish()
+        indices += [found.frame_index for found in feed]
+    expected = {start + DEMO.middle for start in range(0, frames - DEMO.frames + 1, RATE)}
+    lost, twice = len(expected - set(indices)), len(indices) - len(set(indices))
+    print(json.dumps({"maps": len(indices), "lost": lost, "twice": twice, "gaps": gaps}))
+
+
+def _said(process: subprocess.Popen[str], number: int) -> dict[str, Any]:
+    """What a client printed. UserError if it failed."""
+    out, _ = process.communicate(timeout=300)
+    if process.returncode:
+        raise UserError(f"client {number} failed with exit code {process.returncode}: see above")
+    report: dict[str, Any] = json.loads(out)
+    return report
+
+
+def _server_mb(server: TritonServer) -> float:
+    """Of the server and its models' processes."""
+    total = 0.0
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and server.shm_prefix.encode() in (entry / "cmdline").read_bytes():
+                total += private_mb(int(entry.name))
+    return total
+
+
+def private_mb(process: int) -> float:
+    """MB of memory that a process shares with no other. OSError if it is gone."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024 / 1e6

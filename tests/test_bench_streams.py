@@ -1,0 +1,126 @@
+"""bench/streams.py: the figures that it computes, and one short load on the real server."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from films import click, frame_times, write_film
+from jsonschema import Draft202012Validator
+
+from bench import results, soak, streams
+from bench.drawing import Styles
+from bench.groups import group_charts, groups
+from bench.looped import RATE, Loop
+from bench.results import Results, Row
+from mubic_deploy.errors import UserError
+from mubic_deploy.triton.server import TritonServer
+
+pytest_plugins = ("triton_fixtures",)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 frames and 0.8 s of sound with a click at 0.4 s."""
+    path = tmp_path_factory.mktemp("films") / "film.mkv"
+    return write_film(path, frame_times(25, 20), np.full((36, 64, 3), 90, np.uint8), sound=click(0.4, 0.8))
+
+
+def test_growth_is_of_the_last_twenty_minutes() -> None:
+    """30 minutes: what happens in the first ten does not count, nor does one odd sample."""
+    samples = [(15.0 * n, 500.0) for n in range(121)]
+    samples[:40] = [(at, 10 * at) for at, _ in samples[:40]]
+    assert soak.growth(samples) == 0
+    samples[-1] = samples[-1][0], 900.0
+    assert soak.growth(samples) == 0
+    # 100 MB and 0.1 MB a second more; samples of 600 to 990 s against those of 1410 to 1800 s
+    assert soak.growth([(at, 100 + at / 10) for at, _ in samples]) == pytest.approx(260.5 / 179.5 - 1)
+    assert soak.growth([(at, 100 - at / 100) for at, _ in samples]) < 0
+
+
+def test_growth_of_a_long_and_of_a_short_run() -> None:
+    hour = [(15.0 * n, 100.0 if n < 160 else 100.0 + n) for n in range(241)]
+    # of 2400 to 3600 s, samples 160 to 240: medians of 160 to 186 and of 214 to 240
+    assert soak.growth(hour) == pytest.approx((100 + 227) / (100 + 173) - 1)
+    minute = [(0.0, 900.0), (15.0, 900.0), (30.0, 100.0), (45.0, 100.0), (60.0, 150.0)]
+    assert soak.growth(minute) == 0.5
+    assert math.isnan(soak.growth([]))
+    assert math.isnan(soak.growth([(0.0, 100.0)]))
+    assert math.isnan(soak.growth([(0.0, 100.0), (60.0, 100.0)]))  # nobody looked in the first third
+
+
+def test_private_memory() -> None:
+    before = soak.private_mb(os.getpid())
+    block = np.ones(20_000_000, np.uint8)
+    assert soak.private_mb(os.getpid()) - before == pytest.approx(20, abs=3)
+    assert block.any()
+    with pytest.raises(OSError, match=r"[Nn]o such"):
+        soak.private_mb(2**22 + 1)
+
+
+def test_a_loop_goes_on(film: Path) -> None:
+    """Sound and frames come around together: the click at 0.4 s, 1.2 s, 2 s."""
+    fed: list[tuple[float, np.ndarray]] = []
+    client = SimpleNamespace(
+        frame=lambda image, time_s: None, sound=lambda samples, time_s: fed.append((time_s, samples))
+    )
+    loop = Loop(film)
+    for i in range(60):
+        loop.feed(client, i)  # type: ignore[arg-type]
+    assert (len(loop.frames), loop.frames[0].shape, {len(samples) for _, samples in fed}) == (20, (112, 192, 3), {640})
+    loud = [time_s for time_s, samples in fed if np.abs(samples).max() > 0.3]
+    assert loud == [10 / RATE, 30 / RATE, 50 / RATE]
+
+
+def test_streams_on_a_server(film: Path, toy_server: TritonServer) -> None:
+    values = streams.hold(toy_server.url, Loop(film), count=2, seconds=2.0)
+    assert values.keys() == {"median_s", "p99_s", "maps_per_s", "dropped"}
+    # each stream's 50 frames make windows 0..15, 5..20 .. 30..45: 7, of which none is dropped
+    assert (values["maps_per_s"], values["dropped"]) == (7.0, 0)
+    # half the excerpt of sound has to be waited for, but at the end
+    assert 0.5 < values["median_s"] <= values["p99_s"] < 2
+
+
+def test_a_stream_that_fails_is_not_left_out(film: Path) -> None:
+    with pytest.raises(UserError, match="Triton"):
+        streams.hold("127.0.0.1:9", Loop(film), count=2, seconds=0.1)
+
+
+def test_alignment_says_the_largest_offset() -> None:
+    found = [streams.alignment.Offset(8, 0.001, 0.025), streams.alignment.Offset(9, -0.004, -0.1)]
+    row = streams.aligned("25 fps", found)
+    assert (row.side, row.values) == ("25 fps", {"offset_ms": 4.0, "offset_frames": 0.1, "windows": 2})
+
+
+def test_alignment_as_a_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One rate, saved in the one format of results."""
+    times = [Fraction(i, 25) for i in range(60)]
+    monkeypatch.setattr(streams.alignment, "RATES", {"25 fps": times})
+    monkeypatch.setattr(streams, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["streams.py", "align", "--save"])
+    assert streams.main() == 0
+    written = json.loads((tmp_path / "streams_align.json").read_text())
+    Draft202012Validator(json.loads(Path(results.__file__).with_name("schema.json").read_text())).validate(written)
+    (row,) = results.read(tmp_path / "streams_align.json").rows
+    assert row.values["windows"] == 16
+    assert 0 <= row.values["offset_frames"] < 0.5
+    assert (written["suite"], written["settings"]) == ("streams_align", {"size": "demo"})
+    assert "25 fps" in capsys.readouterr().out
+
+
+def test_load_is_drawn_over_the_streams() -> None:
+    found = Results("streams_load", {"size": "demo"})
+    for count in (1, 2, 4):
+        values = {"median_s": 0.6 * count, "p99_s": 0.7 * count, "maps_per_s": 5.0 * count, "dropped": 0}
+        found.rows.append(Row("growth over streams", streams.SIDE, {"streams": count}, values=values))
+    (group,) = groups(found.rows)
+    charts = list(group_charts(group, "load", Styles()))
+    assert [chart.name for chart in charts] == [f"load_streams_{value}" for value in found.rows[0].values]
+    assert "median over streams" in charts[0].alt
