@@ -51,7 +51,7 @@ def soak(arguments: argparse.Namespace, results: Results) -> None:
                 server = stack.enter_context(server_of(models, server.grpc_port))
                 events.append({"what": "server restarted", "at_s": at, "took_s": time.monotonic() - began - at})
             at = time.monotonic() - began
-            memory.setdefault("server", []).append((at, _server_mb(server)))
+            memory.setdefault("server", []).append((at, server_mb(server)))
             if n % 2 == 0:
                 for i, process in enumerate(clients[1:], 1):
                     with contextlib.suppress(OSError):  # it ended; how, is seen below
@@ -117,7 +117,7 @@ def _said(process: subprocess.Popen[str], number: int) -> dict[str, Any]:
     return report
 
 
-def _server_mb(server: TritonServer) -> float:
+def server_mb(server: TritonServer) -> float:
     """Of the server and its models' processes."""
     total = 0.0
     for entry in Path("/proc").iterdir():

@@ -100,6 +100,7 @@ def test_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "BATCHES", {"demo": (1, 4)})
     monkeypatch.setattr(growth, "MINUTES", {"demo": (1,)})
     monkeypatch.setattr(growth, "STRIDE", 300)
+    monkeypatch.setattr(growth, "STREAMS", {"demo": (1,)})
     measured = measure("growth", "demo", 1, quick=True)
     one, four = rows(measured, "growth over batch")
     assert 1e8 < one.values["peak_bytes"] < four.values["peak_bytes"] < 2e9  # a process without PyTorch
@@ -107,6 +108,9 @@ def test_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     assert film.values["maps"] == 6  # 1800 frames
     assert film.values["maps_per_s"] == pytest.approx(6 / film.values["wall_s"])
     assert 1e8 < film.values["peak_bytes"] < 1.5e9
+    (stream,) = rows(measured, "growth over streams")
+    assert 0 < stream.values["maps_per_s"] <= 6
+    assert stream.values["memory_bytes"] > 1e8
 
 
 def test_a_film_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

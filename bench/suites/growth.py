@@ -10,11 +10,16 @@ import av
 import numpy as np
 
 from bench import child, timing
+from bench.looped import Loop, clip
 from bench.results import Results, Row
+from bench.serving import serving
 from bench.sides import Context, call, on_cpu
+from bench.soak import server_mb
+from bench.streams import hold
 from bench.timing import Rule
 from mubic_deploy.config import DEFAULT_STEPS
 from mubic_deploy.engines import cpu
+from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
 
 STEPS = (1, 4, 8, 12)
@@ -22,6 +27,10 @@ BATCHES = {"full": (1, 2, 4, 8), "demo": (1, 2, 4, 8, 16, 32)}
 MINUTES = {"full": (), "demo": (1, 2, 5, 10)}  # a minute of film is over a hundred maps: `full` takes 3 minutes for it
 STRIDE = 16
 FPS, RATE = 30, 48_000  # of the film
+
+
+STREAMS = {"full": (), "demo": (1, 2, 3, 4, 6)}
+STREAMED_S = 20.0
 
 
 def measure(context: Context, rule: Rule, results: Results) -> None:
@@ -33,6 +42,7 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
     _batches(context, engine, rule, results)
     quick = rule.seconds < timing.Rule().seconds
     _films(context, engine, MINUTES[context.size][: 2 if quick else None], results)
+    _streams(context, engine, STREAMS[context.size], 5.0 if quick else STREAMED_S, results)
 
 
 def _steps(context: Context, engine: str, rule: Rule, results: Results) -> None:
@@ -78,6 +88,23 @@ def _films(context: Context, engine: str, minutes: tuple[int, ...], results: Res
         values = {name: float(answer[name]) for name in ("wall_s", "peak_bytes", "maps")}
         values["maps_per_s"] = values["maps"] / values["wall_s"]
         results.rows.append(Row("growth over film", engine, {"minutes": length}, values=values))
+
+
+def _streams(context: Context, engine: str, counts: tuple[int, ...], seconds: float, results: Results) -> None:
+    """Live streams of 25 frames and 5 maps a second each, and the server's memory."""
+    if not counts:
+        return
+    try:
+        film = Loop(clip())
+    except UserError as error:
+        results.left_out["streams"] = str(error)
+        return
+    with serving(context.artifacts, context.folder, engine=engine, threads=context.threads) as server:
+        for count in counts:
+            context.say(f"{count} live streams")
+            values = hold(server.url, film, count, seconds)
+            values["memory_bytes"] = 1e6 * server_mb(server)
+            results.rows.append(Row("growth over streams", engine, {"streams": count}, values=values))
 
 
 def render_minute(path: Path) -> None:
