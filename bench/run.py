@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser, suites: list[str]) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help=f"of every side (default: one a core, {cores})")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results (default bench/results)")
+    running = "server: of a Triton server that runs already, which then is measured alone"
+    parser.add_argument("--url", metavar="HOST:PORT", help=f"{running}; gRPC's port")
+    parser.add_argument("--http-url", metavar="HOST:PORT", help="its port of HTTP, to measure that too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,9 +38,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not 1 <= arguments.threads <= len(os.sched_getaffinity(0)):
         raise UserError(f"{arguments.threads} threads are out of range: use 1 to {len(os.sched_getaffinity(0))}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    running = {"grpc": arguments.url, "http": arguments.http_url}
+    addresses = {protocol: where for protocol, where in running.items() if where}
+    if addresses and (arguments.suite != "server" or not arguments.url):
+        raise UserError("--url is for the suite server, and --http-url goes with it")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{arguments.out} cannot be made ({error.strerror}): choose another --out") from None
     for suite in SUITES if arguments.suite == "all" else [arguments.suite]:
-        results = measure(suite, arguments.size, arguments.threads, arguments.quick)
+        results = measure(suite, arguments.size, arguments.threads, arguments.quick, addresses)
         path = arguments.out / f"{suite}_{arguments.size}.json"
         results.write(path)
         show(results)
@@ -44,8 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure(suite: str, size: str, threads: int, quick: bool) -> Results:
-    """One suite with all that belongs to it: the machine, its limits before and after."""
+def measure(
+    suite: str, size: str, threads: int, quick: bool, addresses: Mapping[str, str] = MappingProxyType({})
+) -> Results:
+    """One suite with all that belongs to it: the machine, its limits before and after. addresses: as `Context` has
+    them."""
     from bench.suites import SUITES
 
     rule = timing.QUICK if quick else timing.Rule()

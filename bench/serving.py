@@ -62,13 +62,11 @@ def serving(artifacts: Artifacts, folder: Path, **options: Any) -> Iterator[Trit
         yield server
 
 
-def address(server: TritonServer, protocol: str) -> str:
-    """HOST:PORT of "grpc" or "http"."""
-    return server.url if protocol == "grpc" else f"{server.host}:{server.http_port}"
+def addresses(server: TritonServer) -> dict[str, str]:
+    """HOST:PORT by protocol."""
+    return {"grpc": server.url, "http": f"{server.host}:{server.http_port}"}
 
 
-def client(server: TritonServer, protocol: str, config: Config) -> Client:
-    """A new client, with a connection of its own."""
-    if protocol == "grpc":
-        return TritonPredictor(server.url, TIMEOUT)
-    return HttpPredictor(address(server, protocol), config)
+def client(address: str, protocol: str, config: Config) -> Client:
+    """A new client of the server at HOST:PORT, with a connection of its own. protocol: grpc or http."""
+    return TritonPredictor(address, TIMEOUT) if protocol == "grpc" else HttpPredictor(address, config)

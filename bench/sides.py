@@ -6,10 +6,10 @@ had here is left out with the reason, never replaced."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import numpy as np
 import torch
@@ -35,13 +35,15 @@ Say = Callable[[str], None]
 @dataclass
 class Context:
     """What all sides of a run share. size: full or demo; threads: of every side; folder: for graphs that are thrown
-    away; say: told what takes long; count: told the side that is timed, and how many calls of how many are done."""
+    away; say: told what takes long; count: told the side that is timed, and how many calls of how many are done;
+    addresses: HOST:PORT of a server that runs already, by protocol."""
 
     size: str
     threads: int
     folder: Path
     say: Say = lambda text: None
     count: Callable[[str, int, int], None] = lambda *_: None
+    addresses: Mapping[str, str] = MappingProxyType({})
 
     @property
     def config(self) -> Config:
@@ -125,7 +127,7 @@ class Monolith(nn.Module):
         self.model, self.sampler = model, model.graph(graphs.SAMPLER, steps)
 
     def forward(self, VIDEO: torch.Tensor, AUDIO: torch.Tensor, S_T: torch.Tensor) -> tuple[torch.Tensor]:
-        features = [*self.model.visual_encoder(VIDEO), self.model.audio_encoder(AUDIO)]
+        features = [*self.model.visual_encoder(VIDEO), *self.model.audio_encoder(AUDIO)]
         *cond, _entropy, _steps = self.model.fusion(*features)
         return self.sampler(*cond, S_T)
 

@@ -27,7 +27,7 @@ from bench.descent import RATE, Rank, Verdict, descend, judged, rank
 from bench.load import Load, Run, interleaved, kept_up
 from bench.results import FOLDER, Results, Row
 from bench.run import limits
-from bench.serving import Client, client, serving
+from bench.serving import Client, addresses, client, serving
 from bench.sides import CLIPS, Context
 from bench.suites.server import PROTOCOLS
 from bench.timing import Side
@@ -189,7 +189,8 @@ class Bench:
     ) -> dict[str, Load]:
         runs: dict[str, Run] = {}
         for name, server in servers.items():
-            opened = functools.partial(client, server, self.protocol, self.artifacts.config)
+            where = addresses(server)[self.protocol]
+            opened = functools.partial(client, where, self.protocol, self.artifacts.config)
             runs[name] = functools.partial(kept_up, opened, self.asks, self.concurrency)
         try:
             return interleaved(runs, seconds, rounds, count)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import perf_analyzer
-from bench.serving import address
+from bench.serving import addresses
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
 from mubic_deploy.triton.server import TritonServer
@@ -21,7 +21,7 @@ def test_measures_the_ensemble(toy_server: TritonServer, toy_pipeline, tmp_path:
     analyzer = perf_analyzer.find(tmp_path)
     clips = [random_clip(toy_pipeline.config, seed) for seed in range(2)]
     inputs = perf_analyzer.write_inputs(tmp_path / "inputs.json", clips, 2)
-    values = perf_analyzer.run(analyzer, address(toy_server, protocol), protocol, 2, 10, inputs)
+    values = perf_analyzer.run(analyzer, addresses(toy_server)[protocol], protocol, 2, 10, inputs)
     assert values["clips_per_s"] > 1
     assert 0 < values["median_s"] <= values["p90_s"] <= values["p95_s"] <= values["p99_s"] < 10
     # two requests on the way all the time: Little's law

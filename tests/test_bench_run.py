@@ -9,11 +9,14 @@ import av
 import jsonschema
 import numpy as np
 import pytest
+import toy_graphs
 
 from bench import child, machine, results, sides, timing
 from bench.__main__ import main
 from bench.run import measure
+from bench.serving import addresses, serving
 from bench.suites import batch, engines, growth, parity, server, steps, waterfall
+from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
 
@@ -95,6 +98,24 @@ def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["over_in_process"] == pytest.approx(ours["clips_per_s"] / best)
 
 
+def test_a_server_that_runs_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CONCURRENCY", (2,))
+    artifacts = toy_graphs.write(get_config("demo"), tmp_path / "toy")
+    with serving(artifacts, tmp_path) as running:
+        where = addresses(running)
+        measured = measure("server", "demo", 1, quick=True, addresses=where)
+        with pytest.raises(UserError, match="the server serves demo, not full: use --size demo"):
+            measure("server", "full", 1, quick=True, addresses=where)
+    assert {(row.what, row.side) for row in measured.rows} == {
+        ("whole", "grpc"),
+        ("whole", "http"),
+        ("server", "our clients"),
+        ("server", "perf_analyzer"),
+    }
+    assert measured.settings["server"] == f"grpc://{where['grpc']}, http://{where['http']}"
+    assert "engine" not in measured.settings
+
+
 def test_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "STEPS", (1, 12))
     monkeypatch.setattr(growth, "BATCHES", {"demo": (1, 4)})
@@ -162,7 +183,7 @@ def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics["openvino"]["largest_difference"] < 5e-4
 
 
-@pytest.mark.parametrize("name", ["eager, torchvision", "eager folded, each step", "openvino, fixed steps"])
+@pytest.mark.parametrize("name", [name for name in sides.SIDES if name != "onnxruntime"])
 def test_all_sides_compute_the_same_maps(context: sides.Context, name: str) -> None:
     loaded, left_out = sides.load([name, "onnxruntime"], context)
     assert left_out == {}
@@ -199,6 +220,7 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
     for arguments, said in (
         (["run", "engine"], "invalid choice: 'engine'"),
         (["run", "steps", "--threads", "99"], "99 threads are out of range"),
+        (["run", "steps", "--url", "127.0.0.1:9"], "--url is for the suite server"),
         (["compare", str(tmp_path / "a"), str(tmp_path / "b")], "does not exist"),
     ):
         assert main(arguments) == 2
