@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Context:
     folder: Path
     say: Say = lambda text: None
     count: Callable[[str, int, int], None] = lambda *_: None
-    addresses: Mapping[str, str] = MappingProxyType({})
+    addresses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
