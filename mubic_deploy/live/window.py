@@ -39,10 +39,10 @@ class Window:
         except tkinter.TclError as error:
             raise UserError(f"--show needs a screen ({error}): set DISPLAY, or leave --show out") from None
         self._root.withdraw()  # until it is known what to show
-        self._picture = tkinter.Label(self._root, borderwidth=0, background="black")
-        self._image = tkinter.PhotoImage(master=self._root)
-        self._picture.configure(image=self._image)
-        self._picture.pack(expand=True, fill="both")
+        picture = tkinter.Label(self._root, borderwidth=0, background="black")
+        self._image: tkinter.PhotoImage | None = tkinter.PhotoImage(master=self._root)
+        picture.configure(image=self._image)
+        picture.pack(expand=True, fill="both")
         self._stop: Callable[[], None] = lambda: None
         self._name = ""
         self._size = LARGEST
@@ -66,7 +66,7 @@ class Window:
     def open(self, display: tuple[int, int], name: str, stop: Callable[[], None]) -> None:
         """display: (height, width) of the frames in square pixels; name: for the title; stop: is called when the window
         is closed by whoever looks at it."""
-        if self._root is None:
+        if self._root is None or self._image is None:
             return
         screen = self._root.winfo_screenheight(), self._root.winfo_screenwidth()
         self._size = picture_size(display, screen)
@@ -107,6 +107,7 @@ class Window:
 
     def close(self) -> None:
         root, self._root = self._root, None
+        self._image = None  # now: Tk's pictures can only be deleted on its own thread
         self._matcher.clear()
         self._due.clear()
         if root is not None:
@@ -135,6 +136,7 @@ class Window:
 
     def _draw(self, frame: Frame, saliency: np.ndarray) -> None:
         assert self._root is not None
+        assert self._image is not None
         image = self._resize(frame.image, self._size, "yuv420p")
         shown = self._heat(image, saliency)
         shown.colorspace, shown.color_range = image.colorspace, image.color_range
