@@ -44,6 +44,7 @@ from mubic_deploy.live.settings import ENCODINGS
 
 WINDOW = DEMO.frames * DEMO.height * DEMO.width * 3 + 4 * AUDIO_SAMPLES  # bytes of VIDEO and AUDIO
 ENGINES = ("visual_encoder", "audio_encoder", "fusion", "ddim")
+FRAMES = 500  # of `bytes`: enough that the windows that no frame completes any more do not count
 WARM_UPS = 5  # maps of `work`
 STRIDE = 5  # of a stream of `load`: 5 maps a second
 SIDE = "mubic_stream"
@@ -61,7 +62,7 @@ def wire(arguments: argparse.Namespace, results: Results) -> None:
             with StreamClient(
                 server.url, stride=1, steps=1, encoding=encoding, timeout=60, on_gap=gaps.append
             ) as client:
-                feeding = threading.Thread(target=_feed, args=(client, loop, len(loop.frames)))
+                feeding = threading.Thread(target=_feed, args=(client, loop, FRAMES))
                 feeding.start()
                 maps = sum(1 for _ in client)
                 feeding.join()
