@@ -23,7 +23,7 @@ from mubic_deploy.pipeline import Pipeline, Predictor
 PROTOCOLS = ("grpc", "http")
 CONCURRENCY = (1, 2, 4, 8, 16)
 BATCHES = (1, 2, 4, 8)
-ROUNDS = 4
+ROUNDS = {"full": 1, "demo": 4}  # each needs a few answers a client, which take `full` a minute
 IN_PROCESS, OURS, NVIDIAS = "in process", "our clients", "perf_analyzer"
 
 
@@ -95,7 +95,7 @@ def _throughput(
             open_client = functools.partial(client, where, protocol, context.config)
             runs[name] = functools.partial(kept_up, open_client, functools.partial(call, context), concurrency)
             rows[name] = Row("server", OURS, {"protocol": protocol, "concurrency": concurrency})
-    rounds = ROUNDS if rule.seconds >= timing.Rule().seconds else 1
+    rounds = ROUNDS[context.size] if rule.seconds >= timing.Rule().seconds else 1
     for name, load in interleaved(runs, rule.seconds, rounds, context.count).items():
         rows[name].timing = load.timing
         rows[name].values |= {"clips_per_s": load.clips_per_s, "spread": load.spread}
@@ -119,7 +119,7 @@ def _perf_analyzer(context: Context, server: Mapping[str, str], rule: Rule, resu
         for concurrency in CONCURRENCY:
             context.say(f"perf_analyzer, {concurrency} over {protocol}")
             ours = results.row("server", OURS, protocol=protocol, concurrency=concurrency).values["clips_per_s"]
-            requests = max(timing.AT_LEAST, 2 * concurrency, round(ours * rule.seconds / perf_analyzer.WINDOWS))
+            requests = max(timing.AT_LEAST, concurrency, round(ours * rule.seconds / perf_analyzer.WINDOWS))
             values = perf_analyzer.run(analyzer, where, protocol, concurrency, requests, data)
             axes: dict[str, int | str] = {"protocol": protocol, "concurrency": concurrency}
             values["over_ours"] = values["clips_per_s"] / ours
