@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ def peak_bytes() -> int:
 
 
 def run(work: str, *arguments: str) -> dict[str, float]:
-    """One of WORK in a process of its own: what it returned, peak_bytes, and wall_s from its imports to its end.
+    """One of WORK in a process of its own: what it returned, peak_bytes, and wall_s from its start to its end.
     UserError with the end of what it printed if it failed."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "bench.child", work, *arguments]
@@ -52,8 +53,10 @@ def infer(engine: str, artifacts: str, threads: str, batch: str, steps: str) -> 
     return {}
 
 
-def command(*arguments: str) -> dict[str, float]:
-    """The command line of the package; with --json its figures are returned."""
+def command(threads: str, *arguments: str) -> dict[str, float]:
+    """The command line of the package, on so many cores, for not every command takes a number of threads; with --json
+    its figures are returned."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         status = cli.main(arguments)

@@ -90,7 +90,7 @@ def _speed(engine: str) -> list[Goal]:
 GOALS = (
     *_speed(DEFAULT),
     *_speed("onnxruntime"),
-    Goal("full, the default engine against OpenVINO", "engines_full", faster(DEFAULT, "openvino"), least=1),
+    Goal("full, onnxruntime against OpenVINO", "engines_full", faster("onnxruntime", "openvino"), least=1),
     Goal(
         "full, visual encoder, onnxruntime against eager",
         "engines_full",
@@ -116,22 +116,35 @@ GOALS = (
         for engine in cpu.ENGINES
     ),
     *(
-        goal
+        Goal(f"{size}, lowest CC of a map", f"parity_{size}", extreme(min, "parity of maps", "cc"), 0.9999, unit="")
         for size in ("full", "demo")
-        for goal in (
-            Goal(
-                f"{size}, lowest CC of a map", f"parity_{size}", extreme(min, "parity of maps", "cc"), 0.9999, unit=""
-            ),
-            Goal(
-                f"{size}, largest difference of a metric",
-                f"parity_{size}",
-                extreme(max, "metrics", "largest_difference"),
-                most=5e-4,
-                unit="",
-            ),
-        )
+    ),
+    Goal(
+        "demo, largest difference of a metric",
+        "parity_demo",
+        extreme(max, "metrics", "largest_difference"),
+        most=5e-4,
+        unit="",
     ),
     Goal("demo, memory of predict, 10 minutes over 1", "growth_demo", _memory, most=1.05),
+    Goal("live stream, bytes a map, tensors", "streams_bytes", value("wire", "raw", "gain"), least=14, unit="x fewer"),
+    Goal("live stream, bytes a map, JPEG", "streams_bytes", value("wire", "jpeg", "gain"), least=100, unit="x fewer"),
+    Goal(
+        "live stream, work besides the engines",
+        "streams_work",
+        value("work", "mubic_stream", "share_besides_engines"),
+        most=0.1,
+        unit="",
+    ),
+    Goal("live streams, growth of memory", "streams_soak", extreme(max, "soak", "growth"), most=0.02, unit=""),
+    Goal("live streams, windows lost", "streams_soak", extreme(max, "soak", "lost"), most=0, unit=""),
+    Goal(
+        "live stream, sound off its frame",
+        "streams_align",
+        extreme(max, "alignment", "offset_frames"),
+        most=0.5,
+        unit="frames",
+    ),
 )
 
 

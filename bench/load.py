@@ -3,6 +3,7 @@ connection of its own, until enough answers were counted."""
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -14,15 +15,16 @@ from bench.serving import Client
 from bench.timing import AT_LEAST, Side, Timing
 
 Open = Callable[[], Client]
+APART = 0.1  # a larger spread makes the loads' timing one that did not settle
 Run = Callable[[float], "Answers"]  # loads for at least so many seconds
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one load counted. clips: in all its answers; seconds: from the last answer that was not counted to the last
-    that was; latencies: seconds of each request."""
+    """What one load counted. clips: answered within, a request that reaches over an end by the part of its time that
+    lies within; seconds: that it was counted for; latencies: seconds of each request that was answered within."""
 
-    clips: int
+    clips: float
     seconds: float
     latencies: tuple[float, ...]
     warm_ups: int
@@ -40,28 +42,70 @@ class Load:
 
     @property
     def spread(self) -> float:
-        """Half of the range of the loads' own rates, over the rate of all."""
+        """Half of the range of the loads' own rates, over the rate of all; NaN of one load alone."""
+        if len(self.answers) < 2:
+            return math.nan
         rates = [a.clips / a.seconds for a in self.answers]
         return (max(rates) - min(rates)) / 2 / self.clips_per_s
 
     @property
     def timing(self) -> Timing:
-        """The latency of every counted request."""
+        """The latency of every request that was answered. Not settled if the rates of the loads lie apart."""
         latencies = tuple(s for a in self.answers for s in a.latencies)
-        return Timing(latencies, sum(a.warm_ups for a in self.answers))
+        return Timing(latencies, sum(a.warm_ups for a in self.answers), settled=not self.spread > APART)
+
+
+class _Window:
+    """When answers count. It opens when every client was answered, and AT_LEAST were in all, so that queues and batches
+    are as they stay. It closes after `seconds`, and not before the same is true of the answers in it. The load is kept
+    up until each client was answered after that, so that what reaches over the end is as slow as the rest."""
+
+    def __init__(self, concurrency: int, seconds: float) -> None:
+        self.concurrency, self.seconds = concurrency, seconds
+        self.opens = self.closes = math.inf
+        self.done: list[tuple[float, float]] = []  # when each request began and ended, in the order of the ends
+        self.warm_ups = 0
+        self._answered: set[int] = set()  # clients, in this part
+        self._count = 0  # answers in this part
+        self._floor = math.inf  # when there were enough in the window
+
+    def answered(self, client: int, began: float, ended: float) -> bool:
+        """Notes an answer; whether the load may end."""
+        self.done.append((began, ended))
+        self._answered.add(client)
+        self._count += 1
+        enough = len(self._answered) == self.concurrency
+        if self.opens == math.inf:
+            if enough and self._count >= AT_LEAST:
+                self.opens, self.warm_ups = ended, self._count
+                self._next_part()
+            return False
+        if self.closes == math.inf:
+            if enough and self._count >= AT_LEAST:
+                self._floor = min(self._floor, ended)
+            if ended < max(self._floor, self.opens + self.seconds):
+                return False
+            self.closes = max(self._floor, self.opens + self.seconds)
+            self._next_part()
+            self._answered.add(client)
+        return len(self._answered) == self.concurrency
+
+    def _next_part(self) -> None:
+        self._answered, self._count = set(), 0
+
+    def counted(self) -> Answers:
+        inside = [(began, ended) for began, ended in self.done if ended > self.opens and began < self.closes]
+        parts = [(min(e, self.closes) - max(b, self.opens)) / (e - b) for b, e in inside]
+        latencies = tuple(e - b for b, e in inside if e <= self.closes)
+        return Answers(sum(parts), self.closes - self.opens, latencies, self.warm_ups)
 
 
 def kept_up(open_client: Open, sides: Callable[[Client], Side], concurrency: int, seconds: float) -> Answers:
-    """Loads with `concurrency` clients of their own. sides: what one client does, as `timing.measure` takes it.
-
-    Not counted: until every client was answered AT_LEAST times in all and once each, so that queues and batches are as
-    they stay. Then answers count for `seconds`, and until there was one for each client and AT_LEAST. The load goes on
-    until the last counted answer is there. What a client raises is raised here, after all have ended."""
+    """Loads with `concurrency` clients of their own for `seconds` and some more: see `_Window`. sides: what one client
+    does, as `timing.measure` takes it. What a client raises is raised here, after all have ended."""
     lock, stop = threading.Lock(), threading.Event()
-    done: list[tuple[float, float]] = []  # when each answer came, and its latency
-    raised: list[BaseException] = []
-    ready, began_counting = threading.Barrier(concurrency), [0.0]
-    skipped = max(AT_LEAST, concurrency)
+    window, raised = _Window(concurrency, seconds), list[BaseException]()
+    ready = threading.Barrier(concurrency)
 
     def work(index: int) -> None:
         try:
@@ -75,11 +119,7 @@ def kept_up(open_client: Open, sides: Callable[[Client], Side], concurrency: int
                     ended = time.perf_counter()
                     turn += concurrency
                     with lock:
-                        done.append((ended, ended - began))
-                        if len(done) == skipped:
-                            began_counting[0] = ended
-                        counted = len(done) - skipped
-                        if counted >= skipped and ended - began_counting[0] >= seconds:
+                        if window.answered(index, began, ended):
                             stop.set()
         except threading.BrokenBarrierError:
             pass  # another one failed, and says why
@@ -91,14 +131,15 @@ def kept_up(open_client: Open, sides: Callable[[Client], Side], concurrency: int
     threads = [threading.Thread(target=work, args=(i,)) for i in range(concurrency)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:  # Ctrl-C too
+        stop.set()
+        ready.abort()
     if raised:
         raise raised[0]
-    end = next(i for i, (t, _) in enumerate(done) if i + 1 >= 2 * skipped and t - began_counting[0] >= seconds)
-    counted = done[skipped : end + 1]
-    latencies = tuple(latency for _, latency in counted)
-    return Answers(len(counted), counted[-1][0] - began_counting[0], latencies, skipped)
+    return window.counted()
 
 
 def in_turn(side: Side, clips: int, seconds: float) -> Answers:
@@ -120,8 +161,8 @@ def interleaved(
     progress: Callable[[str, int, int], None] = lambda *_: None,
     seed: int = 0,
 ) -> dict[str, Load]:
-    """Every load for `seconds` in `rounds` parts, in a new random order each round, so that what the machine does
-    meanwhile meets all alike."""
+    """Every load for `seconds` in all, in `rounds` parts and a new random order each round, so that what the machine
+    does meanwhile meets all alike."""
     answers: dict[str, list[Answers]] = {name: [] for name in runs}
     order = random.Random(seed)
     for i in range(rounds):

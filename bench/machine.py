@@ -144,6 +144,8 @@ def _nvml(read: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any] | None:
         return None
     try:
         return read(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
+    except pynvml.NVMLError:  # a driver without a GPU, or one that does not tell
+        return None
     finally:
         pynvml.nvmlShutdown()
 

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import Config
+from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Predictor, request
+from mubic_deploy.triton import parameters
 from mubic_deploy.triton.client import TritonPredictor
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
@@ -30,11 +31,21 @@ class Client(Predictor, Protocol):
 
 class HttpPredictor:
     """As `TritonPredictor`, over HTTP with binary tensors; for one thread, and for no more clips than the server takes
-    at once. InferenceServerException if the server does not answer or refuses."""
+    at once. UserError if the server does not answer, serves something else or refuses."""
 
-    def __init__(self, address: str, config: Config) -> None:
-        self.config, self.default_steps = config, config.default_steps
+    def __init__(self, address: str) -> None:
+        self._address = address
         self._client = InferenceServerClient(address, connection_timeout=TIMEOUT, network_timeout=TIMEOUT)
+        try:
+            with self._explaining():
+                served = self._client.get_model_config(graphs.ENSEMBLE)["parameters"]
+            if parameters.CONFIG not in served:
+                raise UserError(f"the model {graphs.ENSEMBLE} on {address} is not this package's")
+        except UserError:
+            self.close()
+            raise
+        self.config = parameters.config_from_string(served[parameters.CONFIG]["string_value"])
+        self.default_steps = self.config.default_steps
 
     def close(self) -> None:
         self._client.close()
@@ -49,8 +60,17 @@ class HttpPredictor:
             inputs.append(InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)))
             inputs[-1].set_data_from_numpy(array)
         outputs = [InferRequestedOutput(name) for name in graphs.pipeline(self.config).output_names]
-        answer = self._client.infer(graphs.ENSEMBLE, inputs, outputs=outputs)
+        with self._explaining():
+            answer = self._client.infer(graphs.ENSEMBLE, inputs, outputs=outputs)
         return answer.as_numpy("SALIENCY"), answer.as_numpy("STEPS_USED")
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except (InferenceServerException, OSError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"the Triton server at {self._address} does not answer over HTTP ({said})") from None
 
 
 @contextlib.contextmanager
@@ -67,6 +87,6 @@ def addresses(server: TritonServer) -> dict[str, str]:
     return {"grpc": server.url, "http": f"{server.host}:{server.http_port}"}
 
 
-def client(address: str, protocol: str, config: Config) -> Client:
+def client(address: str, protocol: str) -> Client:
     """A new client of the server at HOST:PORT, with a connection of its own. protocol: grpc or http."""
-    return TritonPredictor(address, TIMEOUT) if protocol == "grpc" else HttpPredictor(address, config)
+    return TritonPredictor(address, TIMEOUT) if protocol == "grpc" else HttpPredictor(address)

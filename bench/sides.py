@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,7 @@ from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline, Predictor, request, sample
 from mubic_deploy.sources import load_script, source_dir
 
-CLIPS = 8  # random inputs that take turns
+CLIPS, BATCHES = 8, 3  # random inputs that take turns
 
 Say = Callable[[str], None]
 
@@ -92,6 +93,17 @@ def call(context: Context, predictor: Predictor, steps: int | None = None) -> Si
     def predict(i: int) -> None:
         clip = context.clips[i % CLIPS]
         predictor.predict(clip["VIDEO"], clip["AUDIO"], i, steps)
+
+    return predict
+
+
+def batches(context: Context, predictor: Predictor, batch: int) -> Side:
+    """One batch of random clips after the other."""
+    clips = [random_clip(context.config, seed, batch) for seed in range(BATCHES)]
+
+    def predict(i: int) -> None:
+        clip = clips[i % BATCHES]
+        predictor.predict(clip["VIDEO"], clip["AUDIO"], i)
 
     return predict
 
@@ -241,6 +253,16 @@ SIDES: dict[str, Callable[[Context], Predictor]] = {
     "openvino": functools.partial(on_cpu, "openvino"),
     "openvino, fixed steps": functools.partial(fixed_steps, "openvino"),
 }
+
+
+def installed_engines(left_out: dict[str, str]) -> list[str]:
+    """The engines for a CPU that are installed, the default first; the others are noted with the reason. UserError if
+    there is none."""
+    found = [engine for engine in cpu.ENGINES if find_spec(engine)]
+    left_out |= {engine: "not installed" for engine in cpu.ENGINES if engine not in found}
+    if not found:
+        raise UserError(f"no engine for a CPU is installed: pip install {cpu.ENGINES[0]}")
+    return found
 
 
 def load(names: Iterable[str], context: Context) -> tuple[dict[str, Predictor], dict[str, str]]:

@@ -18,11 +18,11 @@ from bench.looped import RATE, Loop, clip, repository, server_of
 from bench.results import Results, Row
 from mubic_deploy import StreamClient
 from mubic_deploy.config import DEMO
-from mubic_deploy.errors import UserError
 from mubic_deploy.triton.server import TritonServer
 
 CLIENTS = 4
 SAMPLED_S = 15.0  # between two looks at the server's memory; the clients' is looked at every second time
+LATEST_S = 300.0  # for a client to end after its last frame
 LAST_S = 1200.0  # of a run, whose growth counts
 
 
@@ -37,6 +37,7 @@ def soak(arguments: argparse.Namespace, results: Results) -> None:
         server = stack.enter_context(server_of(models))
         clients = [_client(film, server.url, seconds) for _ in range(CLIENTS)]
         for process in clients:
+            stack.callback(process.wait)  # after it was killed
             stack.callback(process.kill)
         began = time.monotonic()
         for n in range(int(seconds / every) + 1):
@@ -109,17 +110,23 @@ def client(film: str, url: str, seconds: float) -> None:
 
 
 def _said(process: subprocess.Popen[str], number: int) -> dict[str, Any]:
-    """What a client printed. UserError if it failed."""
-    out, _ = process.communicate(timeout=300)
+    """What a client printed; only "failed", and why, if it printed nothing of use."""
+    try:
+        out, _ = process.communicate(timeout=LATEST_S)
+    except subprocess.TimeoutExpired:
+        return {"failed": 1, "gaps": [f"client {number} did not end within {LATEST_S:g} s"]}
     if process.returncode:
-        raise UserError(f"client {number} failed with exit code {process.returncode}: see above")
+        return {"failed": 1, "gaps": [f"client {number} ended with exit code {process.returncode}"]}
     report: dict[str, Any] = json.loads(out)
     return report
 
 
 def server_mb(server: TritonServer) -> float:
-    """Of the server and its models' processes."""
+    """Of the server and its models' processes, and what they share in /dev/shm."""
     total = 0.0
+    for file in Path("/dev/shm").glob(f"{server.shm_prefix}*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_blocks * 512 / 1e6
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdecimal() and server.shm_prefix.encode() in (entry / "cmdline").read_bytes():

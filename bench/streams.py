@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -33,20 +33,25 @@ from rich.table import Table
 from bench import alignment, text
 from bench.looped import RATE, Loop, clip, repository, server_of
 from bench.results import FOLDER, Results, Row
-from bench.soak import soak
+from bench.soak import server_mb, soak
 from bench.timing import Timing
-from mubic_deploy import StreamClient
-from mubic_deploy.cli import guarded
-from mubic_deploy.config import AUDIO_SAMPLES, DEMO
+from mubic_deploy import StreamClient, exported
+from mubic_deploy.cli import Parser, guarded, number, positive
+from mubic_deploy.config import AUDIO_SAMPLES, DEMO, DEMO_CHECKPOINT
+from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.report import Gap, Report
 from mubic_deploy.live.settings import ENCODINGS
+from mubic_deploy.parity import random_clip
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.triton.server import TritonServer
 
 WINDOW = DEMO.frames * DEMO.height * DEMO.width * 3 + 4 * AUDIO_SAMPLES  # bytes of VIDEO and AUDIO
 ENGINES = ("visual_encoder", "audio_encoder", "fusion", "ddim")
 FRAMES = 500  # of `bytes`: enough that the windows that no frame completes any more do not count
 WARM_UPS = 5  # maps of `work`
 STRIDE = 5  # of a stream of `load`: 5 maps a second
+WARM_S = 3.0  # of a stream before `load`
 SIDE = "mubic_stream"
 
 
@@ -84,9 +89,13 @@ def _feed(client: StreamClient, loop: Loop, frames: int) -> None:
 
 def work(arguments: argparse.Namespace, results: Results) -> None:
     """A map at a time: how long it takes from the moment when its window is complete, at the client, and how much of
-    that the engines compute, as the server counts it."""
+    that is not spent in the models of the ensemble, as the server counts it: at the client, on the wire, in
+    `mubic_stream` and between the models. A model's time is Triton's "compute infer", which has the way to its process
+    in it; the engines alone, in this process, are timed in turn and stand beside it."""
     loop = Loop(arguments.film or clip())
-    waits, shares = [], []
+    graphs = exported.cached(DEMO_CHECKPOINT)
+    pipeline, window = Pipeline(graphs.config, cpu.load_engines(cpu.ENGINES[0], graphs)), random_clip(DEMO, 0)
+    waits, shares, alone = [], [], []
     with (
         repository() as models,
         server_of(models) as server,
@@ -102,14 +111,19 @@ def work(arguments: argparse.Namespace, results: Results) -> None:
                 if client.report().waiting:
                     found = client.poll(30)
                     break
-            assert found is not None
+            if found is None:
+                raise UserError("the server did not answer within 30 s")
+            began = time.perf_counter()
+            pipeline.predict(window["VIDEO"], window["AUDIO"], i)
             if warm >= 0:
+                alone.append(time.perf_counter() - began)
                 engines = {name: s - before[name] for name, s in _computed(counter).items()}
-                alone = max(engines["visual_encoder"], engines["audio_encoder"]) + engines["fusion"] + engines["ddim"]
+                busy = max(engines["visual_encoder"], engines["audio_encoder"]) + engines["fusion"] + engines["ddim"]
                 waits.append(found.wait_s)
-                shares.append((found.wait_s - alone) / alone)
-    values = {"share_besides_engines": median(shares), "maps": len(waits)}
+                shares.append((found.wait_s - busy) / busy)
+    values = {"share_besides_engines": median(shares), "over_in_process": median(waits) / median(alone)}
     results.rows.append(Row("work", SIDE, {"streams": 1}, Timing(tuple(waits), WARM_UPS), values))
+    results.rows.append(Row("work", "in process", {"streams": 1}, Timing(tuple(alone), WARM_UPS)))
 
 
 def _computed(counter: triton.InferenceServerClient) -> dict[str, float]:
@@ -125,15 +139,40 @@ def _computed(counter: triton.InferenceServerClient) -> dict[str, float]:
 def load(arguments: argparse.Namespace, results: Results) -> None:
     loop = Loop(arguments.film or clip())
     with repository() as models, server_of(models) as server:
-        for count in arguments.streams:
-            values = hold(server.url, loop, count, arguments.seconds)
-            results.rows.append(Row("growth over streams", SIDE, {"streams": count}, values=values))
-            print(count, values, file=sys.stderr)
+        said = lambda text: print(text, file=sys.stderr)  # noqa: E731
+        results.rows += over_streams(server, loop, arguments.streams, arguments.seconds, said)
+
+
+def over_streams(
+    server: TritonServer, film_loop: Loop, counts: Sequence[int], seconds: float, say: Callable[[str], None]
+) -> list[Row]:
+    """A row for each number of streams at once: what `hold` returns, and the largest memory of the server meanwhile."""
+    hold(server.url, film_loop, 1, WARM_S)
+    rows = []
+    for count in counts:
+        say(f"{count} live streams")
+        largest, ended = 0.0, threading.Event()
+
+        def watch(ended: threading.Event = ended) -> None:
+            nonlocal largest
+            while not ended.wait(1.0):
+                largest = max(largest, server_mb(server))
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        try:
+            values = hold(server.url, film_loop, count, seconds)
+        finally:
+            ended.set()
+            watching.join()
+        values["memory_bytes"] = 1e6 * largest
+        rows.append(Row("growth over streams", SIDE, {"streams": count}, values=values))
+    return rows
 
 
 def hold(url: str, film_loop: Loop, count: int, seconds: float) -> dict[str, float]:
-    """`count` streams of 25 frames and 5 maps a second each, at once and evenly spread, for `seconds` seconds, from the
-    server at `url`; a window too late to wait is dropped.
+    """`count` streams of 25 frames and 5 maps a second each, at once and evenly spread, for `seconds` seconds (> 0.6,
+    which the first window takes), from the server at `url`; a window too late to wait is dropped.
 
     median_s    from capture to map: of each stream, and the median of these
     p99_s       the same in 99 of 100 maps: of each stream, and the worst of these
@@ -141,6 +180,7 @@ def hold(url: str, film_loop: Loop, count: int, seconds: float) -> dict[str, flo
     dropped     windows of all streams
 
     UserError if a stream fails."""
+    windows = (round(seconds * RATE) - DEMO.frames) // STRIDE + 1  # that a stream has
     reports: list[Report] = []
     failures: list[UserError] = []
 
@@ -160,7 +200,7 @@ def hold(url: str, film_loop: Loop, count: int, seconds: float) -> dict[str, flo
     return {
         "median_s": median(r.median_s for r in reports),
         "p99_s": max(r.p99_s for r in reports),
-        "maps_per_s": sum(r.maps for r in reports) / seconds,
+        "maps_per_s": RATE / STRIDE * sum(r.maps for r in reports) / windows,
         "dropped": sum(r.dropped for r in reports),
     }
 
@@ -218,16 +258,19 @@ def show(results: Results) -> None:
     Console(width=150).print(table)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(MEASUREMENTS))
     parser.add_argument("--film", type=Path)
-    parser.add_argument("--maps", type=int, default=60, help="of `work`")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 3, 4], help="of `load`")
-    parser.add_argument("--seconds", type=float, default=30, help="of each part of `load`")
-    parser.add_argument("--minutes", type=float, default=30, help="of `soak`")
+    parser.add_argument("--maps", type=positive, default=60, help="of `work`")
+    parser.add_argument("--streams", type=positive, nargs="+", default=[1, 2, 3, 4, 6], help="of `load`")
+    parser.add_argument("--seconds", type=number, default=30, help="of each part of `load`, at least 2")
+    parser.add_argument("--minutes", type=number, default=30, help="of `soak`, at least 0.5")
     parser.add_argument("--save", action="store_true", help="also write bench/results/streams_NAME.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    for name, least in (("seconds", 2), ("minutes", 0.5)):
+        if not least <= getattr(arguments, name) < float("inf"):
+            raise UserError(f"--{name} {getattr(arguments, name):g} is out of range: use {least} or more")
     measure, names = MEASUREMENTS[arguments.name]
     settings = {name: getattr(arguments, name) for name in names}
     results = Results(f"streams_{arguments.name}", {"size": DEMO.name, **settings})

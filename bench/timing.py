@@ -25,12 +25,14 @@ AT_LEAST = 5  # calls of a side, however slow it is
 @dataclass(frozen=True)
 class Rule:
     """When a side was timed often enough: after `repeats` calls or `seconds`, whichever comes first; short calls go on
-    for `short_s` all the same. warm_up_s: the longest that a side may take to settle."""
+    for `short_s` all the same. warm_up_s: the longest that a side may take to settle; quick:
+    a look, for which suites try less."""
 
     repeats: int = 30
     seconds: float = 20.0
     short_s: float = 1.0
     warm_up_s: float = 10.0
+    quick: bool = False
 
     def calls(self, call_s: float) -> int:
         """Calls of a side that takes `call_s` each."""
@@ -38,7 +40,7 @@ class Rule:
         return max(AT_LEAST, enough, math.ceil(self.short_s / call_s))
 
 
-QUICK = Rule(repeats=5, seconds=3.0, short_s=0.2, warm_up_s=2.0)
+QUICK = Rule(repeats=5, seconds=3.0, short_s=0.2, warm_up_s=2.0, quick=True)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from bench.load import Load, Run, interleaved, kept_up
 from bench.results import FOLDER, Results, Row
 from bench.run import limits
 from bench.serving import Client, addresses, client, serving
-from bench.sides import CLIPS, Context
+from bench.sides import CLIPS, Context, installed_engines
 from bench.suites.server import PROTOCOLS
 from bench.timing import Side
 from mubic_deploy.artifacts import Artifacts
@@ -190,7 +189,7 @@ class Bench:
         runs: dict[str, Run] = {}
         for name, server in servers.items():
             where = addresses(server)[self.protocol]
-            opened = functools.partial(client, where, self.protocol, self.artifacts.config)
+            opened = functools.partial(client, where, self.protocol)
             runs[name] = functools.partial(kept_up, opened, self.asks, self.concurrency)
         try:
             return interleaved(runs, seconds, rounds, count)
@@ -268,10 +267,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def tune(bench: Bench, target_s: float, quick: bool, found: Results, count: Count) -> Setting:
     """The setting to keep; adds to `found` a row for each that was tried, and two where one was better."""
-    installed = [engine for engine in cpu.ENGINES if find_spec(engine)]
-    found.left_out |= {engine: "not installed" for engine in cpu.ENGINES if engine not in installed}
-    if not installed:
-        raise UserError(f"no engine for a CPU is installed: pip install {cpu.ENGINES[0]}")
+    installed = installed_engines(found.left_out)
     models = [*(name for name in bench.artifacts.signatures if name != SAMPLER), LOOP]
     default = Setting(installed[0])
     space = Space(installed, models, len(os.sched_getaffinity(0)), bench.concurrency, target_s)

@@ -45,6 +45,7 @@ class Parity:
     """Differences of a candidate from the reference over some random clips."""
 
     graphs: dict[str, dict[str, float]] = field(default_factory=dict)  # graph -> tensor -> largest difference
+    means: dict[str, dict[str, float]] = field(default_factory=dict)  # graph -> tensor -> mean difference
     map_difference: float = 0.0
     map_cc: float = 1.0  # the lowest
     clips: int = 0
@@ -119,15 +120,17 @@ def compare(
             given = {t.name: np.asarray(tensors[t.name]).astype(t.dtype) for t in signature.inputs}
             expected = {key: np.asarray(array) for key, array in reference[name](tensors).items()}
             got = {key: np.asarray(array) for key, array in candidate[name](given).items()}
-            worst = result.graphs.setdefault(name, {})
+            worst, means = result.graphs.setdefault(name, {}), result.means.setdefault(name, {})
             for tensor in signature.output_names:
-                difference = np.abs(expected[tensor].astype(np.float64) - got[tensor]).max()
+                apart = np.abs(expected[tensor].astype(np.float64) - got[tensor])
+                difference, mean = apart.max(), apart.mean()
                 if result.tolerance.relative:
                     # ADAPTIVE_STEPS is rounded: the entropy behind it may lie between two numbers of steps
                     rounded = expected[tensor].dtype.kind == "i"
                     scale = np.maximum(1.0, np.abs(expected[tensor]).max())
-                    difference = np.maximum(0.0, difference - rounded) / scale
+                    difference, mean = (np.maximum(0.0, d - rounded) / scale for d in (difference, mean))
                 worst[tensor] = float(np.maximum(worst.get(tensor, 0.0), difference))
+                means[tensor] = means.get(tensor, 0.0) + float(mean) / clips
             tensors |= expected
         pairs = [Pipeline(config, e).predict(clip["VIDEO"], clip["AUDIO"], seed)[0] for e in (reference, candidate)]
         result.map_difference = float(np.maximum(result.map_difference, np.abs(pairs[0] - pairs[1]).max()))

@@ -22,6 +22,7 @@ WHOLE = (
     "eager, torchvision",
     "eager",
     "torch.compile",
+    "ONNX, plain export",
     "ONNX, one graph",
     "onnxruntime",
     "openvino",
@@ -35,7 +36,7 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
     results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
     _limits(results, "whole", cost(context.config).macs_4_steps, None)
     engines = {name: p.engines for name, p in predictors.items() if name in GRAPHS and isinstance(p, Pipeline)}
-    tensors = [chain(context, engines["onnxruntime"], i) for i in range(CLIPS)]
+    tensors = [chain(context, next(iter(engines.values())), i) for i in range(CLIPS)]
     for graph, signature in context.artifacts.signatures.items():
         of_graph = {
             name: functools.partial(_run, e[graph], signature, tensors) for name, e in engines.items() if graph in e

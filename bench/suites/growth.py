@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -13,36 +11,34 @@ from bench import child, timing
 from bench.looped import Loop, clip
 from bench.results import Results, Row
 from bench.serving import serving
-from bench.sides import Context, call, on_cpu
-from bench.soak import server_mb
-from bench.streams import hold
+from bench.sides import Context, batches, call, installed_engines, on_cpu
+from bench.streams import over_streams
+from bench.suites.batch import BATCHES
 from bench.timing import Rule
 from mubic_deploy.config import DEFAULT_STEPS
-from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
-from mubic_deploy.parity import random_clip
 
 STEPS = (1, 4, 8, 12)
-BATCHES = {"full": (1, 2, 4, 8), "demo": (1, 2, 4, 8, 16, 32)}
-MINUTES = {"full": (), "demo": (1, 2, 5, 10)}  # a minute of film is over a hundred maps: `full` takes 3 minutes for it
+MINUTES = (1, 2, 5, 10)
 STRIDE = 16
 FPS, RATE = 30, 48_000  # of the film
 
 
-STREAMS = {"full": (), "demo": (1, 2, 3, 4, 6)}
+STREAMS = (1, 2, 3, 4, 6)
 STREAMED_S = 20.0
 
 
 def measure(context: Context, rule: Rule, results: Results) -> None:
     """With the default engine. Peaks are of a process of its own for each row."""
-    engine = cpu.ENGINES[0]
+    engine = installed_engines(results.left_out)[0]
     results.settings["engine"] = engine
-    rule = replace(rule, repeats=max(timing.AT_LEAST, rule.repeats // 3))
     _steps(context, engine, rule, results)
     _batches(context, engine, rule, results)
-    quick = rule.seconds < timing.Rule().seconds
-    _films(context, engine, MINUTES[context.size][: 2 if quick else None], results)
-    _streams(context, engine, STREAMS[context.size], 5.0 if quick else STREAMED_S, results)
+    if context.size != "demo":
+        results.left_out["films and live streams"] = "measured with demo: a minute of film takes full 3 minutes"
+        return
+    _films(context, engine, MINUTES[: 2 if rule.quick else None], results)
+    _streams(context, engine, 5.0 if rule.quick else STREAMED_S, results)
 
 
 def _steps(context: Context, engine: str, rule: Rule, results: Results) -> None:
@@ -55,10 +51,7 @@ def _steps(context: Context, engine: str, rule: Rule, results: Results) -> None:
 
 def _batches(context: Context, engine: str, rule: Rule, results: Results) -> None:
     pipeline = on_cpu(engine, context)
-    sides = {}
-    for batch in BATCHES[context.size]:
-        clip = random_clip(context.config, batch, batch)
-        sides[str(batch)] = functools.partial(pipeline.predict, clip["VIDEO"], clip["AUDIO"])
+    sides = {str(batch): batches(context, pipeline, batch) for batch in BATCHES[context.size]}
     for name, timed in timing.measure(sides, rule, progress=context.count).items():
         values = _peak(context, engine, int(name), DEFAULT_STEPS)
         results.rows.append(Row("growth over batch", engine, {"batch": int(name)}, timed, values))
@@ -72,8 +65,6 @@ def _peak(context: Context, engine: str, batch: int, steps: int) -> dict[str, fl
 
 def _films(context: Context, engine: str, minutes: tuple[int, ...], results: Results) -> None:
     """`mubic-deploy predict` with an overlay and the maps, from the process's start to its end."""
-    if not minutes:
-        return
     minute = context.folder / "minute.mp4"
     render_minute(minute)
     for length in minutes:
@@ -83,28 +74,22 @@ def _films(context: Context, engine: str, minutes: tuple[int, ...], results: Res
         given = ["predict", str(film), "--artifacts", str(context.artifacts.path), "--engine", engine]
         given += ["--stride", str(STRIDE), "--json"]
         given += ["-o", str(context.folder / "overlay.mp4"), "--maps", str(context.folder / "maps.npz")]
-        answer = child.run("command", *given)
+        answer = child.run("command", str(context.threads), *given)
         film.unlink()
         values = {name: float(answer[name]) for name in ("wall_s", "peak_bytes", "maps")}
         values["maps_per_s"] = values["maps"] / values["wall_s"]
         results.rows.append(Row("growth over film", engine, {"minutes": length}, values=values))
 
 
-def _streams(context: Context, engine: str, counts: tuple[int, ...], seconds: float, results: Results) -> None:
-    """Live streams of 25 frames and 5 maps a second each, and the server's memory."""
-    if not counts:
-        return
+def _streams(context: Context, engine: str, seconds: float, results: Results) -> None:
+    """Live streams of 25 frames and 5 maps a second each, and the server's memory with them."""
     try:
         film = Loop(clip())
     except UserError as error:
-        results.left_out["streams"] = str(error)
+        results.left_out["live streams"] = str(error)
         return
     with serving(context.artifacts, context.folder, engine=engine, threads=context.threads) as server:
-        for count in counts:
-            context.say(f"{count} live streams")
-            values = hold(server.url, film, count, seconds)
-            values["memory_bytes"] = 1e6 * server_mb(server)
-            results.rows.append(Row("growth over streams", engine, {"streams": count}, values=values))
+        results.rows += over_streams(server, film, STREAMS, seconds, context.say)
 
 
 def render_minute(path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench import log_mel
 from bench.results import Results, Row
-from bench.sides import Context, load
+from bench.sides import Context, installed_engines, load
 from bench.suites.engines import predictor_of
 from bench.timing import Rule
 from mubic_deploy.config import DEMO_CHECKPOINT, MAX_STEPS
@@ -34,7 +34,8 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
             for graph, tensors in result.graphs.items():
                 for tensor, difference in tensors.items():
                     axes: dict[str, int | str] = {"graph": graph, "tensor": tensor}
-                    results.rows.append(Row("parity", name, axes, values={"largest_difference": difference}))
+                    values = {"largest_difference": difference, "mean_difference": result.means[graph][tensor]}
+                    results.rows.append(Row("parity", name, axes, values=values))
             _each_step(context, reference, name, side, results)
     context.say("comparing the log-mel")
     results.rows += log_mel.rows(context.folder)
@@ -67,7 +68,7 @@ def _metrics(context: Context, results: Results) -> None:
         write_scenes(Path(folder), SCENES, SEED, SECONDS, context.threads)
         videos = [v for part in PARTS for v in read_list(Path(folder), "Scenes", part, 1)]
         means = {}
-        for engine in ("eager", "onnxruntime", "openvino"):
+        for engine in ("eager", *reversed(installed_engines(results.left_out))):
             context.say(f"evaluating {engine}")
             pipeline = Pipeline.open(DEMO_CHECKPOINT, engine)
             result = evaluate(pipeline, Clips(videos, pipeline.config, stride=STRIDE))

@@ -12,16 +12,14 @@ from bench import perf_analyzer, timing
 from bench.load import Run, in_turn, interleaved, kept_up
 from bench.results import Results, Row
 from bench.serving import addresses, client, serving
-from bench.sides import Context, call, on_cpu
+from bench.sides import Context, batches, call, installed_engines, on_cpu
 from bench.timing import Rule
 from mubic_deploy.config import DEFAULT_STEPS
-from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
-from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline, Predictor
 
 PROTOCOLS = ("grpc", "http")
-CONCURRENCY = (1, 2, 4, 8, 16)
+CONCURRENCY, QUICK_CONCURRENCY = (1, 2, 4, 8, 16), (1, 4)
 BATCHES = (1, 2, 4, 8)
 ROUNDS = {"full": 1, "demo": 4}  # each needs a few answers a client, which take `full` a minute
 IN_PROCESS, OURS, NVIDIAS = "in process", "our clients", "perf_analyzer"
@@ -34,7 +32,7 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
         results.settings["server"] = ", ".join(f"{protocol}://{where}" for protocol, where in context.addresses.items())
         _measure(context, None, context.addresses, rule, results)
         return
-    engine = cpu.ENGINES[0]
+    engine = installed_engines(results.left_out)[0]
     results.settings["engine"] = engine
     context.say("starting the server")
     with serving(context.artifacts, context.folder, engine=engine, threads=context.threads) as server:
@@ -56,7 +54,7 @@ def _latency(
     with contextlib.ExitStack() as stack:
         sides: dict[str, Predictor] = {IN_PROCESS: pipeline} if pipeline else {}
         for protocol, where in server.items():
-            sides[protocol] = stack.enter_context(contextlib.closing(client(where, protocol, context.config)))
+            sides[protocol] = stack.enter_context(contextlib.closing(client(where, protocol)))
             _check(sides[protocol], context)
         timings = timing.measure({name: call(context, p) for name, p in sides.items()}, rule, progress=context.count)
         results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
@@ -71,9 +69,10 @@ def _latency(
 
 
 def _check(side: Predictor, context: Context) -> None:
-    """UserError if a server is of another size than the clips."""
+    """UserError if a server takes other clips."""
     if side.config != context.config:
-        raise UserError(f"the server serves {side.config.name}, not {context.size}: use --size {side.config.name}")
+        served = f"{side.config.name}, {side.config.variant}"
+        raise UserError(f"the server serves {served}, the clips are of {context.size}: use another --size or server")
 
 
 def _throughput(
@@ -83,28 +82,31 @@ def _throughput(
     rows, runs = dict[str, Row](), dict[str, Run]()
     for batch in BATCHES if pipeline else ():
         assert pipeline is not None
-        clips = random_clip(context.config, batch, batch)
         name = f"batch {batch} {IN_PROCESS}"
-        runs[name] = functools.partial(
-            in_turn, functools.partial(pipeline.predict, clips["VIDEO"], clips["AUDIO"]), batch
-        )
+        runs[name] = functools.partial(in_turn, batches(context, pipeline, batch), batch)
         rows[name] = Row("batch", IN_PROCESS, {"batch": batch})
     for protocol, where in server.items():
-        for concurrency in CONCURRENCY:
+        for concurrency in _concurrency(rule):
             name = f"{concurrency} over {protocol}"
-            open_client = functools.partial(client, where, protocol, context.config)
+            open_client = functools.partial(client, where, protocol)
             runs[name] = functools.partial(kept_up, open_client, functools.partial(call, context), concurrency)
             rows[name] = Row("server", OURS, {"protocol": protocol, "concurrency": concurrency})
-    rounds = ROUNDS[context.size] if rule.seconds >= timing.Rule().seconds else 1
+    rounds = 1 if rule.quick else ROUNDS[context.size]
     for name, load in interleaved(runs, rule.seconds, rounds, context.count).items():
         rows[name].timing = load.timing
-        rows[name].values |= {"clips_per_s": load.clips_per_s, "spread": load.spread}
+        rows[name].values["clips_per_s"] = load.clips_per_s
+        if rounds > 1:
+            rows[name].values["spread"] = load.spread
     results.rows += rows.values()
     if pipeline is not None:
         best = max(row.values["clips_per_s"] for row in rows.values() if row.what == "batch")
         for row in rows.values():
             if row.what == "server":
                 row.values["over_in_process"] = row.values["clips_per_s"] / best
+
+
+def _concurrency(rule: Rule) -> tuple[int, ...]:
+    return QUICK_CONCURRENCY if rule.quick else CONCURRENCY
 
 
 def _perf_analyzer(context: Context, server: Mapping[str, str], rule: Rule, results: Results) -> None:
@@ -116,11 +118,15 @@ def _perf_analyzer(context: Context, server: Mapping[str, str], rule: Rule, resu
         return
     data = perf_analyzer.write_inputs(context.folder / "inputs.json", context.clips, DEFAULT_STEPS)
     for protocol, where in server.items():
-        for concurrency in CONCURRENCY:
+        for concurrency in _concurrency(rule):
             context.say(f"perf_analyzer, {concurrency} over {protocol}")
             ours = results.row("server", OURS, protocol=protocol, concurrency=concurrency).values["clips_per_s"]
             requests = max(timing.AT_LEAST, concurrency, round(ours * rule.seconds / perf_analyzer.WINDOWS))
-            values = perf_analyzer.run(analyzer, where, protocol, concurrency, requests, data)
+            try:
+                values = perf_analyzer.run(analyzer, where, protocol, concurrency, requests, data)
+            except UserError as error:
+                results.left_out[f"{NVIDIAS}, {concurrency} over {protocol}"] = str(error)
+                continue
             axes: dict[str, int | str] = {"protocol": protocol, "concurrency": concurrency}
             values["over_ours"] = values["clips_per_s"] / ours
             results.rows.append(Row("server", NVIDIAS, axes, values=values))
