@@ -52,10 +52,10 @@ def test_a_quick_look_reaches_nothing() -> None:
 
 def test_bounds_on_both_sides() -> None:
     def steps(over: float) -> dict[str, Results]:
-        row = Row("8 steps over 4", goals.DEFAULT, values={"whole_over_calls": over})
+        row = Row("8 steps over 4", goals.DEFAULT, values={"loop_over_calls": over})
         return {"steps_full.json": Results("steps", {"size": "full"}, rows=[row])}
 
-    name = f"full, {goals.DEFAULT}, 8 steps minus 4 over four denoiser calls"
+    name = f"full, {goals.DEFAULT}, loop of 8 steps minus 4 over four denoiser calls"
     assert [outcome(steps(over), name).reached for over in (0.94, 0.96, 1.04, 1.06)] == [False, True, True, False]
     assert outcome(steps(1.0), name).goal.bounds == "0.95 to 1.05 x"
 

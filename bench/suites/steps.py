@@ -31,7 +31,8 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
 
 def _calls(context: Context, pipeline: Pipeline, rule: Rule) -> dict[str, float]:
     """8 steps minus 4 steps against the four denoiser calls between them, all timed inside the same runs: of the loop
-    alone, and of the whole inference, whose encoders wander by more than a call takes."""
+    alone, and of the whole inference, whose encoders wander by more than a call takes: its figure says little on a
+    machine that is not still."""
     parts: dict[str, list[float]] = {f"{part} {n}": [] for part in ("loop", "calls", "whole") for n in (4, 8)}
     denoiser, calls = pipeline.engines["denoiser"], list[float]()
 
