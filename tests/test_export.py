@@ -172,10 +172,25 @@ def test_openvino_is_asked_for_when_it_is_missing(
 def test_openvino_keeps_to_fp32_and_to_its_threads(demo_artifacts: Artifacts) -> None:
     signature = demo_artifacts.signatures["denoiser"]
     engine = openvino.OpenVinoEngine(demo_artifacts.file("denoiser"), signature, threads=1)
-    compiled = engine._single.get_compiled_model()
+    compiled = engine._request.get_compiled_model()
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
     assert [next(iter(i.shape)) for i in compiled.inputs] == [1] * len(signature.inputs)
+
+
+def test_openvino_takes_a_batch_clip_by_clip(demo_artifacts: Artifacts) -> None:
+    engines = cpu.load_engines("openvino", demo_artifacts)
+    reference = cpu.load_engines("onnxruntime", demo_artifacts)
+    clips = random_clip(DEMO, 0, 3)
+    maps = [Pipeline(DEMO, e).predict(clips["VIDEO"], clips["AUDIO"], np.arange(3))[0] for e in (engines, reference)]
+    np.testing.assert_allclose(*maps, atol=1e-4)
+    for i in range(3):
+        (alone,), _ = Pipeline(DEMO, engines).predict(clips["VIDEO"][i : i + 1], clips["AUDIO"][i : i + 1], i)
+        np.testing.assert_array_equal(maps[0][i], alone)
+    with pytest.raises(UserError, match=r"the inputs of fusion are batches of \[1, 3\]"):
+        first, *others = demo_artifacts.signatures["fusion"].inputs
+        feed = {t.name: np.zeros((3, *t.shape), t.dtype) for t in others}
+        engines["fusion"]({**feed, first.name: np.zeros((1, *first.shape), first.dtype)})
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

@@ -27,33 +27,31 @@ def core() -> Any:
 class OpenVinoEngine:
     """One ONNX file. `threads` 0 means one a core.
 
-    Single clips, the usual case, get kernels for fixed shapes, which are quicker; other batches share one graph whose
-    batch is open, compiled when the first of them comes."""
+    Compiled for a single clip, because kernels for fixed shapes are quicker; a batch goes through one clip after the
+    other, which is as quick as a graph compiled for that batch and takes the memory of one clip (docs/measured.md)."""
 
     def __init__(self, path: Path, signature: Signature, threads: int = 0) -> None:
         self.signature = signature
-        self._path = path
-        self._settings = {
+        settings = {
             "INFERENCE_PRECISION_HINT": "f32",  # or a CPU that has bfloat16 would compute in it
             "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
             "NUM_STREAMS": 1,  # one clip at a time gets all threads
         }
-        self._single = self._compiled(1)
-        self._open: Any = None
+        model = core().read_model(str(path))
+        model.reshape({t.name: [1, *t.shape] for t in signature.inputs})
+        self._request = core().compile_model(model, "CPU", settings).create_infer_request()
 
     def __call__(self, inputs: Arrays) -> HostArrays:
         feed = {t.name: np.asarray(t.check(inputs[t.name])) for t in self.signature.inputs}
-        if {len(array) for array in feed.values()} == {1}:
-            request = self._single
-        else:
-            if self._open is None:
-                self._open = self._compiled(None)
-            request = self._open
-        outputs = request.infer(feed, share_inputs=True)
-        return {name: outputs[name] for name in self.signature.output_names}
+        lengths = {len(array) for array in feed.values()}
+        if len(lengths) > 1:
+            raise UserError(f"the inputs of {self.signature.name} are batches of {sorted(lengths)}: send one batch")
+        (batch,) = lengths
+        clips = [self._infer({name: array[i : i + 1] for name, array in feed.items()}) for i in range(batch)]
+        if batch == 1:
+            return clips[0]
+        return {name: np.concatenate([clip[name] for clip in clips]) for name in self.signature.output_names}
 
-    def _compiled(self, batch: int | None) -> Any:
-        model = core().read_model(str(self._path))
-        if batch is not None:
-            model.reshape({t.name: [batch, *t.shape] for t in self.signature.inputs})
-        return core().compile_model(model, "CPU", self._settings).create_infer_request()
+    def _infer(self, feed: HostArrays) -> HostArrays:
+        outputs = self._request.infer(feed, share_inputs=True)
+        return {name: outputs[name] for name in self.signature.output_names}
