@@ -21,7 +21,7 @@ from mubic_deploy.pipeline import Pipeline, Predictor
 PROTOCOLS = ("grpc", "http")
 CONCURRENCY, QUICK_CONCURRENCY = (1, 2, 4, 8, 16), (1, 4)
 BATCHES = (1, 2, 4, 8)
-ROUNDS = {"full": 1, "demo": 4}  # each needs a few answers a client, which take `full` a minute
+ROUNDS = {"full": 1, "demo": 8}  # each needs a few answers a client, which take `full` a minute
 IN_PROCESS, OURS, NVIDIAS = "in process", "our clients", "perf_analyzer"
 
 
