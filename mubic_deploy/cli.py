@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, OPTIMISATIONS, PRECISIONS, VARIANTS
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW
+from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW, WAITING
 from mubic_deploy.media.fit import FITS
 from mubic_deploy.training.settings import DATASETS, LIGHTNING_PRECISIONS, PARTS, RECIPES, SCHEDULES, SPLITS, Settings
 from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT
@@ -327,9 +327,8 @@ def build_parser() -> Parser:
         "where the server is too slow: queue waits (default for files), drop gives up the oldest window (default else)"
     )
     stream.add_argument("--on-lag", choices=ON_LAG, help=lag)
-    stream.add_argument(
-        "--max-waiting", type=positive, metavar="N", help="windows that may wait (default 8)", default=8
-    )
+    waiting = ", ".join(f"{on_lag}: {count}" for on_lag, count in WAITING.items())
+    stream.add_argument("--max-waiting", type=positive, metavar="N", help=f"windows that may wait (default {waiting})")
     _prediction(stream, stride=4)
     _json(stream)
 

@@ -4,6 +4,7 @@ shipped checkpoint on rendered scenes, the metrics against the truth."""
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from bench.results import Results, Row
 from bench.sides import Context, installed_engines, load
 from bench.suites.engines import predictor_of
 from bench.timing import Rule
-from mubic_deploy.config import DEMO_CHECKPOINT, MAX_STEPS
+from mubic_deploy.config import DEFAULT_STEPS, DEMO_CHECKPOINT, MAX_STEPS
 from mubic_deploy.metrics import cc
 from mubic_deploy.parity import compare
-from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.pipeline import Pipeline, Predictor
 
 SIDES = ("onnxruntime", "openvino", "torch.compile", "ONNX, one graph")
 METRICS = ("cc", "sim", "nss", "auc_judd")
@@ -28,24 +29,29 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
     reference = predictor_of(predictors, "eager")
     for name in SIDES:
         side = predictors.get(name)
+        if side is None:
+            continue
+        context.say(f"comparing {name}")
         if isinstance(side, Pipeline):
-            context.say(f"comparing {name}")
             result = compare(context.config, dict(reference.engines), dict(side.engines))
             for graph, tensors in result.graphs.items():
                 for tensor, difference in tensors.items():
                     axes: dict[str, int | str] = {"graph": graph, "tensor": tensor}
                     values = {"largest_difference": difference, "mean_difference": result.means[graph][tensor]}
                     results.rows.append(Row("parity", name, axes, values=values))
-            _each_step(context, reference, name, side, results)
+        steps = range(1, MAX_STEPS + 1) if isinstance(side, Pipeline) else [DEFAULT_STEPS]
+        _each_step(context, reference, name, side, steps, results)
     context.say("comparing the log-mel")
     results.rows += log_mel.rows(context.folder)
     _metrics(context, results)
 
 
-def _each_step(context: Context, reference: Pipeline, name: str, side: Pipeline, results: Results) -> None:
-    """The map of every number of steps."""
+def _each_step(
+    context: Context, reference: Pipeline, name: str, side: Predictor, steps: Iterable[int], results: Results
+) -> None:
+    """The map of every number of steps that the side takes."""
     clip = context.clips[0]
-    for n in range(1, MAX_STEPS + 1):
+    for n in steps:
         (a,), (b,) = (p.predict(clip["VIDEO"], clip["AUDIO"], n, n)[0] for p in (reference, side))
         values = {
             "largest_difference": float(np.abs(a - b).max()),

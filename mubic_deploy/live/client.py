@@ -15,7 +15,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.live.link import Settings
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.sender import Limits, Sender
-from mubic_deploy.live.settings import DROP, MAX_IN_FLIGHT, ON_LAG, QUEUE, RAW, check_encoding
+from mubic_deploy.live.settings import DROP, IN_FLIGHT, MAX_IN_FLIGHT, ON_LAG, QUEUE, RAW, WAITING, check_encoding
 from mubic_deploy.live.timeline import check_stride
 from mubic_deploy.media.film import Resizer
 from mubic_deploy.media.fit import Fit, check_fit, make_fit
@@ -42,7 +42,9 @@ class StreamClient:
     encoding     how frames travel: raw (the same maps as `predict`'s), jpeg or h264
     on_lag       where windows are complete faster than they are answered: queue (`frame` waits) or drop (the oldest
                  waiting window goes, counted)
-    max_waiting  windows that may wait to be sent; in_flight: windows that are on their way
+    max_waiting  windows that may wait to be sent; in_flight: windows that are on their way. By default as `WAITING`
+                 and `IN_FLIGHT` have them: few where old ones are dropped, so that maps are as new as the server can
+                 make them
     timeout      seconds without any answer after which the connection counts as lost
     give_up_s    seconds of a lost connection after which the client gives up
     on_gap       is called with each `Gap`, on the thread that finds it; it should be quick
@@ -62,18 +64,20 @@ class StreamClient:
         encoding: str = RAW,
         fit: str = "letterbox",
         on_lag: str = QUEUE,
-        max_waiting: int = 8,
-        in_flight: int = 4,
+        max_waiting: int | None = None,
+        in_flight: int | None = None,
         timeout: float = 10.0,
         give_up_s: float = 60.0,
         on_gap: Callable[[Gap], None] | None = None,
     ) -> None:
+        if on_lag not in ON_LAG:
+            raise UserError(f"unknown on_lag {on_lag!r}: use {' or '.join(ON_LAG)}")
+        max_waiting = WAITING[on_lag] if max_waiting is None else max_waiting
+        in_flight = IN_FLIGHT[on_lag] if in_flight is None else in_flight
         if max_waiting < 1:
             raise UserError(f"max_waiting {max_waiting} is out of range: use 1 or more windows")
         if not 1 <= in_flight <= MAX_IN_FLIGHT:
             raise UserError(f"in_flight {in_flight} is out of range: use 1 to {MAX_IN_FLIGHT} windows")
-        if on_lag not in ON_LAG:
-            raise UserError(f"unknown on_lag {on_lag!r}: use {' or '.join(ON_LAG)}")
         if seed < 0:
             raise UserError(f"seed {seed} is negative: use 0 or more")
         self._fit_name, self._on_lag, self._max_waiting = check_fit(fit), on_lag, max_waiting

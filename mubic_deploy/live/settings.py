@@ -10,6 +10,8 @@ RAW, JPEG, H264 = "raw", "jpeg", "h264"
 ENCODINGS = (RAW, JPEG, H264)  # of frames on the wire
 QUEUE, DROP = "queue", "drop"
 ON_LAG = (QUEUE, DROP)  # where too many windows wait: whoever feeds waits too, or the oldest one goes
+WAITING = {QUEUE: 8, DROP: 2}  # windows that may wait to be sent, unless the client says otherwise
+IN_FLIGHT = {QUEUE: 4, DROP: 2}  # ... and that may be on their way
 MAX_IN_FLIGHT = 16  # windows of a stream that may wait for their maps on the server
 
 
