@@ -22,7 +22,7 @@ from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
 
-FAST = timing.Rule(repeats=2, seconds=0.1, short_s=0.0, warm_up_s=0.1)
+FAST = timing.Rule(repeats=2, seconds=0.1, short_s=0.0, warm_up_s=0.1, quick=True)
 
 
 @pytest.fixture(autouse=True)
