@@ -26,6 +26,7 @@ from bench.page import Chart
 from bench.results import Results, Row
 
 CELL_AXES = ("graph", "tensor", "step", "metric", "protocol")  # rows of these stay in one group
+TABLES = ("tune",)  # one table, whatever the axes, and no chart: each row's side says how it differs
 LOADS = {"batch": ("batch", "the batch"), "server": ("concurrency", "how many clients")}
 DIFFERENCE = "largest_difference"
 
@@ -70,6 +71,8 @@ def groups(rows: list[Row]) -> list[Group]:
             for name, value in sorted(row.axes.items())
             if isinstance(value, str) and name not in CELL_AXES and (row.what, name) not in numeric
         ]
+        if row.what in TABLES:
+            apart = []
         found.setdefault((row.what, *apart), []).append(row)
     return [Group(key[0], of) for key, of in found.items()]
 
@@ -84,6 +87,8 @@ def first_of(group: Group, row: Row) -> Row | None:
 
 def group_charts(group: Group, name: str, styles: Styles) -> Iterator[Chart]:
     """The charts of one group. name: what their PNGs' names begin with."""
+    if group.what in TABLES:
+        return
     timed = [row for row in group.rows if row.timing is not None]
     if group.what == "waterfall":
         yield from _waterfall(group, timed, name)

@@ -121,7 +121,7 @@ def _goals(found: dict[str, Results]) -> str:
     for outcome in outcomes(found):
         goal = outcome.goal
         said = {True: "yes", False: "<strong>no</strong>", None: "not measured"}[outcome.reached]
-        measured = f"{text.digits(outcome.measured, 4)} {goal.unit}".rstrip()
+        measured = f"{outcome.measured:.4g} {goal.unit}".rstrip()
         rows.append([escape(goal.name), escape(goal.bounds), measured, said])
     if not rows:
         return ""

@@ -339,3 +339,11 @@ def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         report.write(found | {"steps.json": everything()["steps.json"]}, tmp_path / "out")
     assert (tmp_path / "out" / report.PAGE).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_trials_of_tune_are_one_table_without_charts() -> None:
+    settings = [{"engine": e, "threads": n} for e in ("openvino", "onnxruntime") for n in (0, 1)]
+    rows = [Row("tune", f"{s['engine']}, {s['threads']}", s, constant(0.1), {"clips_per_s": 10.0}) for s in settings]
+    (group,) = groups.groups(rows)
+    assert len(group.rows) == 4
+    assert list(groups.group_charts(group, "tune", Styles())) == []
