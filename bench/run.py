@@ -75,6 +75,7 @@ def measure(
             Path(folder),
             say=lambda text: progress(f"{suite}: {text}", 0, None),
             count=lambda name, done, total: progress(f"{suite}: {name}", done, total),
+            addresses=addresses,
         )
         with limits(results, context.say):
             SUITES[suite](context, rule, results)
