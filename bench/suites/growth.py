@@ -21,6 +21,7 @@ from mubic_deploy.errors import UserError
 STEPS = (1, 4, 8, 12)
 MINUTES = (1, 2, 5, 10)
 STRIDE = 16
+MINUTE_S = 60  # of the film that is repeated
 FPS, RATE = 30, 48_000  # of the film
 
 
@@ -100,7 +101,7 @@ def render_minute(path: Path) -> None:
         video = out.add_stream("libx264", FPS, options={"preset": "ultrafast", "crf": "35"})
         video.width, video.height, video.pix_fmt = 1280, 720, "yuv420p"
         sound = out.add_stream("aac", RATE)
-        for i in range(60 * FPS):
+        for i in range(MINUTE_S * FPS):
             picture = np.ascontiguousarray(texture[:, i % 64 : i % 64 + 1280])
             out.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
             if i % FPS == 0:
