@@ -9,7 +9,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from mubic_deploy.triton.server import TritonServer
 
 CLIENTS = 4
 SAMPLED_S = 15.0  # between two looks at the server's memory; the clients' is looked at every second time
+LOOKS = 6  # at memory, of which the lowest counts
 LATEST_S = 300.0  # for a client to end after its last frame
 LAST_S = 1200.0  # of a run, whose growth counts
 
@@ -52,11 +54,12 @@ def soak(arguments: argparse.Namespace, results: Results) -> None:
                 server = stack.enter_context(server_of(models, server.grpc_port))
                 events.append({"what": "server restarted", "at_s": at, "took_s": time.monotonic() - began - at})
             at = time.monotonic() - began
-            memory.setdefault("server", []).append((at, server_mb(server)))
+            memory.setdefault("server", []).append((at, lowest(partial(server_mb, server))))
             if n % 2 == 0:
                 for i, process in enumerate(clients[1:], 1):
                     with contextlib.suppress(OSError):  # it ended; how, is seen below
-                        memory.setdefault(f"client {i}", []).append((at, private_mb(process.pid)))
+                        kept = lowest(partial(private_mb, process.pid))
+                        memory.setdefault(f"client {i}", []).append((at, kept))
         reports = {f"client {i}": _said(process, i) for i, process in enumerate(clients[1:], 1)}
     for who, samples in memory.items():
         report = reports.get(who, {})
@@ -119,6 +122,16 @@ def _said(process: subprocess.Popen[str], number: int) -> dict[str, Any]:
         return {"failed": 1, "gaps": [f"client {number} ended with exit code {process.returncode}"]}
     report: dict[str, Any] = json.loads(out)
     return report
+
+
+def lowest(look: Callable[[], float]) -> float:
+    """The least of some looks within a second: what a request takes while it is computed comes and goes, and the looks
+    of a run keep step with the clients."""
+    found = []
+    for _ in range(LOOKS):
+        found.append(look())
+        time.sleep(1 / LOOKS)
+    return min(found)
 
 
 def server_mb(server: TritonServer) -> float:
