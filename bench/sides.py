@@ -6,7 +6,7 @@ had here is left out with the reason, never replaced."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,9 +89,14 @@ def onnx_graphs() -> ModuleType:
 
 def call(context: Context, predictor: Predictor, steps: int | None = None) -> Side:
     """One clip after the other through a predictor."""
+    return asking(context.clips, predictor, steps)
+
+
+def asking(clips: Sequence[Mapping[str, np.ndarray]], predictor: Predictor, steps: int | None = None) -> Side:
+    """As `call`, for clips of one's own."""
 
     def predict(i: int) -> None:
-        clip = context.clips[i % CLIPS]
+        clip = clips[i % len(clips)]
         predictor.predict(clip["VIDEO"], clip["AUDIO"], i, steps)
 
     return predict

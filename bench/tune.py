@@ -26,10 +26,9 @@ from bench.descent import RATE, Rank, Verdict, descend, judged, rank
 from bench.load import Load, Run, interleaved, kept_up
 from bench.results import FOLDER, Results, Row
 from bench.run import limits
-from bench.serving import Client, addresses, client, serving
-from bench.sides import CLIPS, Context, installed_engines
+from bench.serving import addresses, client, serving
+from bench.sides import CLIPS, Context, asking, installed_engines
 from bench.suites.server import PROTOCOLS
-from bench.timing import Side
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.cli import number, positive
 from mubic_deploy.commands import bar, say, warn
@@ -190,20 +189,11 @@ class Bench:
         for name, server in servers.items():
             where = addresses(server)[self.protocol]
             opened = functools.partial(client, where, self.protocol)
-            runs[name] = functools.partial(kept_up, opened, self.asks, self.concurrency)
+            runs[name] = functools.partial(kept_up, opened, functools.partial(asking, self.clips), self.concurrency)
         try:
             return interleaved(runs, seconds, rounds, count)
         except InferenceServerException as error:
             raise UserError(f"the server answered with an error: {error.message()}") from None
-
-    def asks(self, predictor: Client) -> Side:
-        """One clip after the other."""
-
-        def ask(i: int) -> None:
-            clip = self.clips[i % CLIPS]
-            predictor.predict(clip["VIDEO"], clip["AUDIO"], i)
-
-        return ask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,6 @@ MINUTES = (1, 2, 5, 10)
 STRIDE = 16
 MINUTE_S = 60  # of the film that is repeated
 FPS, RATE = 30, 48_000  # of the film
-
-
 STREAMS = (1, 2, 3, 4, 6)
 STREAMED_S = 20.0
 
