@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline, Predictor
 
 PROTOCOLS = ("grpc", "http")
-CONCURRENCY, QUICK_CONCURRENCY = (1, 2, 4, 8, 16), (1, 4)
+LATENCY_S = 90.0  # what the server adds is a few per cent, so `full` gets its 30 calls too
+CONCURRENCY = {"full": (1, 4, 16), "demo": (1, 2, 4, 8, 16)}  # 16 answers of `full` take a minute
+QUICK_CONCURRENCY = (1, 4)
 BATCHES = (1, 2, 4, 8)
 ROUNDS = {"full": 1, "demo": 8}  # each needs a few answers a client, which take `full` a minute
 IN_PROCESS, OURS, NVIDIAS = "in process", "our clients", "perf_analyzer"
@@ -56,7 +59,8 @@ def _latency(
         for protocol, where in server.items():
             sides[protocol] = stack.enter_context(contextlib.closing(client(where, protocol)))
             _check(sides[protocol], context)
-        timings = timing.measure({name: call(context, p) for name, p in sides.items()}, rule, progress=context.count)
+        longer = rule if rule.quick else replace(rule, seconds=LATENCY_S)
+        timings = timing.measure({name: call(context, p) for name, p in sides.items()}, longer, progress=context.count)
         results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
         if pipeline is None:
             return
@@ -86,7 +90,7 @@ def _throughput(
         runs[name] = functools.partial(in_turn, batches(context, pipeline, batch), batch)
         rows[name] = Row("batch", IN_PROCESS, {"batch": batch})
     for protocol, where in server.items():
-        for concurrency in _concurrency(rule):
+        for concurrency in _concurrency(context, rule):
             name = f"{concurrency} over {protocol}"
             open_client = functools.partial(client, where, protocol)
             runs[name] = functools.partial(kept_up, open_client, functools.partial(call, context), concurrency)
@@ -105,8 +109,8 @@ def _throughput(
                 row.values["over_in_process"] = row.values["clips_per_s"] / best
 
 
-def _concurrency(rule: Rule) -> tuple[int, ...]:
-    return QUICK_CONCURRENCY if rule.quick else CONCURRENCY
+def _concurrency(context: Context, rule: Rule) -> tuple[int, ...]:
+    return QUICK_CONCURRENCY if rule.quick else CONCURRENCY[context.size]
 
 
 def _perf_analyzer(context: Context, server: Mapping[str, str], rule: Rule, results: Results) -> None:
@@ -118,7 +122,7 @@ def _perf_analyzer(context: Context, server: Mapping[str, str], rule: Rule, resu
         return
     data = perf_analyzer.write_inputs(context.folder / "inputs.json", context.clips, DEFAULT_STEPS)
     for protocol, where in server.items():
-        for concurrency in _concurrency(rule):
+        for concurrency in _concurrency(context, rule):
             context.say(f"perf_analyzer, {concurrency} over {protocol}")
             ours = results.row("server", OURS, protocol=protocol, concurrency=concurrency).values["clips_per_s"]
             requests = max(timing.AT_LEAST, concurrency, round(ours * rule.seconds / perf_analyzer.WINDOWS))
