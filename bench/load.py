@@ -9,25 +9,30 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from bench.serving import Client
 from bench.timing import AT_LEAST, Side, Timing
 
 Open = Callable[[], Client]
 APART = 0.1  # a larger spread makes the loads' timing one that did not settle
+Used = Callable[[], Mapping[str, float]]  # seconds of CPU time until now, by who took them
+WARM_UPS = 2  # calls of one caller
 Run = Callable[[float], "Answers"]  # loads for at least so many seconds
 
 
 @dataclass(frozen=True)
 class Answers:
     """What one load counted. clips: answered within, a request that reaches over an end by the part of its time that
-    lies within; seconds: that it was counted for; latencies: seconds of each request that was answered within."""
+    lies within; seconds: that it was counted for; latencies: seconds of each request that was answered within;
+    answered: all clips, counted or not; cpu_s: seconds of CPU time for them, by who took them."""
 
     clips: float
     seconds: float
     latencies: tuple[float, ...]
     warm_ups: int
+    answered: int = 0
+    cpu_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,12 @@ class Load:
             return math.nan
         rates = [a.clips / a.seconds for a in self.answers]
         return (max(rates) - min(rates)) / 2 / self.clips_per_s
+
+    @property
+    def cpu_s(self) -> dict[str, float]:
+        """Seconds of CPU time that a clip took, by who took them."""
+        answered = sum(a.answered for a in self.answers)
+        return {who: sum(a.cpu_s[who] for a in self.answers) / answered for who in self.answers[0].cpu_s}
 
     @property
     def timing(self) -> Timing:
@@ -97,7 +108,7 @@ class _Window:
         inside = [(began, ended) for began, ended in self.done if ended > self.opens and began < self.closes]
         parts = [(min(e, self.closes) - max(b, self.opens)) / (e - b) for b, e in inside]
         latencies = tuple(e - b for b, e in inside if e <= self.closes)
-        return Answers(sum(parts), self.closes - self.opens, latencies, self.warm_ups)
+        return Answers(sum(parts), self.closes - self.opens, latencies, self.warm_ups, len(self.done))
 
 
 def kept_up(open_client: Open, sides: Callable[[Client], Side], concurrency: int, seconds: float) -> Answers:
@@ -144,14 +155,15 @@ def kept_up(open_client: Open, sides: Callable[[Client], Side], concurrency: int
 
 def in_turn(side: Side, clips: int, seconds: float) -> Answers:
     """One caller in this process, `clips` a call: calls for `seconds`, and at least AT_LEAST."""
-    for i in range(2):
+    for i in range(WARM_UPS):
         side(i)
     began, latencies = time.perf_counter(), list[float]()
     while len(latencies) < AT_LEAST or sum(latencies) < seconds:
         before = time.perf_counter()
         side(len(latencies))
         latencies.append(time.perf_counter() - before)
-    return Answers(clips * len(latencies), time.perf_counter() - began, tuple(latencies), 2)
+    counted, answered = clips * len(latencies), clips * (WARM_UPS + len(latencies))
+    return Answers(counted, time.perf_counter() - began, tuple(latencies), WARM_UPS, answered)
 
 
 def interleaved(
@@ -160,13 +172,17 @@ def interleaved(
     rounds: int,
     progress: Callable[[str, int, int], None] = lambda *_: None,
     seed: int = 0,
+    used: Used = dict,
 ) -> dict[str, Load]:
     """Every load for `seconds` in all, in `rounds` parts and a new random order each round, so that what the machine
-    does meanwhile meets all alike."""
+    does meanwhile meets all alike. What was `used` meanwhile is in the answers."""
     answers: dict[str, list[Answers]] = {name: [] for name in runs}
     order = random.Random(seed)
     for i in range(rounds):
         for j, name in enumerate(order.sample(list(runs), len(runs))):
             progress(name, i * len(runs) + j, rounds * len(runs))
-            answers[name].append(runs[name](seconds / rounds))
+            before = used()
+            counted = runs[name](seconds / rounds)
+            cpu_s = {who: now - before[who] for who, now in used().items()}
+            answers[name].append(replace(counted, cpu_s=cpu_s))
     return {name: Load(tuple(a)) for name, a in answers.items()}

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from bench import timing
+from mubic_deploy.engines import HostArrays, cpu
+from mubic_deploy.graphs import Signature, Tensor
 
 PACKAGES = (
     "mubic-deploy",
@@ -85,29 +91,60 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def limits(device: str = "cpu") -> dict[str, float]:
-    """What this machine does at best, measured now through PyTorch: square matrix products in FLOP/s, by precision
-    (the median of the better of two sizes; random values, for zeros can be faster), and a copy in bytes/s, read and
-    written both counted."""
+def limits(device: str = "cpu", threads: int = 0) -> dict[str, float]:
+    """What this machine does at best, measured now: square matrix products in FLOP/s, by precision (the median of the
+    best of two sizes, and on a CPU of PyTorch and the engines that are installed, because the quickest library sets
+    the limit; random values, for zeros can be faster), and a copy through PyTorch in bytes/s, read and written both
+    counted. threads: of the engines, 0 for one a core; PyTorch uses those that it is set to."""
     import torch
 
     clock = timing.cuda_events if device == "cuda" else timing.wall
     rates = {}
     for precision in ("float32",) if device == "cpu" else ("float32", "float16"):
-        rates[f"gemm_{precision}"] = max(_gemm(n, precision, device, clock) for n in GEMM_SIZES[device])
+        rates[f"gemm_{precision}"] = max(_gemm(n, precision, device, threads, clock) for n in GEMM_SIZES[device])
     source = torch.empty(COPY_BYTES[device] // 4, device=device).uniform_()
     target = torch.empty_like(source)
     copied = timing.measure({"copy": lambda i: target.copy_(source)}, LIMIT_RULE, clock)["copy"].median
     return {**rates, "copy": 2 * COPY_BYTES[device] / copied}
 
 
-def _gemm(n: int, precision: str, device: str, clock: timing.Clock) -> float:
+def best(*measured: dict[str, float]) -> dict[str, float]:
+    """The highest of each rate: what a machine reached once, it can do."""
+    return {name: max(limits[name] for limits in measured) for name in measured[0]}
+
+
+def _gemm(n: int, precision: str, device: str, threads: int, clock: timing.Clock) -> float:
     import torch
 
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, precision)) for _ in range(2))
     out = torch.empty_like(a)
-    seconds = timing.measure({"gemm": lambda i: torch.mm(a, b, out=out)}, LIMIT_RULE, clock)["gemm"].median
-    return 2 * n**3 / seconds
+    sides: dict[str, timing.Side] = {"PyTorch": lambda i: torch.mm(a, b, out=out)}
+    if device == "cpu":
+        sides |= engines(a.numpy(), b.numpy(), threads)
+    return 2 * n**3 / min(timed.median for timed in timing.measure(sides, LIMIT_RULE, clock).values())
+
+
+def engines(a: np.ndarray, b: np.ndarray, threads: int) -> dict[str, timing.Side]:
+    """The product in each engine for a CPU that is installed, `b` a constant, as weights are."""
+    n, sides = len(a), dict[str, timing.Side]()
+    node = onnx.helper.make_node("MatMul", ["A", "B"], ["C"])
+    of = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=["batch", n, n])
+    graph = onnx.helper.make_graph([node], "gemm", [of("A")], [of("C")], [onnx.numpy_helper.from_array(b, "B")])
+    opset = onnx.helper.make_opsetid("", 17)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    signature = Signature("gemm", (Tensor("A", "float32", (n, n)),), (Tensor("C", "float32", (n, n)),))
+    with tempfile.TemporaryDirectory(prefix="mubic-bench-") as folder:
+        path = Path(folder) / "gemm.onnx"
+        onnx.save(model, path)
+        for name in cpu.ENGINES:
+            if find_spec(name):
+                engine = cpu.load_engine(name, path, signature, threads)
+                sides[name] = functools.partial(_multiply, engine, a[None])
+    return sides
+
+
+def _multiply(engine: cpu.HostEngine, a: np.ndarray, _call: int) -> HostArrays:
+    return engine({"A": a})
 
 
 def gpu_facts() -> dict[str, Any] | None:

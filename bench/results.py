@@ -86,6 +86,16 @@ class Results:
                 return row
         raise KeyError(f"{what}, {side}, {axes}")
 
+    def share_of_limit(self, row: Row) -> float | None:
+        """The least time that this machine's limits allow a row of FP32 (2 FLOPs for each of `macs` at the rate of
+        matrix products, or `bytes` at that of copies, if longer) over the time that it took. None without either."""
+        if row.timing is None or "macs" not in row.values or "gemm_float32" not in self.limits:
+            return None
+        least = 2 * row.values["macs"] / self.limits["gemm_float32"]
+        if "bytes" in row.values:
+            least = max(least, row.values["bytes"] / self.limits["copy"])
+        return least / row.timing.median
+
     def finish(self) -> None:
         self.state["after"] = here.state()
 

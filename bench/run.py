@@ -77,23 +77,29 @@ def measure(
             count=lambda name, done, total: progress(f"{suite}: {name}", done, total),
             addresses=addresses,
         )
-        with limits(results, context.say):
+        with limits(results, threads, context.say):
             SUITES[suite](context, rule, results)
     return results
 
 
 @contextlib.contextmanager
-def limits(results: Results, say: Say) -> Iterator[None]:
-    """What is measured within, between two measurements of the machine. A machine that changed is warned of."""
+def limits(results: Results, threads: int, say: Say) -> Iterator[None]:
+    """What is measured within, between two measurements of the machine, of which the better one is its limit. Rows that
+    say what they compute get the share of it that they reached. A machine that changed is warned of."""
     say("measuring the machine")
-    results.limits = machine.limits()
+    before = machine.limits(threads=threads)
     yield
     say("measuring the machine again")
-    results.notes["limits_after"] = machine.limits()
+    after = machine.limits(threads=threads)
+    results.limits = machine.best(before, after)
+    results.notes |= {"limits_before": before, "limits_after": after}
     results.finish()
-    before, after = results.limits["gemm_float32"], results.notes["limits_after"]["gemm_float32"]
-    if abs(after / before - 1) > timing.WIDE:
-        warn([f"the machine's GEMM rate went from {before / 1e9:.0f} to {after / 1e9:.0f} GFLOP/s during the run"])
+    for row in results.rows:
+        if (share := results.share_of_limit(row)) is not None:
+            row.values["share_of_limit"] = share
+    rates = [measured["gemm_float32"] / 1e9 for measured in (before, after)]
+    if abs(rates[1] / rates[0] - 1) > timing.WIDE:
+        warn([f"the machine's GEMM rate went from {rates[0]:.0f} to {rates[1]:.0f} GFLOP/s during the run"])
 
 
 def show(results: Results) -> None:

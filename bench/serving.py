@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,6 +87,27 @@ def serving(artifacts: Artifacts, folder: Path, **options: Any) -> Iterator[Trit
 def addresses(server: TritonServer) -> dict[str, str]:
     """HOST:PORT by protocol."""
     return {"grpc": server.url, "http": f"{server.host}:{server.http_port}"}
+
+
+def processes(server: TritonServer) -> list[int]:
+    """The server's and its models'."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and server.shm_prefix.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def cpu_s(server: TritonServer) -> dict[str, float]:
+    """Seconds of CPU time until now, in all threads: of this process, of the server's, and of its models'."""
+    used = {"bench": time.process_time(), "tritonserver": 0.0, "models": 0.0}
+    for process in processes(server):
+        with contextlib.suppress(OSError):
+            name, _, rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+            ticks = map(int, rest.split()[11:13])  # utime and stime, fields 14 and 15 of the line: proc(5)
+            used["models" if "(triton_python" in name else "tritonserver"] += sum(ticks) / os.sysconf("SC_CLK_TCK")
+    return used
 
 
 def client(address: str, protocol: str) -> Client:

@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.looped import RATE, Loop, clip, repository, server_of
 from bench.results import Results, Row
+from bench.serving import processes
 from mubic_deploy import StreamClient
 from mubic_deploy.config import DEMO
 from mubic_deploy.triton.server import TritonServer
@@ -140,10 +141,9 @@ def server_mb(server: TritonServer) -> float:
     for file in Path("/dev/shm").glob(f"{server.shm_prefix}*"):
         with contextlib.suppress(OSError):
             total += file.stat().st_blocks * 512 / 1e6
-    for entry in Path("/proc").iterdir():
+    for process in processes(server):
         with contextlib.suppress(OSError):
-            if entry.name.isdecimal() and server.shm_prefix.encode() in (entry / "cmdline").read_bytes():
-                total += private_mb(int(entry.name))
+            total += private_mb(process)
     return total
 
 

@@ -226,7 +226,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings = {name: getattr(arguments, name) for name in ("concurrency", "protocol", "target_ms", "quick")}
         size, cores = artifacts.config.name, len(os.sched_getaffinity(0))
         found = Results("tune", {"size": size, "threads": cores, "seconds": seconds, **settings})
-        with limits(found, context.say):
+        with limits(found, 0, context.say):
             best = tune(bench, target_s, arguments.quick, found, counted)
     source = ["--artifacts", str(arguments.artifacts)] if arguments.artifacts else []
     source = source or (["--checkpoint", context.checkpoint] if size == "full" else [])

@@ -147,6 +147,22 @@ def test_loads_take_turns() -> None:
     assert len(loads["fast"].timing.samples) == sum(len(a.latencies) for a in loads["fast"].answers)
 
 
+def test_cpu_time_is_of_each_load_and_every_clip() -> None:
+    """Clips that warm up are among those that took it."""
+    spent = {"models": 5.0, "bench": 1.0}
+
+    def work(share: float) -> Run:
+        def call(i: int) -> None:
+            time.sleep(0.01)
+            spent["models"] += share * 4  # four clips a call
+
+        return lambda seconds: in_turn(call, 4, seconds)
+
+    loads = interleaved({"much": work(0.3), "little": work(0.1)}, 0.2, 2, used=lambda: dict(spent))
+    assert loads["much"].cpu_s == pytest.approx({"models": 0.3, "bench": 0.0})
+    assert loads["little"].cpu_s == pytest.approx({"models": 0.1, "bench": 0.0})
+
+
 def test_loads_that_lie_apart_are_not_settled() -> None:
     def load(*rates: float) -> Load:
         return Load([Answers(rate, 1.0, (1 / rate,), 5) for rate in rates])

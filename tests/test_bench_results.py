@@ -34,6 +34,23 @@ def measured() -> Results:
     return found
 
 
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [
+        ({"macs": 1e10}, 0.5),  # 0.1 s of 0.2 s
+        ({"macs": 1e10, "bytes": 1e8}, 0.5),  # copies would be done in 0.01 s
+        ({"macs": 1e8, "bytes": 1e9}, 0.5),  # here they take 0.1 s
+        ({"bytes": 1e9}, None),
+        ({}, None),
+    ],
+)
+def test_share_of_the_limit(values: dict[str, float], share: float | None) -> None:
+    row = Row("whole", "eager", timing=Timing((0.3, 0.1, 0.2)), values=values)
+    assert measured().share_of_limit(row) == (None if share is None else pytest.approx(share))
+    assert Results("engines", {}).share_of_limit(row) is None
+    assert measured().share_of_limit(Row("whole", "eager", values=values)) is None
+
+
 def test_what_is_written_fits_the_schema(tmp_path: Path, validator: Draft202012Validator) -> None:
     measured().write(tmp_path / "a.json")
     written = json.loads((tmp_path / "a.json").read_text())

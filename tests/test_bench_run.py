@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,12 @@ import toy_graphs
 
 from bench import child, machine, results, sides, timing
 from bench.__main__ import main
-from bench.run import measure
+from bench.run import limits, measure
 from bench.serving import addresses, serving
 from bench.suites import batch, engines, growth, parity, server, steps, waterfall
 from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import cost
 from mubic_deploy.parity import random_clip
 
 FAST = timing.Rule(repeats=2, seconds=0.1, short_s=0.0, warm_up_s=0.1, quick=True)
@@ -57,11 +59,33 @@ def test_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = measured.row("whole", "onnxruntime").values["macs"]
     parts = {g: measured.row(g, "onnxruntime").values["macs"] for g in ("visual_encoder", "audio_encoder", "fusion")}
     assert whole == sum(parts.values()) + 4 * row.values["macs"]
+    assert measured.row("whole", "eager, each step").values["macs"] == 4 * (sum(parts.values()) + row.values["macs"])
     path = tmp_path / "engines.json"
     measured.write(path)
     schema = json.loads((Path(results.__file__).parent / "schema.json").read_text())
     jsonschema.validate(json.loads(path.read_text()), schema)
     assert results.read(path).rows[0].key == measured.rows[0].key
+
+
+def test_the_limit_is_the_better_of_two_looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = iter([{"gemm_float32": 100e9, "copy": 9e9}, {"gemm_float32": 200e9, "copy": 8e9}])
+    monkeypatch.setattr(machine, "limits", lambda threads: next(looks))
+    found = results.Results("engines", {})
+    with limits(found, 1, lambda text: None):
+        found.rows.append(results.Row("whole", "openvino", timing=timing.Timing((1.0,)), values={"macs": 50e9}))
+    assert found.limits == {"gemm_float32": 200e9, "copy": 9e9}
+    assert found.rows[0].values["share_of_limit"] == pytest.approx(0.5)
+    assert (found.notes["limits_before"]["copy"], found.notes["limits_after"]["copy"]) == (9e9, 8e9)
+    assert "GEMM rate went from 100 to 200 GFLOP/s" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_engines_multiply_for_the_limit() -> None:
+    sides = machine.engines(np.eye(3, dtype=np.float32), np.arange(9, dtype=np.float32).reshape(3, 3), 1)
+    assert list(sides) == ["openvino", "onnxruntime"]
+    for multiply in sides.values():
+        assert multiply(0)["C"].tolist() == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]]]
 
 
 def test_steps_over_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +105,8 @@ def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in rows(measured, "batch"):
         assert row.timing is not None
         assert row.values["clips_per_s"] == pytest.approx(row.axes["batch"] / row.timing.median)  # type: ignore[operator]
+        share = 2 * cost(get_config("demo")).macs_4_steps * row.values["clips_per_s"] / measured.limits["gemm_float32"]
+        assert row.values["share_of_limit"] == pytest.approx(share)
 
 
 def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +127,12 @@ def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
     best = max(row.values["clips_per_s"] for row in rows(measured, "batch"))
     ours = measured.row("server", "our clients", protocol="grpc", concurrency=2).values
     assert ours["over_in_process"] == pytest.approx(ours["clips_per_s"] / best)
+    used = {who: ours[f"cpu_s_{who}"] for who in ("bench", "tritonserver", "models")}
+    assert min(used.values()) > 0
+    assert used["models"] > used["bench"]
+    assert sum(used.values()) * ours["clips_per_s"] < 1.3 * len(os.sched_getaffinity(0))
+    alone = measured.row("batch", "in process", batch=1).values
+    assert alone["cpu_s_bench"] > 10 * alone["cpu_s_models"]
     theirs = measured.row("server", "perf_analyzer", protocol="grpc", concurrency=2).values
     assert theirs["over_ours"] == pytest.approx(theirs["clips_per_s"] / ours["clips_per_s"])
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bench import timing
-from bench.results import Results
+from bench.results import Results, Row
 from bench.sides import CLIPS, Context, call, load
 from bench.timing import Rule
 from mubic_deploy.config import DEFAULT_STEPS
@@ -34,16 +34,20 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
     predictors, results.left_out = load(WHOLE, context)
     timings = timing.measure({name: call(context, p) for name, p in predictors.items()}, rule, progress=context.count)
     results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
-    _limits(results, "whole", cost(context.config).macs_4_steps, None)
+    costs = cost(context.config)
+    for row in results.rows:
+        # encoders and fusion again at every step, or once
+        again = row.side == "eager, each step"
+        row.values["macs"] = float(DEFAULT_STEPS * sum(costs.macs.values()) if again else costs.macs_4_steps)
     engines = {name: p.engines for name, p in predictors.items() if name in GRAPHS and isinstance(p, Pipeline)}
     tensors = [chain(context, next(iter(engines.values())), i) for i in range(CLIPS)]
     for graph, signature in context.artifacts.signatures.items():
         of_graph = {
             name: functools.partial(_run, e[graph], signature, tensors) for name, e in engines.items() if graph in e
         }
-        results.add(graph, timing.measure(of_graph, rule, progress=context.count), batch=1)
-        traffic = compulsory_bytes(context, signature)
-        _limits(results, graph, cost(context.config).macs[graph], traffic)
+        work = {"macs": float(costs.macs[graph]), "bytes": compulsory_bytes(context, signature)}
+        for name, timed in timing.measure(of_graph, rule, progress=context.count).items():
+            results.rows.append(Row(graph, name, {"batch": 1}, timed, dict(work)))
 
 
 def _run(engine: Engine, signature: Signature, tensors: Sequence[Mapping[str, Array]], index: int) -> None:
@@ -71,21 +75,6 @@ def compulsory_bytes(context: Context, signature: Signature) -> float:
     tensors = (*signature.inputs, *signature.outputs)
     moved = sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in tensors)
     return float(context.artifacts.file(signature.name).stat().st_size + moved)
-
-
-def _limits(results: Results, what: str, macs: int, traffic: float | None) -> None:
-    """How much of the machine's limit each side of a group reached: its roofline time over its median."""
-    for row in results.rows:
-        if row.what != what or row.timing is None:
-            continue
-        row.values["macs"] = float(macs)
-        if row.side == "eager, each step":
-            continue  # it does more
-        least = 2 * macs / results.limits["gemm_float32"]
-        if traffic is not None:
-            row.values["bytes"] = traffic
-            least = max(least, traffic / results.limits["copy"])
-        row.values["share_of_limit"] = least / row.timing.median
 
 
 def predictor_of(predictors: Mapping[str, Predictor], name: str) -> Pipeline:

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from bench import perf_analyzer, timing
-from bench.load import Run, in_turn, interleaved, kept_up
+from bench.load import Run, Used, in_turn, interleaved, kept_up
 from bench.results import Results, Row
-from bench.serving import addresses, client, serving
+from bench.serving import addresses, client, cpu_s, serving
 from bench.sides import Context, batches, call, installed_engines, on_cpu
 from bench.timing import Rule
 from mubic_deploy.config import DEFAULT_STEPS
@@ -39,14 +39,16 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
     results.settings["engine"] = engine
     context.say("starting the server")
     with serving(context.artifacts, context.folder, engine=engine, threads=context.threads) as server:
-        _measure(context, engine, addresses(server), rule, results)
+        _measure(context, engine, addresses(server), rule, results, functools.partial(cpu_s, server))
 
 
-def _measure(context: Context, engine: str | None, server: Mapping[str, str], rule: Rule, results: Results) -> None:
-    """engine: in this process, beside the server."""
+def _measure(
+    context: Context, engine: str | None, server: Mapping[str, str], rule: Rule, results: Results, used: Used = dict
+) -> None:
+    """engine: in this process, beside the server; used: as `interleaved` takes it."""
     pipeline = on_cpu(engine, context) if engine else None
     _latency(context, pipeline, server, rule, results)
-    _throughput(context, pipeline, server, rule, results)
+    _throughput(context, pipeline, server, rule, results, used)
     _perf_analyzer(context, server, rule, results)
 
 
@@ -80,9 +82,9 @@ def _check(side: Predictor, context: Context) -> None:
 
 
 def _throughput(
-    context: Context, pipeline: Pipeline | None, server: Mapping[str, str], rule: Rule, results: Results
+    context: Context, pipeline: Pipeline | None, server: Mapping[str, str], rule: Rule, results: Results, used: Used
 ) -> None:
-    """Clients side by side, and in this process batches."""
+    """Clients side by side, and in this process batches; and the CPU time that a clip takes."""
     rows, runs = dict[str, Row](), dict[str, Run]()
     for batch in BATCHES if pipeline else ():
         assert pipeline is not None
@@ -96,9 +98,10 @@ def _throughput(
             runs[name] = functools.partial(kept_up, open_client, functools.partial(call, context), concurrency)
             rows[name] = Row("server", OURS, {"protocol": protocol, "concurrency": concurrency})
     rounds = 1 if rule.quick else ROUNDS[context.size]
-    for name, load in interleaved(runs, rule.seconds, rounds, context.count).items():
+    for name, load in interleaved(runs, rule.seconds, rounds, context.count, used=used).items():
         rows[name].timing = load.timing
         rows[name].values["clips_per_s"] = load.clips_per_s
+        rows[name].values |= {f"cpu_s_{who}": seconds for who, seconds in load.cpu_s.items()}
         if rounds > 1:
             rows[name].values["spread"] = load.spread
     results.rows += rows.values()
