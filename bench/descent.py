@@ -77,10 +77,10 @@ def judged(default: Load, found: Load, target_s: float) -> Verdict:
     meets = [load.timing.percentile(99) <= target_s for load in (default, found)]
     if meets[0]:
         figure = RATE
-        gain, low, high = timing.ratio(*[[a.clips / a.seconds for a in load.answers] for load in (found, default)])
+        gain, low, high = timing.paired_ratio(found.rates, default.rates)
     else:
         figure = P99
         p99s = [[timing.Timing(a.latencies).percentile(99) for a in load.answers] for load in (default, found)]
-        gain, low, high = timing.ratio(*p99s)
+        gain, low, high = timing.paired_ratio(*p99s)
     misses = meets[0] and not meets[1]
     return Verdict(figure, gain, low, high, misses, real=not misses and gain >= AT_LEAST and low > 1)

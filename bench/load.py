@@ -46,12 +46,14 @@ class Load:
         return sum(a.clips for a in self.answers) / sum(a.seconds for a in self.answers)
 
     @property
+    def rates(self) -> list[float]:
+        """Clips a second of each."""
+        return [a.clips / a.seconds for a in self.answers]
+
+    @property
     def spread(self) -> float:
         """Half of the range of the loads' own rates, over the rate of all; NaN of one load alone."""
-        if len(self.answers) < 2:
-            return math.nan
-        rates = [a.clips / a.seconds for a in self.answers]
-        return (max(rates) - min(rates)) / 2 / self.clips_per_s
+        return (max(self.rates) - min(self.rates)) / 2 / self.clips_per_s if len(self.answers) > 1 else math.nan
 
     @property
     def cpu_s(self) -> dict[str, float]:

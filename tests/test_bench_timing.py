@@ -113,6 +113,19 @@ def test_the_interval_of_a_ratio_holds_the_true_one() -> None:
     assert low < 1 < high
 
 
+def test_pairs_leave_out_what_changes_from_pair_to_pair() -> None:
+    rng = np.random.default_rng(0)
+    machine = rng.choice([1.0, 0.6], 20)
+    a, b = 0.9 * machine + rng.normal(0, 0.01, 20), machine + rng.normal(0, 0.01, 20)
+    value, low, high = timing.paired_ratio(a.tolist(), b.tolist())
+    assert 0.88 < low < value < high < 0.92
+    assert value == pytest.approx(np.median(a / b))
+    _, low, high = timing.ratio(a.tolist(), b.tolist())
+    assert high - low > 0.2
+    with pytest.raises(ValueError, match="zip"):
+        timing.paired_ratio([1.0, 2.0], [1.0])
+
+
 def test_wall_clock_times_the_call() -> None:
     import time
 

@@ -98,7 +98,8 @@ def _throughput(
             runs[name] = functools.partial(kept_up, open_client, functools.partial(call, context), concurrency)
             rows[name] = Row("server", OURS, {"protocol": protocol, "concurrency": concurrency})
     rounds = 1 if rule.quick else ROUNDS[context.size]
-    for name, load in interleaved(runs, rule.seconds, rounds, context.count, used=used).items():
+    loads = interleaved(runs, rule.seconds, rounds, context.count, used=used)
+    for name, load in loads.items():
         rows[name].timing = load.timing
         rows[name].values["clips_per_s"] = load.clips_per_s
         rows[name].values |= {f"cpu_s_{who}": seconds for who, seconds in load.cpu_s.items()}
@@ -106,10 +107,13 @@ def _throughput(
             rows[name].values["spread"] = load.spread
     results.rows += rows.values()
     if pipeline is not None:
-        best = max(row.values["clips_per_s"] for row in rows.values() if row.what == "batch")
-        for row in rows.values():
+        best = max((loads[name].rates for name, row in rows.items() if row.what == "batch"), key=np.median)
+        for name, row in rows.items():
             if row.what == "server":
-                row.values["over_in_process"] = row.values["clips_per_s"] / best
+                figure = "over_in_process"
+                ratios = timing.paired_ratio(loads[name].rates, best)
+                names = (figure, f"{figure}_low", f"{figure}_high") if rounds > 1 else (figure,)
+                row.values |= dict(zip(names, ratios, strict=False))
 
 
 def _concurrency(context: Context, rule: Rule) -> tuple[int, ...]:
