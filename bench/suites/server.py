@@ -20,7 +20,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline, Predictor
 
 PROTOCOLS = ("grpc", "http")
-LATENCY_S = 90.0  # what the server adds is a few per cent, so `full` gets its 30 calls too
+LATENCY_CALLS, LATENCY_S = 200, 90.0  # for what the server adds, a few per cent on a machine that wanders by more
 CONCURRENCY = {"full": (1, 4, 16), "demo": (1, 2, 4, 8, 16)}  # 16 answers of `full` take a minute
 QUICK_CONCURRENCY = (1, 4)
 BATCHES = (1, 2, 4, 8)
@@ -61,7 +61,7 @@ def _latency(
         for protocol, where in server.items():
             sides[protocol] = stack.enter_context(contextlib.closing(client(where, protocol)))
             _check(sides[protocol], context)
-        longer = rule if rule.quick else replace(rule, seconds=LATENCY_S)
+        longer = rule if rule.quick else replace(rule, repeats=LATENCY_CALLS, seconds=LATENCY_S)
         timings = timing.measure({name: call(context, p) for name, p in sides.items()}, longer, progress=context.count)
         results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
         if pipeline is None:
