@@ -130,7 +130,7 @@ def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
     used = {who: ours[f"cpu_s_{who}"] for who in ("bench", "tritonserver", "models")}
     assert min(used.values()) > 0
     assert used["models"] > used["bench"]
-    assert sum(used.values()) * ours["clips_per_s"] < 1.3 * len(os.sched_getaffinity(0))
+    assert sum(used.values()) * ours["clips_per_s"] < 2 * len(os.sched_getaffinity(0))
     alone = measured.row("batch", "in process", batch=1).values
     assert alone["cpu_s_bench"] > 10 * alone["cpu_s_models"]
     theirs = measured.row("server", "perf_analyzer", protocol="grpc", concurrency=2).values
