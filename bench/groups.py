@@ -9,7 +9,7 @@ throughput "batch": the axis batch; "server": the axes protocol and concurrency,
            value median_s, which a load that is not ours (perf_analyzer) says
 waterfall  "waterfall": in order, each side all before it and one technique more; the value gain, or it is worked out
 roofline   the values macs and bytes (read and written at least once: weights, inputs, outputs) of the call that was
-           timed, and the file's limits. The precision is the axis or the setting of that name, or FP16 if the side says
+           timed, and the file's limits (results.Results.least_s)
 parity     "parity ...": the axes graph and tensor, or step or steps; the value largest_difference"""
 
 from __future__ import annotations
@@ -219,24 +219,16 @@ def reached(found: Results) -> list[Reached]:
     """Of all rows that say what they compute and move; empty without limits."""
     out = []
     for row in found.rows:
-        macs, moved = row.values.get("macs", math.nan), row.values.get("bytes", math.nan)
-        gemm, copy = found.limits.get(f"gemm_{precision(found, row)}"), found.limits.get("copy")
-        if row.timing is None or gemm is None or copy is None or not (macs > 0 and moved > 0):
+        least = found.least_s(row)
+        if row.timing is None or least is None or "copies" not in least:
             continue
         took = row.timing.median
-        compute, traffic = 2 * macs / gemm, moved / copy
+        flops = 2 * row.values["macs"]
         name = f"{row.what}, batch {row.axes['batch']}" if row.axes.get("batch", 1) != 1 else row.what
-        work = Work(name, row.side, 2 * macs / moved, 2 * macs / took)
-        bound = "matrix products" if compute >= traffic else "copies"
-        out.append(Reached(work, max(compute, traffic), took, bound))
+        work = Work(name, row.side, flops / row.values["bytes"], flops / took)
+        bound = max(least, key=least.__getitem__)
+        out.append(Reached(work, least[bound], took, bound))
     return out
-
-
-def precision(found: Results, row: Row) -> str:
-    named = row.axes.get("precision") or found.settings.get("precision")
-    if named:
-        return str(named)
-    return "float16" if "FP16" in row.side else "float32"
 
 
 def roofline(found: Results, name: str, styles: Styles) -> Chart | None:

@@ -86,15 +86,28 @@ class Results:
                 return row
         raise KeyError(f"{what}, {side}, {axes}")
 
-    def share_of_limit(self, row: Row) -> float | None:
-        """The least time that this machine's limits allow a row of FP32 (2 FLOPs for each of `macs` at the rate of
-        matrix products, or `bytes` at that of copies, if longer) over the time that it took. None without either."""
-        if row.timing is None or "macs" not in row.values or "gemm_float32" not in self.limits:
+    def precision(self, row: Row) -> str:
+        """The axis or the setting of that name, or FP16 if the side says so."""
+        named = row.axes.get("precision") or self.settings.get("precision")
+        if named:
+            return str(named)
+        return "float16" if "FP16" in row.side else "float32"
+
+    def least_s(self, row: Row) -> dict[str, float] | None:
+        """The seconds that this machine's limits allow at best: of the matrix products (2 FLOPs for each of `macs` at
+        the rate of the row's precision) and, where `bytes` are known, of the copies. None without rate or `macs`."""
+        gemm = self.limits.get(f"gemm_{self.precision(row)}")
+        if gemm is None or not row.values.get("macs", math.nan) > 0:
             return None
-        least = 2 * row.values["macs"] / self.limits["gemm_float32"]
-        if "bytes" in row.values:
-            least = max(least, row.values["bytes"] / self.limits["copy"])
-        return least / row.timing.median
+        least = {"matrix products": 2 * row.values["macs"] / gemm}
+        if "copy" in self.limits and row.values.get("bytes", math.nan) > 0:
+            least["copies"] = row.values["bytes"] / self.limits["copy"]
+        return least
+
+    def share_of_limit(self, row: Row) -> float | None:
+        """The longest of `least_s` over the time that the row took. None if either is not known."""
+        least = self.least_s(row)
+        return None if least is None or row.timing is None else max(least.values()) / row.timing.median
 
     def finish(self) -> None:
         self.state["after"] = here.state()
