@@ -50,7 +50,7 @@ th, td { padding: .375rem .75rem .375rem 0; text-align: right; white-space: nowr
   border-bottom: 1px solid var(--line); vertical-align: baseline; }
 th { font-weight: 600; }
 tbody th { white-space: normal; min-width: 7rem; }
-thead th { border-bottom: 2px solid var(@INK@); vertical-align: bottom; }
+thead th { border-bottom: 2px solid var(@INK@); vertical-align: bottom; white-space: normal; }
 th.text, td.text { text-align: left; }
 mark { color: inherit; background: var(--soft); border: 1px solid var(@INK@); padding: 0 .375rem; }
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -88,13 +88,15 @@ def write(found: dict[str, Results], out: Path, progress: Any = lambda *_: None)
 
 def _opening(found: dict[str, Results]) -> str:
     """What was measured on what, when, from which commit, and what is not there."""
-    about: dict[str, list[str]] = {}
+    about: dict[str, dict[str, Results]] = {}
     for name, results in found.items():
-        about.setdefault(f"{_hardware(results)}, {_when(results)}", []).append(Path(name).stem)
+        about.setdefault(_hardware(results), {})[Path(name).stem] = results
     if len(about) == 1:
-        measured = [f"Measured on {next(iter(about))}."]
+        measured = [f"Measured on {hardware}, {_when(runs.values())}." for hardware, runs in about.items()]
     else:
-        measured = [f"{', '.join(names)}: measured on {facts}." for facts, names in about.items()]
+        measured = [
+            f"{', '.join(runs)}: measured on {hardware}, {_when(runs.values())}." for hardware, runs in about.items()
+        ]
     missing: dict[str, list[str]] = {}
     for name, results in found.items():
         for side, why in results.left_out.items():
@@ -135,10 +137,15 @@ def _hardware(results: Results) -> str:
     return f"{facts['cores']} cores of {facts['cpu']}{memory}, {with_gpu}"
 
 
-def _when(results: Results) -> str:
-    commit = results.commit or "unknown"
-    changed = " with changes that were not committed" if commit.endswith("+") else ""
-    return f"{_date(results.created)}, commit {commit.rstrip('+')}{changed}"
+def _when(runs: Collection[Results]) -> str:
+    """24 November 2026, commit 0123456789ab. Of more commits only how many; `_machines` tells them."""
+    days = list(dict.fromkeys(_date(r.created) for r in sorted(runs, key=lambda r: r.created)))
+    commits = {r.commit or "unknown" for r in runs}
+    which = f"commit {min(commits).rstrip('+')}" if len(commits) == 1 else f"{len(commits)} commits, named at the end"
+    changed = sum((r.commit or "").endswith("+") for r in runs)
+    some = "" if changed == len(runs) else f", {changed} of {len(runs)}"
+    dirty = f"{some} with changes that were not committed" if changed else ""
+    return f"{days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'}, {which}{dirty}"
 
 
 def _date(created: str) -> str:

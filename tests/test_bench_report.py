@@ -185,6 +185,16 @@ def test_machines_are_told_apart() -> None:
     assert "Nothing was left out." in said
 
 
+def test_one_machine_is_said_once() -> None:
+    """Days and commits in short where there are more; a changed tree is counted."""
+    later = run_of("steps", [], commit="fedcba987654+", created="2026-11-26T01:00:00+00:00")
+    said = report._opening({"steps.json": later, "engines.json": run_of("engines", [])})
+    assert (
+        "Measured on 2 cores of AMD EPYC, 24 GB, no GPU, 24 November 2026 to 26 November 2026, "
+        "2 commits, named at the end, 1 of 2 with changes that were not committed. Nothing was left out." in said
+    )
+
+
 def test_headings_say_the_file() -> None:
     found = run_of("engines", [])
     names = ("engines.json", "engines_full.json", "h200.json")
