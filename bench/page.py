@@ -52,6 +52,7 @@ th { font-weight: 600; }
 tbody th { white-space: normal; min-width: 7rem; }
 thead th { border-bottom: 2px solid var(@INK@); vertical-align: bottom; white-space: normal; }
 th.text, td.text { text-align: left; }
+td.text { white-space: normal; }
 mark { color: inherit; background: var(--soft); border: 1px solid var(@INK@); padding: 0 .375rem; }
 """
 
