@@ -99,7 +99,12 @@ def client(film: str, url: str, seconds: float) -> None:
     frames = round(seconds * RATE)
     began = time.monotonic()
     with StreamClient(
-        url, stride=RATE, on_lag="queue", give_up_s=120, on_gap=lambda gap: gaps.append(gap.text)
+        url,
+        stride=RATE,
+        on_lag="queue",
+        max_waiting=60,  # a camera does not wait for a server that is away
+        give_up_s=120,
+        on_gap=lambda gap: gaps.append(gap.text),
     ) as feed:
         for i in range(frames):
             time.sleep(max(0.0, began + i / RATE - time.monotonic()))

@@ -105,6 +105,52 @@ def test_no_window_is_lost(sound: str, stride: int, seed: int) -> None:
     assert backlog.timeline.held[0] <= stride + 16
 
 
+@pytest.mark.parametrize(("fps", "stride"), [(25, 4), (25, 400), (1, 4), (0.5, 1)])
+def test_sound_far_ahead_of_its_frames(fps: float, stride: int) -> None:
+    """All of it at once, before the first frame: the server, which keeps a minute, gets it as the frames come."""
+    backlog = Backlog(DEMO, stride)
+    server = Server(backlog, stride, in_flight=4)
+    frames = 2500 if fps == 25 else 100
+    tone = (np.arange(200 * 16_000) % 997 / 997).astype(np.float32)
+    backlog.add_sound(0, tone, 0)
+    server.send(flush=True)
+    for i in range(frames):
+        backlog.add_frame(np.zeros((112, 192, 3), np.uint8), i / fps, i / fps)
+        if i % 300 == 299:
+            server.send()
+            server.answer(9)
+        if i == 1000:
+            server.lose()
+    backlog.finish(0)
+    for _ in range(1000):
+        server.send()
+        server.answer(2)
+    assert backlog.done
+    assert [w.frame_index for w in server.found] == list(range(8, frames - 7, stride))
+    for w in server.found:
+        at = round(w.time_s * 16_000) - 8304
+        inside = np.arange(max(at, 0), min(at + 16_608, len(tone)))
+        np.testing.assert_array_equal(w.audio[inside - at], tone[inside])
+        assert w.heard == pytest.approx(len(inside) / 16_608)
+
+
+def test_sound_of_another_clock_does_not_hold_windows_back() -> None:
+    """An hour ahead, it says only that there is none for these frames."""
+    backlog = Backlog(DEMO, 4)
+    server = Server(backlog, 4, in_flight=2)
+    for i in range(60):
+        backlog.add_frame(np.zeros((112, 192, 3), np.uint8), i / 25, i / 25)
+        backlog.add_sound(3600 * 16_000 + 640 * i, TONE[:640], i / 25)
+        server.send()
+        server.answer(2)
+    backlog.finish(3)
+    for _ in range(50):
+        server.send()
+        server.answer(2)
+    assert backlog.done
+    assert [(w.frame_index, w.heard) for w in server.found] == [(i, 0) for i in range(8, 53, 4)]
+
+
 def test_dropped_windows_are_not_computed() -> None:
     backlog = Backlog(DEMO, 1)
     server = Server(backlog, 1, in_flight=2)

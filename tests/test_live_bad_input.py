@@ -15,9 +15,12 @@ from triton_serving import processes, serving
 
 from bench.soak import private_mb
 from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import DEMO
+from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import STREAM
 from mubic_deploy.live.packets import Encoder
 from mubic_deploy.live.settings import StreamSettings
+from mubic_deploy.live.streams import Streams
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.triton.server import TritonServer
 
@@ -115,6 +118,11 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"SOUND": sound(16_000), "SOUND_TIME": 0.0},
         "time stamps of the sound go back",
     ),
+    "a frame number far ahead": (
+        {"STRIDE": 1, "SOUND_END": True, "FRAMES": frames(2), "FRAME_TIME": [0.0, 1.0], "FRAME_INDEX": [0, 2**60]},
+        {"FRAMES": frames(1), "FRAME_TIME": [1.04], "FRAME_INDEX": [1]},
+        "frame number 1 comes after 1152921504606846976",
+    ),
     "no picture": (
         {"ENCODING": b"jpeg"},
         {"PACKETS": [b"no picture"], "FRAME_TIME": [0.0]},
@@ -201,6 +209,20 @@ def test_a_stream_that_sends_more_than_is_answered(
     assert all("windows of this stream wait for their maps: send no more" in text for text in refusals)
     assert answered >= 64 - 15
     sequences.ask(24, end=True)
+
+
+def test_windows_of_streams_that_ended_count() -> None:
+    """Or one-shot requests would fill the memory, though the server holds few streams."""
+    streams = Streams(DEMO, StreamSettings(max_streams=2))
+    whole = {"STRIDE": np.array([1]), "SOUND_END": np.array([True]), "FRAMES": frames(64), "FRAME_TIME": times(64)}
+    held = [streams.push(key, True, True, whole)[0] for key in ("ended", "ended too")]
+    assert [stream.waiting for stream in held] == [49, 49]
+    with pytest.raises(UserError, match="the server holds 2 streams, as many as it may"):
+        streams.push("one more", True, True, whole)
+    held[0].waiting = 0  # all were answered
+    streams.push("one more", True, False, whole)
+    with pytest.raises(UserError, match="the server holds 2 streams"):
+        streams.push("one more", True, False, whole)  # begins anew; what it had is still there
 
 
 # ---- limits, on servers of their own

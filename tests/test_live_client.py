@@ -19,8 +19,11 @@ from triton_serving import processes, serving
 
 from mubic_deploy import AsyncStreamClient, StreamClient, predict_clips
 from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import DEMO
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.link import Settings
 from mubic_deploy.live.report import Gap, LiveMap
+from mubic_deploy.live.sender import Limits, Sender
 from mubic_deploy.live.settings import StreamSettings
 from mubic_deploy.live.source import FileSource, Heard
 from mubic_deploy.media.film import Frame
@@ -76,7 +79,17 @@ def test_the_same_maps_as_predict(
 
 @pytest.mark.parametrize(
     "name",
-    ["29.97 fps", "variable rate", "sound at the end of the file", "late sound", "gap", "silent", "short", "portrait"],
+    [
+        "29.97 fps",
+        "variable rate",
+        "sound at the end of the file",
+        "late sound",
+        "gap",
+        "overlap",
+        "silent",
+        "short",
+        "portrait",
+    ],
 )
 def test_the_same_maps_of_odd_films(
     toy_server: TritonServer, toy_pipeline: Pipeline, tmp_path: Path, name: str
@@ -92,6 +105,8 @@ def test_the_same_maps_of_odd_films(
         options["sound_start"] = Fraction(1, 2)  # type: ignore[assignment]
     elif name == "gap":
         options["gap"] = (24 * 1024, Fraction(2, 5))  # type: ignore[assignment]
+    elif name == "overlap":  # by a packet, as where films were joined
+        options["gap"] = (24 * 1024, -Fraction(1024, 48_000))  # type: ignore[assignment]
     elif name == "silent":
         del options["sound"]
     elif name == "short":
@@ -175,7 +190,7 @@ def test_the_clock_goes_back(toy_server: TritonServer) -> None:
     assert [m.frame_index for m in found] == [*range(8, 33, 4), *range(52, 77, 4)]
     assert [m.time_s for m in found[:2]] == [100.32, 100.48]
     assert found[7].time_s == 3 + 10 / 25
-    assert [gap.kind for gap in gaps] == ["clock"]
+    assert [(gap.kind, gap.lost) for gap in gaps] == [("clock", 4)]  # those that begin at 28, 32, 36 and 40
     assert "goes back from 101.640 s to 3.000 s" in gaps[0].text
 
 
@@ -237,6 +252,33 @@ def test_drop(toy_server: TritonServer) -> None:
     assert len(found) + report.dropped == 285
 
 
+def test_latency_counts_from_when_the_frame_was_given(toy_server: TritonServer) -> None:
+    """Where `frame` waits for a server that is behind, too: half of the maps are read late, and the stream waits."""
+    given: dict[int, float] = {}
+    late: list[float] = []
+    with StreamClient(toy_server.url, stride=1, max_waiting=1, in_flight=1) as client:
+        client.end_sound()
+
+        def source() -> None:
+            for i in range(120):
+                given[i] = time.monotonic()
+                client.frame(picture(i), i / 25)
+            client.finish()
+
+        feeding = threading.Thread(target=source)
+        feeding.start()
+        count = -1
+        while len(given) > count:  # 64 maps are held, then the source is
+            count = len(given)
+            time.sleep(1.5)
+        for found in client:
+            late.append(time.monotonic() - given[found.frame_index] - found.latency_s)
+        feeding.join()
+    assert len(late) == 105
+    assert 70 < count < 100
+    assert all(-0.01 < seconds < 0.7 for seconds in late[count - 10 :])
+
+
 def test_queue_holds_the_source_back(toy_server: TritonServer) -> None:
     with StreamClient(toy_server.url, stride=1, max_waiting=3, in_flight=2) as client:
         client.end_sound()
@@ -255,6 +297,30 @@ def test_queue_holds_the_source_back(toy_server: TritonServer) -> None:
         feeding.join()
     assert [m.frame_index for m in found] == list(range(8, 93))
     assert most <= 3 + 2
+
+
+def test_nothing_is_left_of_a_client(toy_server: TritonServer) -> None:
+    """Neither a thread nor what it held, of a connection that was used or of one that never was one."""
+
+    def once(url: str) -> None:
+        sender = Sender(url, DEMO, Settings(1, 0, 4, "raw"), Limits(8, 4, 1.0, 60.0), None)
+        with sender.changed:
+            for i in range(16):
+                sender.backlogs[-1].add_frame(np.zeros((112, 192, 3), np.uint8), i / 25, 0.0)
+            sender.changed.notify_all()
+        time.sleep(0.7)
+        sender.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        closed = f"127.0.0.1:{nobody.getsockname()[1]}"
+    once(toy_server.url)
+    before = threading.active_count()
+    for url in (toy_server.url, closed) * 3:
+        once(url)
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.1)
+    assert threading.active_count() <= before
 
 
 # ---- the server

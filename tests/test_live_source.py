@@ -9,13 +9,14 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from films import click, flash_and_click, frame_times, write_film
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.source import FileSource, Heard, Item, LiveSource, SoundEnd, open_source
-from mubic_deploy.media.film import Frame
+from mubic_deploy.media.film import Film, Frame
 from mubic_deploy.media.sound import excerpt_start
 
 DARK = np.full((36, 64, 3), 20, np.uint8)
@@ -79,6 +80,43 @@ def test_what_comes_once_has_its_flash_with_its_click(tmp_path: Path) -> None:
     assert flash == pytest.approx(30 * 1001 / 30_000, abs=0.001)
     assert clicks[0] == pytest.approx(flash, abs=0.5 * 1001 / 30_000)
     assert (source.display, source.map_shape) == ((36, 64), (36, 64))
+
+
+def test_a_time_stamp_that_stands_still_is_no_jump(tmp_path: Path) -> None:
+    """As in a film, the frame comes one tick later; a clock that begins anew is left to the client."""
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 40), DARK)
+    odd = tmp_path / "odd.mkv"
+    with av.open(str(path)) as source, av.open(str(odd), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        at = None
+        for i, packet in enumerate(p for p in source.demux(video=0) if p.dts is not None):
+            packet.pts = packet.dts = at if i == 20 else packet.dts
+            at = packet.dts
+            packet.stream = stream
+            out.mux(packet)
+    live = LiveSource(str(odd))
+    times = [i.time_s for i in live.items() if isinstance(i, Frame)]
+    live.close()
+    assert len(times) == 40
+    assert times[20] - times[19] == pytest.approx(0.001)  # Matroska's tick
+    assert times[21] - times[19] == pytest.approx(0.08)
+
+
+def test_sound_that_overlaps_is_heard_once(tmp_path: Path) -> None:
+    """What came first counts, in a stream and in a film."""
+    noise = (0.3 * np.random.default_rng(0).standard_normal((1, 76_800))).astype(np.float32)
+    back = -Fraction(1024, 48_000)
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 40), DARK, sound=noise, gap=(24 * 1024, back))
+    with FileSource(str(path)) as source:
+        pieces = [i for i in source.items() if isinstance(i, Heard)]
+    assert all(b.start == a.start + len(a.samples) for a, b in itertools.pairwise(pieces))
+    heard = np.concatenate([piece.samples for piece in pieces])
+    with Film(str(path)) as film:
+        sound = film.sound()
+        assert sound is not None
+        excerpt = sound.excerpt(0.52)  # from 16 to 16 624; the seam is at 8192
+        sound.close()
+    np.testing.assert_array_equal(excerpt, heard[16:16_624])
 
 
 def test_an_address_that_breaks_off_and_comes_back(tmp_path: Path) -> None:

@@ -154,6 +154,31 @@ def test_windows_with_a_frame_left_out_are_passed_over() -> None:
     assert [w.frame_index for w in windows(timeline)] == [8, 28, 32]
 
 
+@pytest.mark.parametrize("stride", [1, 4, 16, 23])
+def test_windows_with_any_frames_left_out(stride: int) -> None:
+    rng = np.random.default_rng(stride)
+    timeline, found = Timeline(DEMO, stride), list[int]()
+    timeline.end_sound()
+    gaps = np.where(rng.random(400) < 0.05, rng.integers(2, 90, 400), 1)
+    sent = np.cumsum(gaps).tolist()
+    for i in sent:
+        timeline.add_frame(image(i), i / 25, i)
+        found += [timeline.cut(k).frame_index for k in timeline.advance()]
+        timeline.forget()
+    whole = [k for k in range(0, sent[-1], stride) if set(range(k, k + 16)) <= set(sent)]
+    assert found == [k + 8 for k in whole]
+    assert len(found) > 3
+
+
+def test_a_frame_number_that_jumps_far_costs_nothing() -> None:
+    """One by one, the windows of 2^62 frames would take for ever."""
+    timeline = Timeline(DEMO, stride=1)
+    timeline.end_sound()
+    for i in [*range(16), *range(2**62, 2**62 + 16)]:
+        timeline.add_frame(image(i), (i % 2**61) / 25 + (i > 99), i)
+    assert [w.frame_index for w in windows(timeline)] == [8, 2**62 + 8]
+
+
 @pytest.mark.parametrize(
     "times",
     [
@@ -249,6 +274,15 @@ def test_memory_is_bounded(sound: str) -> None:
         most_frames, most_samples = max(most_frames, frames), max(most_samples, samples)
     assert most_frames <= 16 + 8 + 13 + 4 + 50
     assert most_samples <= (61 if sound == "without frames" else 15) * 16_000
+
+
+@pytest.mark.parametrize("count", [1, 160])
+def test_sound_whose_time_stands_still_is_bounded(count: int) -> None:
+    timeline = Timeline(DEMO, kept_s=2)
+    for _ in range(2000):
+        timeline.add_sound(0, np.zeros(count, np.float32))
+    assert timeline.held[1] <= 2 * 16_000
+    assert len(timeline.sound(0)) <= 2 * 80
 
 
 def test_what_cannot_come_next() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from mubic_deploy.media.sound import JUMP_S, excerpt_start
 
 SOUND_KEPT_S = 600.0  # of sound without frames
 MAX_SOUND = 30 * SAMPLE_RATE  # samples of a request, about
+AHEAD_S = 10.0  # that sound is sent before its frames, and that frames of a request are apart: the server keeps only so
+# much sound (`timeline.SOUND_KEPT_S`), and the first of these frames needs some of before it
+PIECE = SAMPLE_RATE  # samples of sound that are sent together or not
 _BEGINNING = -(1 << 62)  # before any sample
 
 
@@ -65,7 +69,7 @@ class Backlog:
         self.timeline = Timeline(config, stride, SOUND_KEPT_S)
         self.ready: deque[Waiting] = deque()
         self.sent: deque[Waiting] = deque()
-        self.next_index = first  # of the frame that comes next
+        self.next_index = self._first = first  # of the frame that comes next
         self.finished = False  # nothing more is fed
         self._config, self._stride = config, stride
         self._captured: dict[int, float] = {}  # when each frame was fed
@@ -86,10 +90,11 @@ class Backlog:
 
     # ---- what comes in; `now_s` is the client's clock
 
-    def add_frame(self, image: np.ndarray, time_s: float, now_s: float) -> None:
-        """image: uint8 [H, W, 3] of the model's size. UserError: see `Timeline.check_frames`."""
+    def add_frame(self, image: np.ndarray, time_s: float, now_s: float, captured_s: float | None = None) -> None:
+        """image: uint8 [H, W, 3] of the model's size; captured_s: when it was there, if not just now. UserError: see
+        `Timeline.check_frames`."""
         self.timeline.add_frame(image, time_s, self.next_index)
-        self._captured[self.next_index] = now_s
+        self._captured[self.next_index] = now_s if captured_s is None else captured_s
         self.next_index += 1
         self._note(self.timeline.advance(), now_s)
 
@@ -98,7 +103,8 @@ class Backlog:
         heard = self.timeline.heard
         if heard is not None and start < heard - JUMP_S * SAMPLE_RATE:
             start, samples = heard, samples[heard - start :]
-        self.timeline.add_sound(start, samples)
+        for at in range(0, len(samples), PIECE):
+            self.timeline.add_sound(start + at, samples[at : at + PIECE])
         self._note(self.timeline.advance(), now_s)
 
     def end_sound(self, now_s: float) -> None:
@@ -109,6 +115,14 @@ class Backlog:
         """Nothing more comes."""
         self.finished = True
         self._note(self.timeline.finish(), now_s)
+
+    @property
+    def cut_off(self) -> int:
+        """Windows that began and would need frames that come after `finish`."""
+        first = max(self._first, self.next_index - self._config.frames + 1)
+        begun = range(-(-first // self._stride) * self._stride, self.next_index, self._stride)
+        short = self._first == 0 and 0 < self.next_index < self._config.frames  # it makes a window of what there is
+        return len(begun) - short
 
     def _note(self, complete: Iterable[int], now_s: float) -> None:
         timeline = self.timeline
@@ -155,12 +169,13 @@ class Backlog:
             return None
         request = Request(start=not self._started)
         free = len(going) == len(self.ready) and not self.finished  # nothing is to be held back
-        until, stop = self.timeline.last_index, None
+        until, stop = self.timeline.last_index, math.inf
         if going and not free:
             until = going[-1].until
-            stop = None if going[-1].late else self._stop(going[-1].k)
-        if self._take_sound(request, stop):
-            self._take_frames(request, until if going or free else -1)
+            stop = math.inf if going[-1].late else self._stop(going[-1].k)
+        frames = self._next_frames(until if going or free else -1)
+        if self._take_sound(request, min(stop, self._reach(frames))):
+            self._take_frames(request, frames)
             while self.ready and self._is_sent(self.ready[0]):
                 self.sent.append(self.ready.popleft())
             request.end = self._ended = self.finished and not self.ready
@@ -178,23 +193,38 @@ class Backlog:
             return True
         return self._sent_sound is not None and self._sent_sound >= self._stop(window.k)
 
-    def _take_frames(self, request: Request, until: int) -> None:
-        for index, time_s, image in self.timeline.frames(self._sent_frame + 1, until):
-            if len(request.frames) == MAX_FRAMES:
-                return
+    def _next_frames(self, until: int) -> list[tuple[int, float, np.ndarray]]:
+        """Number, time and image of those that are sent together: the first is sent in any case."""
+        found: list[tuple[int, float, np.ndarray]] = []
+        for frame in self.timeline.frames(self._sent_frame + 1, until):
+            if len(found) == MAX_FRAMES or (found and frame[1] > found[0][1] + AHEAD_S):
+                break
+            found.append(frame)
+        return found
+
+    def _reach(self, frames: list[tuple[int, float, np.ndarray]]) -> float:
+        """The sample up to which sound is sent with these frames, or after the newest, or before the first."""
+        time_s = frames[-1][1] if frames else self.timeline.last_s
+        if math.isfinite(time_s):
+            return (time_s + AHEAD_S) * SAMPLE_RATE
+        held = self.timeline.sound(_BEGINNING)
+        return held[0][0] + AHEAD_S * SAMPLE_RATE if held else math.inf
+
+    def _take_frames(self, request: Request, frames: list[tuple[int, float, np.ndarray]]) -> None:
+        for index, time_s, image in frames:
             request.frames.append(image)
             request.indices.append(index)
             request.times.append(time_s)
             self._sent_frame = index
 
-    def _take_sound(self, request: Request, stop: int | None) -> bool:
+    def _take_sound(self, request: Request, stop: float) -> bool:
         """The next sound without a gap in it, in whole pieces until `stop` is reached: only sound that lies behind a
         gap says that the gap is one. -> whether that was all to `stop`."""
         taken: list[np.ndarray] = []
         start = end = 0
         whole, held_back = True, False
         for at, samples in self.timeline.sound(self._sound_from()):
-            if stop is not None and self._sent_sound is not None and self._sent_sound >= stop:
+            if self._sent_sound is not None and self._sent_sound >= stop:
                 held_back = True
                 break
             if taken and (at != end or end - start >= MAX_SOUND):

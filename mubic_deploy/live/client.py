@@ -118,6 +118,7 @@ class StreamClient:
 
         Waits if the server is too slow and on_lag is queue. A time stamp that does not grow is a jump of the source's
         clock: after a gap the stream goes on with the new time."""
+        captured = time.monotonic()
         small = self._fitted(image, display)
         sender = self._sender
         with sender.changed:
@@ -127,7 +128,7 @@ class StreamClient:
             now = time.monotonic()
             self._look_for_a_gap(time_s, now)
             backlog = sender.backlogs[-1]
-            backlog.add_frame(small, time_s, now)
+            backlog.add_frame(small, time_s, now, captured)
             if self._on_lag == DROP:
                 sender.drop()
             sender.changed.notify_all()
@@ -150,7 +151,7 @@ class StreamClient:
             ahead_s = 0.0 if heard is None else (start - heard) / SAMPLE_RATE
             if ahead_s < -SILENCE_S:
                 text = f"the sound's clock goes back by {-ahead_s:.3f} s to {time_s:.3f} s"
-                sender.jump(Gap("clock", time_s, 0.0, 0, text), now)
+                sender.jump(time_s, text, now)
             elif ahead_s > NOTABLE_S:
                 text = f"the sound has a gap of {ahead_s:.3f} s before {time_s:.3f} s: silence is used"
                 sender.note(Gap("sound", time_s - ahead_s, ahead_s, 0, text))
@@ -184,7 +185,7 @@ class StreamClient:
         before = self._sender.backlogs[-1].timeline.last_s
         if time_s <= before:
             text = f"the source's clock goes back from {before:.3f} s to {time_s:.3f} s"
-            self._sender.jump(Gap("clock", before, 0.0, 0, text), now_s)
+            self._sender.jump(before, text, now_s)
             return
         apart = time_s - before
         if SILENCE_S < apart < math.inf and apart > 3 * self._interval_s:
@@ -241,4 +242,5 @@ class StreamClient:
     def report(self) -> Report:
         """How the stream goes."""
         with self._sender.changed:
-            return self._sender.report()
+            make = self._sender.report()
+        return make()

@@ -51,6 +51,7 @@ def stream(arguments: Namespace) -> int:
         stack.callback(lambda: _let_go(source, feeder))
         check_targets(files, KINDS, Path(arguments.source) if is_file(arguments.source) else None)
         live = arguments.realtime or isinstance(source, LiveSource)
+        on_lag = arguments.on_lag or (DROP if live else QUEUE)
         client = stack.enter_context(
             StreamClient(
                 arguments.url,
@@ -59,23 +60,26 @@ def stream(arguments: Namespace) -> int:
                 steps=arguments.steps,
                 encoding=arguments.encoding,
                 fit=arguments.fit,
-                on_lag=arguments.on_lag or (DROP if live else QUEUE),
+                on_lag=on_lag,
                 max_waiting=arguments.max_waiting,
                 on_gap=gaps.append,
             )
         )
         staged = stack.enter_context(replacing({k: path for k, path in files.items() if k != "ndjson"}))
         plain = not arguments.json and not piped
-        outputs = stack.enter_context(Outputs(source, staged, targets, plain, window))
+        outputs = stack.enter_context(Outputs(source, staged, targets, plain, window, on_lag == DROP))
         stopped = stack.enter_context(_stop_with_ctrl_c())
         if window is not None:
             window.open(source.display, source.name, stopped.set)
         feeder = Feeder(source, client, stopped, frames=outputs.wants_frames)
         with bar("streaming") as progress:
+            due = time.monotonic()
             for found in _maps(client, feeder, outputs, stopped):
                 if found is not None:
                     outputs.add_map(found)
-                progress(_status(client.report()), feeder.fed, None)
+                if time.monotonic() >= due:
+                    progress(_status(client.report()), feeder.fed, None)
+                    due = time.monotonic() + _STATUS_S
         outputs.finish(whole=not stopped.is_set() and feeder.problem is None)
         report = client.report()
     warnings = untrained(client.source["seed"]) + source.warnings + [gap.text for gap in gaps]
@@ -142,7 +146,9 @@ class Outputs:
         targets: dict[str, Path],
         plain: bool,
         window: Window | None,
+        live: bool,
     ) -> None:
+        """live: frames do not wait for maps."""
         self._source, self._targets, self._plain, self._window = source, targets, plain, window
         self._last_pts: int | None = None
         self._shift = 0
@@ -152,7 +158,7 @@ class Outputs:
         self._lines: TextIO | None = None
         with self._naming("overlay"):
             if "overlay" in staged:
-                self.overlay = OverlayWriter(staged["overlay"], source)
+                self.overlay = OverlayWriter(staged["overlay"], source, live)
         with self._naming("maps"):
             if "maps" in staged:
                 self._maps = MapsWriter(staged["maps"], source.map_shape)

@@ -128,7 +128,10 @@ class Link:
 
     def close(self) -> None:
         """Gives up what is on its way."""
+        stream = self._client._stream
         self._client.stop_stream(cancel_requests=True)
+        # tritonclient tells the thread that waits for requests only if nothing is cancelled: it would stay for ever
+        stream._request_queue.put(None)
         self._client.close()
 
     def _answered(self, result: Any, error: InferenceServerException | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,18 +66,9 @@ class Report:
     sent_bytes: int
 
 
-class Latencies:
-    """Percentiles of the newest latencies."""
-
-    def __init__(self) -> None:
-        self._seconds: deque[float] = deque(maxlen=KEPT)
-
-    def add(self, seconds: float) -> None:
-        self._seconds.append(seconds)
-
-    def percentiles(self) -> tuple[float, float, float]:
-        """Median, 95th and 99th, in seconds; NaN without any."""
-        if not self._seconds:
-            return (np.nan,) * 3
-        median, p95, p99 = np.percentile(list(self._seconds), (50, 95, 99))
-        return float(median), float(p95), float(p99)
+def percentiles(latencies: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 95th and 99th, in seconds; NaN without any."""
+    if not latencies:
+        return (np.nan,) * 3
+    median, p95, p99 = np.percentile(latencies, (50, 95, 99))
+    return float(median), float(p95), float(p99)

@@ -17,7 +17,7 @@ from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.backlog import Backlog, Request, Waiting
 from mubic_deploy.live.link import Answer, Link, Settings
-from mubic_deploy.live.report import Gap, Latencies, Report
+from mubic_deploy.live.report import KEPT, Gap, Report, percentiles
 
 FLUSH_S = 0.5  # what completes no window is sent after this time
 UNREAD = 64  # maps that nobody reads hold the stream back
@@ -64,7 +64,7 @@ class Sender:
         self.closed = False
         self._address, self._config, self._settings, self._limits = address, config, settings, limits
         self._on_gap = on_gap
-        self._latencies = Latencies()
+        self._latencies: deque[float] = deque(maxlen=KEPT)
         self._maps = self._dropped = self._lost = self._gaps = self._bytes = 0
         self._link: Link | None = None
         self._broken: str | None = None  # why a new sequence must begin
@@ -91,14 +91,15 @@ class Sender:
             self._dropped += 1
             next(backlog for backlog in self.backlogs if backlog.ready).drop()
 
-    def jump(self, gap: Gap, now_s: float) -> None:
-        """The source's clock goes back: the run so far ends, and another one begins."""
-        ended = self.backlogs[-1].timeline.sound_ended
+    def jump(self, time_s: float, text: str, now_s: float) -> None:
+        """The source's clock goes back: the run so far ends, and another one begins. The windows over the seam are
+        lost."""
+        ended, lost = self.backlogs[-1].timeline.sound_ended, self.backlogs[-1].cut_off
         self.backlogs[-1].finish(now_s)
         self.backlogs.append(Backlog(self._config, self._settings.stride, self.backlogs[-1].next_index))
         if ended:
             self.backlogs[-1].end_sound(now_s)
-        self.note(gap)
+        self.note(Gap("clock", time_s, 0.0, lost, text))
 
     def note(self, gap: Gap) -> None:
         self._gaps += 1
@@ -106,12 +107,14 @@ class Sender:
         if self._on_gap is not None:
             self._on_gap(gap)
 
-    def report(self) -> Report:
+    def report(self) -> Callable[[], Report]:
+        """What makes the report, without the lock: percentiles take some ms after hours."""
         waiting = [window for backlog in self.backlogs for window in (*backlog.sent, *backlog.ready)]
         lag_s = time.monotonic() - min(window.ready_s for window in waiting) if waiting else 0.0
         counts = self._maps, self._dropped, self._lost, self._gaps, len(waiting), lag_s
         sent_bytes = self._bytes + (self._link.bytes if self._link else 0)
-        return Report(*counts, *self._latencies.percentiles(), sent_bytes)
+        latencies = list(self._latencies)
+        return lambda: Report(*counts, *percentiles(latencies), sent_bytes)
 
     def close(self) -> None:
         """Ends the connection; what was not answered is given up. Not to be called with `changed` held."""
@@ -258,5 +261,5 @@ class Sender:
             self.note(Gap("sound", time_s, 0.0, 0, f"no sound in time at {time_s:.3f} s: silence is used"))
         self._sound_late = window.late
         self._maps += 1
-        self._latencies.add(arrived - captured)
+        self._latencies.append(arrived - captured)
         self.results.append(Found(tensors, window, captured, arrived))

@@ -20,6 +20,7 @@ from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
 
 STDIN = "-"
+STRAY_S = 1.0  # by which time stamps may go back
 _PAUSE_S = 1.0  # before an address is opened again
 _LIVE = ("rtsp://", "rtmp://", "udp://", "rtp://", "srt://")  # these come back after they broke off
 
@@ -194,6 +195,8 @@ class LiveSource:
             image = self._upright(decoded)
             if image.pts is None:
                 image.pts = 0 if last is None else last + max(1, round(1 / (self.rate * self.time_base)))
+            if last is not None and image.pts <= last < image.pts + STRAY_S / self.time_base:
+                image.pts = last + 1  # as in a film; what goes back further is another clock
             image.time_base = self.time_base
             last = image.pts
             yield Frame(index, float(image.pts * self.time_base), image)

@@ -127,6 +127,7 @@ class Streams:
     def __init__(self, config: Config, settings: StreamSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._settings, self._clock = config, settings, clock
         self._streams: dict[Hashable, Stream] = {}
+        self._ended: list[Stream] = []  # and replaced ones: they are held until their last windows are answered
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -137,7 +138,7 @@ class Streams:
         is let go with its last request."""
         self.expire()
         if start:
-            self._streams.pop(key, None)
+            self._let_go(key)
             self._make_room()
             self._streams[key] = Stream(self._config, arrays)
         stream = self._streams.get(key)
@@ -146,7 +147,7 @@ class Streams:
                 f"{UNKNOWN}: it did not start, or was dropped after {self._settings.idle_s:g} s: begin anew"
             )
         if end:
-            del self._streams[key]
+            self._let_go(key)
         stream.last_s = self._clock()
         odd = [] if start else [name for name in SETTINGS if name in arrays]
         if odd:
@@ -164,13 +165,19 @@ class Streams:
         for key in [key for key, stream in self._streams.items() if not stream.waiting and stream.last_s < before]:
             del self._streams[key]
 
+    def _let_go(self, key: Hashable) -> None:
+        if key in self._streams:
+            self._ended.append(self._streams.pop(key))
+
     def _make_room(self) -> None:
-        if len(self._streams) < self._settings.max_streams:
+        self._ended = [stream for stream in self._ended if stream.waiting]
+        held = len(self._streams) + len(self._ended)
+        if held < self._settings.max_streams:
             return
         idle = [(stream.last_s, key) for key, stream in self._streams.items() if not stream.waiting]
         last_s, key = min(idle, key=lambda pair: pair[0], default=(self._clock(), None))
         if self._clock() - last_s < RECLAIM_S:
-            raise UserError(f"{FULL} {len(self._streams)} streams, as many as it may: try again later")
+            raise UserError(f"{FULL} {held} streams, as many as it may: try again later")
         del self._streams[key]
 
 

@@ -140,8 +140,7 @@ class Timeline:
         self._sound.add(start, samples)
         end = start + len(samples)
         self._heard = end if self._heard is None else max(self._heard, end)
-        if self._sound.held > self._kept:
-            self._sound.trim(self._heard - self._kept)
+        self._sound.keep(self._kept)
 
     def end_sound(self) -> None:
         """There is no sound, or no more."""
@@ -163,7 +162,7 @@ class Timeline:
         while self._next is not None and self._last >= self._next * self.stride + self._config.frames - 1:
             k = self._next
             if not self._is_whole(k):
-                self._next += 1
+                self._next = self._after_gap(k)
             elif self._has_sound(k):
                 self._next += 1
                 yield k
@@ -217,6 +216,12 @@ class Timeline:
 
     def _indices(self, k: int) -> range:
         return range(k * self.stride, k * self.stride + self._config.frames)
+
+    def _after_gap(self, k: int) -> int:
+        """The first window that lacks none of the frames that window k lacks: frame numbers may jump by any amount."""
+        missing = next(i for i in reversed(self._indices(k)) if i not in self._frames)
+        there = next((i for i in self._frames if i > missing), self._last + 1)
+        return -(-there // self.stride)
 
     def _is_whole(self, k: int) -> bool:
         return all(i in self._frames for i in self._indices(k))

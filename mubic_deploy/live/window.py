@@ -46,7 +46,7 @@ class Window:
         self._stop: Callable[[], None] = lambda: None
         self._name = ""
         self._size = LARGEST
-        self._matcher = Matcher(self._show)
+        self._matcher = Matcher(self._show, live=True)
         self._due: deque[tuple[Frame, np.ndarray]] = deque()
         self._shown_s, self._shown_at = 0.0, -np.inf  # a time stamp, and when it is due on the window's clock
         self._resize, self._convert, self._heat = Resizer(), Resizer(), HeatBlend("yuv420p")

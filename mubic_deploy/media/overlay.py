@@ -21,6 +21,7 @@ from mubic_deploy.media.track import SoundTrack
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # hold H.264 with any time stamps
 MAX_WAITING = 64  # frames; 90 MB at 720p
+NOTHING = np.zeros((16, 16), np.float32)  # a map without anything
 CRF, PRESET = "20", "superfast"
 
 
@@ -40,11 +41,12 @@ class Matcher:
 
     Between two predicted frames the maps are interpolated linearly in time; before the first and after the last they
     stand still. No more than MAX_WAITING frames wait: with a larger stride a map stands still first and then moves to
-    the next one."""
+    the next one. Before the first map all wait, or in a live stream go without one."""
 
-    def __init__(self, show: Callable[[Frame, np.ndarray], None]) -> None:
-        """show: gets each frame in order, with its map, float32 [h, w] in [0, 1]."""
-        self._show = show
+    def __init__(self, show: Callable[[Frame, np.ndarray], None], live: bool = False) -> None:
+        """show: gets each frame in order, with its map, float32 [h, w] in [0, 1]; live: frames come whether there are
+        maps or not."""
+        self._show, self._live = show, live
         self._waiting: deque[Frame] = deque()
         self._before: FilmMap | None = None
 
@@ -55,10 +57,14 @@ class Matcher:
 
     def add_frame(self, frame: Frame) -> None:
         self._waiting.append(frame)
-        if len(self._waiting) > MAX_WAITING and self._before is not None:
+        if len(self._waiting) <= MAX_WAITING:
+            return
+        if self._before is not None:
             oldest = self._waiting.popleft()
             self._show(oldest, self._before.saliency)
             self._before = replace(self._before, time_s=oldest.time_s)
+        elif self._live:
+            self._show(self._waiting.popleft(), NOTHING)
 
     def add_map(self, item: FilmMap) -> None:
         """Shows the frames up to this map's."""
@@ -84,14 +90,14 @@ class Matcher:
 class OverlayWriter:
     """Frames and maps go in as they come, in order: see `Matcher`."""
 
-    def __init__(self, path: Path, film: Shown) -> None:
-        """path must end in one of `SUFFIXES`. OSError or ValueError if it cannot be written."""
+    def __init__(self, path: Path, film: Shown, live: bool = False) -> None:
+        """path must end in one of `SUFFIXES`; live: see `Matcher`. OSError or ValueError if it cannot be written."""
         height, width = film.display
         # 4:2:0 has no odd sizes
         self._pixels = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
         self._size = film.display
         self._film = film
-        self._matcher = Matcher(self._write)
+        self._matcher = Matcher(self._write, live)
         self._resize = Resizer()
         self._heat = HeatBlend(self._pixels)
         self._output = av.open(path, "w")

@@ -9,6 +9,8 @@ import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
 
+SHORTEST = SAMPLE_RATE // 80  # samples that a block has on average, at least
+JOINED = SAMPLE_RATE // 10  # samples of a block up to which what goes on from it is joined to it
 JUMP_S = 0.01  # time stamps that stray less than this are rounding: the sound runs on without a seam
 NOTABLE_S = 0.25  # missing sound worth a warning
 
@@ -25,16 +27,31 @@ class Blocks:
     def __init__(self) -> None:
         self._blocks: list[tuple[int, np.ndarray]] = []  # (first sample, float32 [n])
         self._trimmed = -(1 << 62)  # nothing before this sample is needed any more
+        self.held = 0  # samples in memory
 
     def add(self, start: int, samples: np.ndarray) -> None:
         """samples: float32 [n], 16 kHz. Where blocks overlap the later one counts."""
-        if start + len(samples) > self._trimmed:
-            self._blocks.append((start, samples))
+        if start + len(samples) <= self._trimmed:
+            return
+        self.held += len(samples)
+        if self._blocks:
+            at, last = self._blocks[-1]
+            if start == at + len(last) and len(last) + len(samples) <= JOINED:
+                self._blocks[-1] = at, np.concatenate([last, samples])
+                return
+        self._blocks.append((start, samples))
 
     def trim(self, start: int) -> None:
         """Forgets the blocks that end before sample `start`."""
         self._trimmed = start
         self._blocks = [(at, block) for at, block in self._blocks if at + len(block) > start]
+        self.held = sum(len(block) for _, block in self._blocks)
+
+    def keep(self, count: int) -> None:
+        """Forgets the blocks that were added first, until `count` samples or fewer are held, in as many blocks as they
+        would be in if each had SHORTEST."""
+        while self.held > count or len(self._blocks) > count // SHORTEST:
+            self.held -= len(self._blocks.pop(0)[1])
 
     def excerpt(self, start: int, count: int = AUDIO_SAMPLES) -> np.ndarray:
         """float32 [count] in [-1, 1]: the samples from `start` on, zero where there are none."""
@@ -44,11 +61,6 @@ class Blocks:
             if begin < end:
                 out[begin - start : end - start] = block[begin - at : end - at]
         return np.clip(out, -1, 1, out=out)
-
-    @property
-    def held(self) -> int:
-        """Samples in memory."""
-        return sum(len(block) for _, block in self._blocks)
 
     def covered(self, start: int, count: int = AUDIO_SAMPLES) -> int:
         """How many of these samples lie in a block."""
@@ -126,6 +138,7 @@ class Sound:
         self._blocks = Blocks()
         self._placer = Placer()
         self._damaged = False
+        self._end: int | None = None  # the sample up to which there was sound
         self.finished = False
 
     def close(self) -> None:
@@ -136,23 +149,30 @@ class Sound:
         has no sound."""
         start = excerpt_start(time_s)
         self._blocks.trim(start)
-        while not self.finished and self._placer.position < start + AUDIO_SAMPLES:
+        while not self.finished and self.position < start + AUDIO_SAMPLES:
             for at, samples in self.read():
                 self._blocks.add(at, samples)
         return self._blocks.excerpt(start)
 
     def read(self) -> list[tuple[int, np.ndarray]]:
-        """What is decoded next: (first sample, float32 [n]) of each piece. `finished` is set at the end."""
+        """What is decoded next: (first sample, float32 [n]) of each piece. Where time stamps go back, what is known
+        already counts, and only what is new comes. `finished` is set at the end."""
         frame = next(self._frames, None)
         if frame is None:
             self.finished = True
-            return self._placer.flush()
-        return self._placer.push(frame)
+        pieces = self._placer.flush() if frame is None else self._placer.push(frame)
+        new = []
+        for at, samples in pieces:
+            known = 0 if self._end is None else max(0, self._end - at)
+            if known < len(samples):
+                new.append((at + known, samples[known:]))
+                self._end = at + len(samples)
+        return new
 
     @property
     def position(self) -> int:
-        """Up to which sample the sound is decoded."""
-        return self._placer.position
+        """Up to which sample there was sound; 0 before the first."""
+        return self._end or 0
 
     def warnings(self, first_s: float, last_s: float) -> list[str]:
         """What was missing for a film whose frames run from `first_s` to `last_s`, one line each."""
