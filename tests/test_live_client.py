@@ -222,6 +222,21 @@ def test_sound_that_does_not_come(toy_server: TritonServer) -> None:
     assert [gap.kind for gap in gaps] == ["sound"]
 
 
+def test_sound_that_comes_far_too_early(toy_server: TritonServer) -> None:
+    """It is kept for ten minutes; what had to go is said, once."""
+    gaps: list[Gap] = []
+    with StreamClient(toy_server.url, on_gap=gaps.append) as client:
+        client.sound(np.zeros(16_000 * 610, np.float32), 0.0)
+        client.sound(np.zeros(16_000, np.float32), 610.0)
+        assert [(gap.kind, gap.seconds) for gap in gaps] == [("sound", 10.0)]
+        assert "the oldest 10.0 s of it are forgotten" in gaps[0].text
+        for i in range(16):
+            client.frame(picture(i), 11 + i / 25)
+        client.finish()
+        (found,) = client
+    assert found.heard == 1
+
+
 def test_frames_of_another_size(toy_server: TritonServer) -> None:
     """They are brought to the first one's shape, as in a film."""
     with StreamClient(toy_server.url) as client:

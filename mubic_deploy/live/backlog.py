@@ -98,14 +98,16 @@ class Backlog:
         self.next_index += 1
         self._note(self.timeline.advance(), now_s)
 
-    def add_sound(self, start: int, samples: np.ndarray, now_s: float) -> None:
-        """samples: float32 [n], the first one at sample `start`. What is known already is cut off."""
+    def add_sound(self, start: int, samples: np.ndarray, now_s: float) -> int:
+        """samples: float32 [n], the first one at sample `start`. What is known already is cut off. -> how many of the
+        oldest samples had to go for these."""
         heard = self.timeline.heard
         if heard is not None and start < heard - JUMP_S * SAMPLE_RATE:
             start, samples = heard, samples[heard - start :]
-        for at in range(0, len(samples), PIECE):
-            self.timeline.add_sound(start + at, samples[at : at + PIECE])
+        parts = range(0, len(samples), PIECE)
+        gone = sum(self.timeline.add_sound(start + at, samples[at : at + PIECE]) for at in parts)
         self._note(self.timeline.advance(), now_s)
+        return gone
 
     def end_sound(self, now_s: float) -> None:
         self.timeline.end_sound()

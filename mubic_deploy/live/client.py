@@ -12,6 +12,7 @@ import numpy as np
 
 from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.backlog import SOUND_KEPT_S
 from mubic_deploy.live.link import Settings
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.sender import Limits, Sender
@@ -93,6 +94,7 @@ class StreamClient:
         self._resize = Resizer()
         self._interval_s = math.inf  # between the last two frames
         self._finished = False
+        self._too_early = False  # sound, so that some of it was forgotten
         self._sender = Sender(
             address, self.config, settings, Limits(max_waiting, in_flight, timeout, give_up_s), on_gap
         )
@@ -137,7 +139,7 @@ class StreamClient:
     def sound(self, samples: np.ndarray, time_s: float) -> None:
         """The next sound. samples: float32 [n], 16 kHz mono in [-1, 1]; time_s: of the first one, on the same clock
         as the frames'. A time stamp that goes back by more than a second is a jump of the clock; what overlaps with
-        earlier sound by less is cut off. It never waits."""
+        earlier sound by less is cut off. It never waits: sound may come up to 10 minutes before its frames."""
         if samples.ndim != 1 or samples.dtype != np.float32:
             raise UserError(f"sound must be float32 [n], not {samples.dtype} {list(samples.shape)}: resample it first")
         if not self.config.has_audio:
@@ -155,7 +157,11 @@ class StreamClient:
             elif ahead_s > NOTABLE_S:
                 text = f"the sound has a gap of {ahead_s:.3f} s before {time_s:.3f} s: silence is used"
                 sender.note(Gap("sound", time_s - ahead_s, ahead_s, 0, text))
-            sender.backlogs[-1].add_sound(start, samples, now)
+            gone_s = sender.backlogs[-1].add_sound(start, samples, now) / SAMPLE_RATE
+            if gone_s and not self._too_early:
+                text = f"sound came {SOUND_KEPT_S:g} s before its frames: the oldest {gone_s:.1f} s of it are forgotten"
+                sender.note(Gap("sound", time_s, gone_s, 0, text))
+            self._too_early = gone_s > 0
             sender.changed.notify_all()
 
     def end_sound(self) -> None:

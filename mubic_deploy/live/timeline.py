@@ -131,16 +131,16 @@ class Timeline:
                 f"{self._heard / SAMPLE_RATE:.4f} s: begin a new stream where the clock jumps"
             )
 
-    def add_sound(self, start: int, samples: np.ndarray) -> None:
-        """samples: float32 [n], 16 kHz mono, the first one at sample `start` of the stream's clock. UserError: see
-        `check_sound`."""
+    def add_sound(self, start: int, samples: np.ndarray) -> int:
+        """samples: float32 [n], 16 kHz mono, the first one at sample `start` of the stream's clock. -> how many of the
+        oldest had to go for them. UserError: see `check_sound`."""
         self.check_sound(start, len(samples))
         if not len(samples):
-            return
+            return 0
         self._sound.add(start, samples)
         end = start + len(samples)
         self._heard = end if self._heard is None else max(self._heard, end)
-        self._sound.keep(self._kept)
+        return self._sound.keep(self._kept)
 
     def end_sound(self) -> None:
         """There is no sound, or no more."""

@@ -47,11 +47,13 @@ class Blocks:
         self._blocks = [(at, block) for at, block in self._blocks if at + len(block) > start]
         self.held = sum(len(block) for _, block in self._blocks)
 
-    def keep(self, count: int) -> None:
+    def keep(self, count: int) -> int:
         """Forgets the blocks that were added first, until `count` samples or fewer are held, in as many blocks as they
-        would be in if each had SHORTEST."""
+        would be in if each had SHORTEST. -> how many samples went."""
+        before = self.held
         while self.held > count or len(self._blocks) > count // SHORTEST:
             self.held -= len(self._blocks.pop(0)[1])
+        return before - self.held
 
     def excerpt(self, start: int, count: int = AUDIO_SAMPLES) -> np.ndarray:
         """float32 [count] in [-1, 1]: the samples from `start` on, zero where there are none."""
