@@ -60,6 +60,16 @@ def test_batches_of_different_size_are_refused(bound: Pipeline) -> None:
         bound.engines["fusion"](features)
 
 
+def test_what_runs_on_the_cpu_is_found(toy_artifacts: Artifacts) -> None:
+    """All of it, here; on a GPU only what is no arithmetic of shapes is one node too many."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = ort.InferenceSession(str(toy_artifacts.file("denoiser")), options, providers=["CPUExecutionProvider"])
+    found = onnxruntime.on_cpu(session)
+    assert {"MatMul", "Sin"} <= set(found)
+    assert not {"Reshape", "Cast", "Slice", "Shape"} & set(found)
+
+
 def test_without_cuda_it_is_said(toy_artifacts: Artifacts) -> None:
     if onnxruntime.CUDA_PROVIDER in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")

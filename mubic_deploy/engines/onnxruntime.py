@@ -18,6 +18,11 @@ from mubic_deploy.graphs import Signature, Tensor
 # graph runs as fast as with endless spinning, and too short to keep the cores from other processes.
 SPIN_US = 50
 CUDA_PROVIDER = "CUDAExecutionProvider"
+CPU_PROVIDER = "CPUExecutionProvider"
+OF_SHAPES = {
+    "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul",
+    "Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+}  # fmt: skip
 
 
 class OnnxRuntimeEngine:
@@ -31,7 +36,7 @@ class OnnxRuntimeEngine:
         # or the threads of one graph go on spinning while the next one runs
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.signature = signature
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(str(path), options, providers=[CPU_PROVIDER])
 
     def __call__(self, inputs: Arrays) -> HostArrays:
         feed = {t.name: np.asarray(t.check(inputs[t.name])) for t in self.signature.inputs}
@@ -124,8 +129,7 @@ def load_cuda_engines(artifacts: Artifacts, cuda_graphs: bool = True) -> dict[st
 
 def _cuda_session(path: Path, cuda_graphs: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    # so that what the GPU cannot do is an error and not a slow graph
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     provider: dict[str, Any] = {"device_id": 0, "enable_cuda_graph": int(cuda_graphs), "use_tf32": 0}
     try:
         session = ort.InferenceSession(str(path), options, providers=[(CUDA_PROVIDER, provider)])
@@ -137,4 +141,17 @@ def _cuda_session(path: Path, cuda_graphs: bool) -> ort.InferenceSession:
             "ONNX Runtime cannot use the GPU (CUDA's libraries or the driver are missing): see nvidia-smi, or use "
             "--engine onnxruntime"
         )
+    if elsewhere := on_cpu(session):  # an error, not a slow graph
+        raise UserError(
+            f"ONNX Runtime cannot run {', '.join(elsewhere)} of {path} on a GPU: use another version, or --engine "
+            f"onnxruntime"
+        )
     return session
+
+
+def on_cpu(session: ort.InferenceSession) -> list[str]:
+    """Kinds of nodes that a session runs on the CPU, but for the arithmetic of shapes, which ONNX Runtime always puts
+    there. It must have been made with session.record_ep_graph_assignment_info."""
+    graphs = session.get_provider_graph_assignment_info()
+    found = {node.op_type for graph in graphs if graph.ep_name == CPU_PROVIDER for node in graph.get_nodes()}
+    return sorted(found - OF_SHAPES)
