@@ -27,6 +27,7 @@ from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import centre_bias, evaluate_maps
 from mubic_deploy.training.objective import Objective, draw
 from mubic_deploy.training.settings import RECIPES, Settings
+from mubic_deploy.training.state import State, save_state
 from mubic_deploy.training.train import Machine, train
 
 # everything random is switched on
@@ -246,6 +247,34 @@ def test_full_disk_keeps_the_last_state(shared, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
     checkpoint.load(str(tmp_path / "best.safetensors"))
     assert training.load_state(tmp_path / "state.safetensors").epoch == 1
+
+
+def test_a_save_is_on_the_disk_before_it_takes_the_last_ones_place(tmp_path, monkeypatch):
+    """What a machine that loses its power keeps: first the bytes, then the name."""
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(number: int) -> None:
+        done.append(("sync", Path(f"/proc/self/fd/{number}").readlink().name))
+        fsync(number)
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append(("rename", target.name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    model = random_model(get_config("demo", "visual_only"))
+    state = State(QUICK, [], 0, 0, 0.0, {}, [])
+    for name, save in {
+        "model.safetensors": lambda path: checkpoint.save(model, path),
+        "state.safetensors": lambda path: save_state(path, state, model, torch.optim.Adam(model.parameters())),
+        "history.json": lambda path: training.write_json(path, []),
+    }.items():
+        done.clear()
+        save(tmp_path / name)
+        assert done == [("sync", f"{name}.part"), ("rename", name), ("sync", tmp_path.name)]
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_plateau_lowers_the_rate_and_remembers(shared, tmp_path):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from mubic_deploy.checkpoint import write_tensors
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.training.settings import Settings
@@ -46,10 +46,10 @@ def trained(model: MUBiC) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -> None:
-    """Beside, then renamed, so that the last good one stays until the new one is whole."""
-    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
+    """The last good one stays until the new one is whole. OSError if it cannot be written."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for name, p in trained(model):
-        tensors |= {f"adam.{k}.{name}": v.contiguous() for k, v in adam.state[p].items()}
+        tensors |= {f"adam.{k}.{name}": v for k, v in adam.state[p].items()}
     facts = {
         "settings": state.settings.to_json(),
         "videos": state.videos,
@@ -59,14 +59,7 @@ def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -
         "plateau": state.plateau,
         "history": state.history,
     }
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, part, metadata={"state": json.dumps(facts)})
-        part.replace(path)
-    except SafetensorError as error:  # its own kind for a full disk
-        raise OSError(str(error)) from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(path, tensors, {"state": json.dumps(facts)})
 
 
 def load_state(path: Path) -> State:

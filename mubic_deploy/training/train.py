@@ -34,6 +34,7 @@ from mubic_deploy import checkpoint
 from mubic_deploy.config import get_config
 from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing_file
 from mubic_deploy.model.mubic import MUBiC, random_model
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.training import curves, samples
@@ -313,10 +314,9 @@ def _spread(n: int, wanted: int) -> list[int]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Beside, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
+    """Whole or not at all. OSError if it cannot be written."""
+    with replacing_file(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _write(write: Callable[[], object], path: Path) -> None:
