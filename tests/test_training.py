@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -44,6 +45,32 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def same(a: Path, b: Path) -> bool:
     one, other = weights(a), weights(b)
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+TWO = """
+import os, sys
+from mubic_deploy.training import train
+train.SAVE_S = 0.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 1e9  # clocks that disagree about every save
+from mubic_deploy.cli import main
+sys.exit(main())
+"""
+
+
+def on_two_devices(data: Path, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """`mubic-deploy train` in two processes on the CPU, ended with all that it started after a while."""
+    script = out.with_suffix(".py")
+    script.write_text(TWO)
+    command = [sys.executable, script, "train", data, "--out", out, "--config", "demo", "--batch", 4, "--validate", 1]
+    command += ["--accelerator", "cpu", "--workers", 0, "--devices", 2, *options]
+    process = subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out_text, err_text = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out_text, err_text)
 
 
 class StopError(Exception):
@@ -227,6 +254,23 @@ def test_killed_run_resumes(whole, shared, tmp_path):
     checkpoint.load(str(tmp_path / "best.safetensors"))
     train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)
     assert same(tmp_path / "model.safetensors", whole / "model.safetensors")
+
+
+def test_two_devices_whose_clocks_disagree_finish_and_answer_once(shared, tmp_path):
+    options = ("--epochs", 1, "--variant", "no_diffusion", "--json")
+    ran = on_two_devices(shared[0].root, tmp_path / "run", *options)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["checkpoint"] == str(tmp_path / "run" / "model.safetensors")
+    assert ran.stderr.count("VGGish is frozen with random weights") == 1
+    checkpoint.load(str(tmp_path / "run" / "model.safetensors"))
+
+
+def test_one_device_that_fails_ends_the_others(shared, tmp_path):
+    (tmp_path / "run" / "best.safetensors").mkdir(parents=True)  # what only the first of them writes
+    ran = on_two_devices(shared[0].root, tmp_path / "run", "--epochs", 2, "--variant", "no_diffusion")
+    assert ran.returncode == 2, ran.stderr
+    assert "cannot be written (Is a directory)" in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
 
 
 def test_full_disk_keeps_the_last_state(shared, tmp_path, monkeypatch):

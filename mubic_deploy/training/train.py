@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -61,6 +63,20 @@ class Machine:
     workers: int = 2
 
 
+def make_fabric(machine: Machine, precision: str) -> Fabric:
+    """Lightning Fabric, not launched yet. UserError if the machine has no such accelerator, or fewer devices."""
+    try:
+        return Fabric(
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            precision=precision,  # type: ignore[arg-type]
+        )
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        asked = f"--accelerator {machine.accelerator} --devices {machine.devices}"
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{asked} is more than this machine has ({reason}): ask for less, or cpu") from None
+
+
 def train(
     settings: Settings,
     training: Sequence[Video],
@@ -71,42 +87,59 @@ def train(
     prepare: Callable[[MUBiC], None] = lambda model: None,
     machine: Machine = Machine(),
     progress: Progress = lambda *_: None,
-) -> Path:
-    """Trains a model and returns the finished checkpoint, `out`/model.safetensors.
+    note: Callable[[str], None] = lambda text: None,
+) -> Path | None:
+    """Trains a model and returns the finished checkpoint, `out`/model.safetensors; None in a process that Fabric
+    started for a further device.
 
-    prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming.
-    UserError if `out` holds another run, or none to resume, if data or settings are not the run's, if there is no clip,
-    or if the run cannot be written."""
+    prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming. note: is
+    told how many clips are left out. UserError if `out` holds another run, or none to resume, if data or settings are
+    not the run's, if there is no clip, if the machine has no such devices, or if the run cannot be written."""
     run = Run(Path(out), settings, [str(v) for v in (*training, *validation)])
     state = run.resume() if resume else None
     if state is None:
         run.require_new()
-    fabric = Fabric(
-        accelerator=machine.accelerator,
-        devices=machine.devices,
-        precision=settings.precision,  # type: ignore[arg-type]
-    )
-    fabric.launch()
-    if settings.batch % fabric.world_size:
-        raise UserError(f"batch {settings.batch} cannot be shared by {fabric.world_size} devices: use a multiple")
-    config = get_config(settings.config, settings.variant)
-    options: dict[str, Any] = {"fit": settings.fit, "stride": settings.stride}
-    train_clips = Clips(training, config, flip=settings.flip, jitter=settings.jitter, seed=settings.seed, **options)
-    held_clips = Clips(validation, config, **options)
-    for part, clips in (("training", train_clips), ("test", held_clips)):
-        if not len(clips):
-            raise UserError(f"there is no clip with a map in the {part} part: check the data folder with --check")
-    model = random_model(config, settings.seed)
-    if state is None:
-        prepare(model)
-        if fabric.is_global_zero:
-            run.start()
-    trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress)
-    with torch.random.fork_rng():
-        trainer.fit(state)
-        finished = trainer.finish() if fabric.is_global_zero else run.model
-    fabric.barrier()
-    return finished
+    fabric = make_fabric(machine, settings.precision)
+    with _ending_together(fabric):
+        fabric.launch()
+        if settings.batch % fabric.world_size:
+            raise UserError(f"batch {settings.batch} cannot be shared by {fabric.world_size} devices: use a multiple")
+        config = get_config(settings.config, settings.variant)
+        options: dict[str, Any] = {"fit": settings.fit, "stride": settings.stride}
+        train_clips = Clips(training, config, flip=settings.flip, jitter=settings.jitter, seed=settings.seed, **options)
+        held_clips = Clips(validation, config, **options)
+        for part, clips in (("training", train_clips), ("test", held_clips)):
+            if not len(clips):
+                raise UserError(f"there is no clip with a map in the {part} part: check the data folder with --check")
+            if skipped := sum(clips.skipped.values()):
+                clips_in_all = skipped + len(clips)
+                note(
+                    f"{skipped} of {clips_in_all} clips of the {part} part are left out: their map is missing or empty"
+                )
+        model = random_model(config, settings.seed)
+        if state is None:
+            prepare(model)
+            if fabric.is_global_zero:
+                run.start()
+        trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress)
+        with torch.random.fork_rng():
+            trainer.fit(state)
+            return trainer.finish() if fabric.is_global_zero else None
+
+
+@contextmanager
+def _ending_together(fabric: Fabric) -> Iterator[None]:
+    """Ends the processes that Fabric started if this one fails: they would wait for it. The other way round Fabric sees
+    to it."""
+    try:
+        yield
+    except BaseException:
+        started = getattr(fabric.strategy.launcher, "procs", [])
+        others = started.copy()
+        started.clear()  # Fabric watches them, and kills this process too when they end
+        for process in others:
+            process.kill()
+        raise
 
 
 class Run:
@@ -174,7 +207,7 @@ class Trainer:
             self.writer = SummaryWriter(str(run.folder / "tensorboard"))
 
     def fit(self, state: State | None) -> None:
-        """All epochs that are left."""
+        """All epochs that are left. The lead saves, by its own clock; the others wait for it where they next meet."""
         begin, first, total = (state.epoch, state.step, state.total) if state is not None else (0, 0, 0.0)
         if state is not None:
             self._restore(state)
@@ -184,7 +217,7 @@ class Trainer:
                 loss = self._step(epoch, step, batch)
                 total += loss
                 self._report(epoch, step, loss, total)
-                if time.monotonic() - saved > SAVE_S and step + 1 < self.steps:
+                if self.lead and time.monotonic() - saved > SAVE_S and step + 1 < self.steps:
                     self._save(epoch, step + 1, total)
                     saved = time.monotonic()
             if self.lead:
@@ -192,12 +225,13 @@ class Trainer:
             if self.settings.schedule == "plateau":
                 self.plateau.step(total / self.steps)
             first, total = 0, 0.0
-            self._save(epoch + 1, 0, 0.0)
-            saved = time.monotonic()
+            if self.lead:
+                self._save(epoch + 1, 0, 0.0)
+                saved = time.monotonic()
 
     def finish(self) -> Path:
         """Fits the adaptive steps on validation clips and writes the finished model."""
-        model = self.model.to("cpu").eval()
+        model = self.model.eval()
         if model.config.max_steps > 1:
             chosen = _spread(len(self.held_clips), self.settings.validate)
             self.progress("fitting adaptive steps", 0, 1)
@@ -273,12 +307,10 @@ class Trainer:
 
     def _save(self, epoch: int, step: int, total: float) -> None:
         """The state, so that the run goes on at `step` of `epoch`."""
-        if self.lead:
-            rule = {"best": float(self.plateau.best), "bad": self.plateau.num_bad_epochs}
-            rule["factor"] = self.plateau.optimizer.param_groups[0]["lr"]
-            state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history)
-            _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
-        self.fabric.barrier()
+        rule = {"best": float(self.plateau.best), "bad": self.plateau.num_bad_epochs}
+        rule["factor"] = self.plateau.optimizer.param_groups[0]["lr"]
+        state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history)
+        _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
 
     def _restore(self, state: State) -> None:
         state.into(self.model, self.adam)
