@@ -19,7 +19,8 @@ from mubic_deploy.training.settings import Settings
 @dataclass
 class State:
     """The run goes on at `step` of `epoch` (both from 0); `total` is the loss summed over the epoch's steps so far;
-    `plateau` what ReduceLROnPlateau remembers."""
+    `videos` a line each, name, frames and rate; `plateau` what ReduceLROnPlateau remembers, `scaler` what the scaler of
+    16-mixed's gradients does."""
 
     settings: Settings
     videos: list[str]
@@ -28,14 +29,17 @@ class State:
     total: float
     plateau: dict[str, float]
     history: list[dict[str, Any]]
+    scaler: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def into(self, model: MUBiC, adam: torch.optim.Adam) -> None:
-        """Puts weights and moments back."""
+        """Puts weights and moments back. There are no moments before a first step that was not skipped."""
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 value.copy_(self.tensors[f"model.{name}"])
         for name, p in trained(model):
+            if f"adam.step.{name}" not in self.tensors:
+                continue
             moments = {k: self.tensors[f"adam.{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
             # as Adam has it: on the host
             adam.state[p] = {"step": self.tensors[f"adam.step.{name}"], **moments}
@@ -58,6 +62,7 @@ def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -
         "total": state.total,
         "plateau": state.plateau,
         "history": state.history,
+        "scaler": state.scaler,
     }
     write_tensors(path, tensors, {"state": json.dumps(facts)})
 
