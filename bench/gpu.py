@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bench import machine, timing
+from bench import machine, text, timing
 from bench.results import FOLDER, Results, Row
 from bench.sides import CLIPS, Monolith, WholeGraph, monolith_signature
 from mubic_deploy import exported
@@ -37,7 +37,6 @@ from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import CONFIGS, DEFAULT_STEPS, Config, get_config
 from mubic_deploy.engines import eager
 from mubic_deploy.engines.replay import Replayed
-from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, signatures
 from mubic_deploy.metrics import cc
 from mubic_deploy.model.mubic import cost, random_model
@@ -99,9 +98,10 @@ COMPETITORS = {
     "eager TF32": Stage(tf32=True),
     "eager FP16": HALF,
 }
+# its own CUDA graphs (max-autotune) free a graph's outputs when the next compiled graph is called, which reads them
 COMPILED = {
-    "torch.compile FP16": replace(HALF, mode="max-autotune"),
-    "torch.compile FP16, optimised": replace(HALF, mode="max-autotune", optimisations=("pad_heads", "split_depthwise")),
+    "torch.compile FP16": (compiled := replace(HALF, mode="max-autotune-no-cudagraphs", graphs=True)),
+    "torch.compile FP16, optimised": replace(compiled, optimisations=("pad_heads", "split_depthwise")),
 }
 
 
@@ -164,8 +164,8 @@ class Run:
         else:
             try:
                 measure()
-            except (UserError, RuntimeError) as error:  # CUDA's and the compiler's are RuntimeErrors
-                self.results.left_out[name] = str(error).strip().splitlines()[0]
+            except Exception as error:  # CUDA's, the compiler's, ONNX Runtime's: of many kinds
+                self.results.left_out[name] = text.reason(error)
         self.console.print(f"{name}: {time.monotonic() - began:.0f} s {self.results.left_out.get(name, '')}")
         self.results.finish()
         self.results.write(self.out / "gpu.json")
@@ -234,11 +234,15 @@ class Run:
 
     def other(self, name: str, engine: str) -> None:
         """TensorRT or ONNX Runtime CUDA, from an FP16 export made here."""
-        from mubic_deploy.engines import cuda, tensorrt
-
         if engine == "tensorrt":
+            from mubic_deploy.engines import cuda, tensorrt
+
             tensorrt.import_tensorrt()
             cuda.gpu()
+        else:
+            from mubic_deploy.engines import onnxruntime
+
+            onnxruntime.require_cuda()
         with tempfile.TemporaryDirectory() as folder:
             graphs = Path(folder) / "graphs"
             exported.export(f"random:{self.config.name}", graphs, precision=FLOAT16, fixed_steps=DEFAULT_STEPS)
@@ -371,7 +375,8 @@ def measure(
     run.section("batches", 30, lambda: run.batches("PyTorch FP16, optimised", build(best, config, device)))
     run.section("TensorRT", 60, lambda: run.other("TensorRT", "tensorrt"))
     run.section("ONNX Runtime CUDA", 60, lambda: run.other("ONNX Runtime CUDA", "onnxruntime-cuda"))
-    run.section("torch.compile", 150, lambda: run.stages("whole", COMPILED))
+    compiled = COMPILED if on_gpu else {name: replace(s, graphs=False) for name, s in COMPILED.items()}
+    run.section("torch.compile", 150, lambda: run.stages("whole", compiled))
     run.section("AOTInductor", 120, run.aotinductor)
     return run.results
 

@@ -9,17 +9,16 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from bench import timing
 from mubic_deploy.engines import HostArrays, cpu
 from mubic_deploy.graphs import Signature, Tensor
+from mubic_deploy.sources import versions
 
 PACKAGES = (
     "mubic-deploy",
@@ -46,7 +45,7 @@ def facts() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "versions": versions(PACKAGES),
         "gpu": gpu_facts(),
     }
 
@@ -126,6 +125,8 @@ def _gemm(n: int, precision: str, device: str, threads: int, clock: timing.Clock
 
 def engines(a: np.ndarray, b: np.ndarray, threads: int) -> dict[str, timing.Side]:
     """The product in each engine for a CPU that is installed, `b` a constant, as weights are."""
+    import onnx
+
     n, sides = len(a), dict[str, timing.Side]()
     node = onnx.helper.make_node("MatMul", ["A", "B"], ["C"])
     of = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=["batch", n, n])
@@ -195,10 +196,3 @@ def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -20,7 +20,7 @@ from bench.timing import Side
 from mubic_deploy import checkpoint, exported, graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEFAULT_STEPS, DEMO_CHECKPOINT, Config, get_config
-from mubic_deploy.engines import Arrays, Engine, cpu, eager, onnxruntime
+from mubic_deploy.engines import Arrays, Engine, cpu, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, saliency_map, signatures
 from mubic_deploy.model.mubic import MUBiC
@@ -215,7 +215,7 @@ def onnx_plain(context: Context) -> Pipeline:
             _export_plain(model.graph(name), signature, path)
         else:  # nothing there is rewritten
             path = context.artifacts.file(name)
-        engines[name] = onnxruntime.OnnxRuntimeEngine(path, signature, context.threads)
+        engines[name] = cpu.load_engine("onnxruntime", path, signature, context.threads)
     return Pipeline(model.config, engines)
 
 
@@ -242,7 +242,7 @@ def monolith(context: Context) -> Predictor:
     context.say("exporting one graph of everything")
     signature, path = monolith_signature(context.config), context.folder / "monolith.onnx"
     onnx_graphs().trace(Monolith(context.model()).eval(), signature, path)
-    return WholeGraph(context.config, onnxruntime.OnnxRuntimeEngine(path, signature, context.threads))
+    return WholeGraph(context.config, cpu.load_engine("onnxruntime", path, signature, context.threads))
 
 
 SIDES: dict[str, Callable[[Context], Predictor]] = {

@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from half_fixtures import TINY
 
 from bench import gpu, machine, results, timing
+from mubic_deploy.errors import UserError
+from mubic_deploy.pipeline import Pipeline
 
 RULE = timing.Rule(repeats=5, seconds=0.5, short_s=0.0, warm_up_s=0.2)
 
@@ -81,4 +84,34 @@ def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
     run.section("breaks", 1, fails)
     run.section("too long", 1000, fails)
     left_out = json.loads((tmp_path / "gpu.json").read_text())["left_out"]
-    assert left_out == {"breaks": "CUDA error: out of memory", "too long": "1000 s were not left"}
+    assert left_out == {"breaks": "RuntimeError: CUDA error: out of memory", "too long": "1000 s were not left"}
+
+
+def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
+    for name, error in (("bare", Exception()), ("missing", ImportError("No module named 'x'")), ("ours", UserError("no"))):
+
+        def fails(error: Exception = error) -> None:
+            raise error
+
+        run.section(name, 1, fails)
+    assert run.results.left_out == {"bare": "Exception", "missing": "ImportError: No module named 'x'", "ours": "no"}
+
+
+def test_nothing_is_exported_for_a_gpu_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.exported, "export", lambda *_, **__: pytest.fail("exported"))
+    with pytest.raises(UserError, match="this ONNX Runtime has no CUDA"):
+        gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path).other("ONNX Runtime CUDA", "onnxruntime-cuda")
+
+
+@pytest.mark.parametrize("name", gpu.COMPILED)
+def test_compiled_graphs_are_captured_by_us_alone(name: str) -> None:
+    """Inductor's own CUDA graphs would free one graph's outputs at the call of the next."""
+    stage = gpu.COMPILED[name]
+    assert not torch._inductor.list_mode_options()[stage.mode].get("triton.cudagraphs")
+    pipeline = gpu.build(stage, TINY, "cpu")
+    assert isinstance(pipeline, Pipeline)
+    for engine in pipeline.engines.values():
+        graphed = engine.module  # type: ignore[attr-defined]
+        assert isinstance(graphed, gpu.Graphed)
+        assert isinstance(graphed.module, torch._dynamo.OptimizedModule)
