@@ -89,7 +89,8 @@ def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
 
 def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
-    for name, error in (("bare", Exception()), ("missing", ImportError("No module named 'x'")), ("ours", UserError("no"))):
+    raised = {"bare": Exception(), "missing": ImportError("No module named 'x'"), "ours": UserError("no")}
+    for name, error in raised.items():
 
         def fails(error: Exception = error) -> None:
             raise error
