@@ -46,12 +46,22 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{arguments.out} cannot be made ({error.strerror}): choose another --out") from None
+    failed = []
     for suite in SUITES if arguments.suite == "all" else [arguments.suite]:
-        results = measure(suite, arguments.size, arguments.threads, arguments.quick, addresses)
-        path = arguments.out / f"{suite}_{arguments.size}.json"
-        results.write(path)
+        try:
+            results = measure(suite, arguments.size, arguments.threads, arguments.quick, addresses)
+            path = arguments.out / f"{suite}_{arguments.size}.json"
+            results.write(path)
+        except UserError as error:
+            if arguments.suite != "all":
+                raise
+            failed.append(suite)
+            warn([f"{suite} was left out: {error}"])
+            continue
         show(results)
         say(f"{path}")
+    if failed:
+        raise UserError(f"left out: {', '.join(failed)}: mend what is said above, then run each alone")
     return 0
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench import text
 from bench.timing import Side
 from mubic_deploy import checkpoint, exported, graphs
 from mubic_deploy.artifacts import Artifacts
@@ -181,11 +182,16 @@ def eager_folded(context: Context) -> Pipeline:
 
 
 def compiled(context: Context) -> Pipeline:
-    """torch.compile, each graph by itself, shapes fixed."""
+    """torch.compile, each graph by itself, shapes fixed; compiled when it returns. UserError where it cannot be."""
     engines = eager.load_engines(context.model())
     for engine in engines.values():
         engine.module = torch.compile(engine.module, dynamic=False)  # type: ignore[attr-defined]
-    return Pipeline(context.config, engines)
+    pipeline = Pipeline(context.config, engines)
+    try:
+        call(context, pipeline)(0)
+    except Exception as error:  # the compiler's, of many kinds
+        raise UserError(f"torch.compile cannot be used here ({text.reason(error)}): is g++ installed?") from None
+    return pipeline
 
 
 def on_cpu(engine: str, context: Context) -> Pipeline:

@@ -12,13 +12,14 @@ import av
 import jsonschema
 import numpy as np
 import pytest
+import torch
 import toy_graphs
 
-from bench import child, machine, results, sides, timing
+from bench import child, machine, results, run, sides, timing
 from bench.__main__ import main
 from bench.run import limits, measure
 from bench.serving import addresses, serving
-from bench.suites import batch, engines, growth, parity, server, steps, waterfall
+from bench.suites import SUITES, batch, engines, growth, parity, server, steps, waterfall
 from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import cost
@@ -265,6 +266,51 @@ def test_a_side_that_cannot_be_had_is_named(context: sides.Context, monkeypatch:
     assert left_out == {"openvino": "OpenVINO cannot be used: pip install openvino"}
     with pytest.raises(UserError, match="unknown side 'tpu'"):
         sides.load(["tpu"], context)
+
+
+def test_a_compiler_that_is_missing_is_said_when_loading(
+    context: sides.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile itself says so at the first call only, in the midst of the timing."""
+
+    def lazy(module: torch.nn.Module, **_: object) -> torch.nn.Module:
+        module.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("InvalidCxxCompiler\nmore")))
+        return module
+
+    monkeypatch.setattr(torch, "compile", lazy)
+    loaded, left_out = sides.load(["torch.compile"], context)
+    assert loaded == {}
+    why = "torch.compile cannot be used here (RuntimeError: InvalidCxxCompiler): is g++ installed?"
+    assert left_out == {"torch.compile": why}
+
+
+def test_live_streams_without_triton_are_left_out(context: sides.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise UserError("nvidia-pytriton is missing")
+
+    monkeypatch.setattr(growth, "serving", missing)
+    monkeypatch.setattr(sides.Context, "artifacts", None)
+    found = results.Results("growth", {})
+    growth._streams(context, "openvino", 1.0, found)
+    assert found.left_out == {"live streams": "nvidia-pytriton is missing"}
+
+
+def test_all_goes_on_after_a_suite_that_cannot_be_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def some(suite: str, size: str, threads: int, quick: bool, addresses: object) -> results.Results:
+        if suite == "server":
+            raise UserError("nvidia-pytriton is missing")
+        limits = {"gemm_float32": 1e11, "copy": 1e10}
+        return results.Results(suite, {"size": size, "threads": threads, "quick": quick}, limits)
+
+    monkeypatch.setattr(run, "measure", some)
+    assert main(["run", "all", "--size", "demo", "--out", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "server was left out: nvidia-pytriton is missing" in said
+    assert "left out: server" in said.split("mubic-deploy:")[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {f"{s}_demo.json" for s in SUITES if s != "server"}
+    assert main(["run", "server", "--size", "demo", "--out", str(tmp_path)]) == 2
 
 
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
