@@ -109,6 +109,7 @@ def test_nothing_is_exported_for_a_gpu_that_cannot_be_used(tmp_path: Path, monke
 def test_compiled_graphs_are_captured_by_us_alone(name: str) -> None:
     """Inductor's own CUDA graphs would free one graph's outputs at the call of the next."""
     stage = gpu.COMPILED[name]
+    assert stage.mode is not None
     assert not torch._inductor.list_mode_options()[stage.mode].get("triton.cudagraphs")
     pipeline = gpu.build(stage, TINY, "cpu")
     assert isinstance(pipeline, Pipeline)
