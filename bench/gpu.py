@@ -3,15 +3,17 @@
 
     python bench/gpu.py --out bench/results
 
-TensorRT and ONNX Runtime CUDA are measured where they can be used, and named as left out where not. Every section is
-written to OUT/gpu.json as soon as it is done, so a run that is cut short has left what it had. Weights are random and
-of one seed; maps are compared with eager PyTorch in FP32 without TF32."""
+TensorRT and ONNX Runtime CUDA are measured where they can be used, and named as left out where not. The result is
+OUT/gpu_SIZE_DEVICE.json, which a finished run replaces; until then every section is written to that name with
+.unfinished behind it as soon as it is done, so a run that is cut short has left what it had. Weights are random and of
+one seed; maps are compared with eager PyTorch in FP32 without TF32."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import itertools
+import re
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ from rich.table import Table
 from torch import nn
 
 from bench import machine, text, timing
-from bench.results import FOLDER, Results, Row
+from bench.results import FOLDER, LOOKS, Results, Row
 from bench.sides import CLIPS, Monolith, WholeGraph, monolith_signature
 from mubic_deploy import exported
 from mubic_deploy.checkpoint import Source
@@ -145,7 +147,10 @@ class Run:
         out: Path,
         skipped: Collection[str] = (),
     ) -> None:
-        self.config, self.device, self.rule, self.out, self.skipped = config, device, rule, out, skipped
+        self.config, self.device, self.rule, self.skipped = config, device, rule, skipped
+        name = torch.cuda.get_device_name() if device == "cuda" else device
+        self.path = out / f"gpu_{config.name}_{'_'.join(re.findall('[a-z0-9]+', name.lower()))}.json"
+        self.unfinished = self.path.with_name(f"{self.path.name}.unfinished")
         self.ends = time.monotonic() + 60 * minutes
         settings = {"size": config.name, "device": device, "steps": DEFAULT_STEPS, "goals": GOALS}
         self.results = Results("gpu", settings)
@@ -168,7 +173,11 @@ class Run:
                 self.results.left_out[name] = text.reason(error)
         self.console.print(f"{name}: {time.monotonic() - began:.0f} s {self.results.left_out.get(name, '')}")
         self.results.finish()
-        self.results.write(self.out / "gpu.json")
+        self.results.write(self.unfinished)
+
+    def finish(self) -> Results:
+        self.unfinished.replace(self.path)
+        return self.results
 
     def side(self, predictor: Predictor, steps: int | None = None) -> timing.Side:
         def predict(i: int) -> None:
@@ -378,7 +387,7 @@ def measure(
     compiled = COMPILED if on_gpu else {name: replace(s, graphs=False) for name, s in COMPILED.items()}
     run.section("torch.compile", 150, lambda: run.stages("whole", compiled))
     run.section("AOTInductor", 120, run.aotinductor)
-    return run.results
+    return run.finish()
 
 
 def main() -> None:
@@ -386,7 +395,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(CONFIGS), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to see that it runs")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, help=f"default bench/results, or {LOOKS} with --device cpu or --skip")
     parser.add_argument(
         "--skip", action="append", default=[], metavar="SECTION", help="one to leave out, as it is printed"
     )
@@ -394,7 +403,8 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("PyTorch finds no NVIDIA GPU here: run this on a machine with one")
     config, chosen = get_config(arguments.size), arguments.skip
-    summary(measure(config, arguments.device, arguments.minutes, out=arguments.out, skipped=chosen))
+    out = arguments.out or (LOOKS if arguments.device == "cpu" or chosen else FOLDER)
+    summary(measure(config, arguments.device, arguments.minutes, out=out, skipped=chosen))
 
 
 if __name__ == "__main__":

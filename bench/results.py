@@ -16,6 +16,7 @@ from mubic_deploy.errors import UserError
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
+LOOKS = Path("out") / "looks"  # the default of what is no measurement of this machine, or a short one
 MACHINE = ("cpu", "cores", "gpu")  # without which it cannot be said to be the same
 REQUIRED = ("schema", "suite", "created", "commit", "settings", "machine", "state", "limits", "rows", "left_out")
 

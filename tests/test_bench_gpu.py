@@ -30,7 +30,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
         # FP16 on a CPU: many threads on busy cores wait for each other longer than they work
         with machine.torch_threads(1):
             gpu.measure(TINY, "cpu", 60, RULE, out, ["torch.compile", "AOTInductor"])
-    return results.read(out / "gpu.json")
+    assert [p.name for p in out.iterdir()] == ["gpu_tiny_cpu.json"]
+    return results.read(out / "gpu_tiny_cpu.json")
 
 
 def test_all_that_needs_no_gpu_is_measured(measured: results.Results) -> None:
@@ -76,6 +77,7 @@ def test_kernels_are_listed_by_share(measured: results.Results) -> None:
 
 
 def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
+    (tmp_path / "gpu_tiny_cpu.json").write_text("of a run that was finished")
     run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
 
     def fails() -> None:
@@ -83,8 +85,12 @@ def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
 
     run.section("breaks", 1, fails)
     run.section("too long", 1000, fails)
-    left_out = json.loads((tmp_path / "gpu.json").read_text())["left_out"]
+    left_out = json.loads((tmp_path / "gpu_tiny_cpu.json.unfinished").read_text())["left_out"]
     assert left_out == {"breaks": "RuntimeError: CUDA error: out of memory", "too long": "1000 s were not left"}
+    assert (tmp_path / "gpu_tiny_cpu.json").read_text() == "of a run that was finished"
+    run.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["gpu_tiny_cpu.json"]
+    assert results.read(tmp_path / "gpu_tiny_cpu.json").left_out == left_out
 
 
 def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:

@@ -313,6 +313,30 @@ def test_all_goes_on_after_a_suite_that_cannot_be_run(
     assert main(["run", "server", "--size", "demo", "--out", str(tmp_path)]) == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "results"),
+        (["--quick"], "looks"),
+        (["--threads", "1"], "looks"),
+        (["--url", "127.0.0.1:9"], "looks"),
+        (["--quick", "--out", "mine"], "mine"),
+    ],
+)
+def test_a_look_replaces_no_results(
+    arguments: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"gemm_float32": 1e11, "copy": 1e10}
+    settings = {"size": "full", "threads": 1}
+    monkeypatch.setattr(run, "measure", lambda suite, *_: results.Results(suite, settings, limits))
+    monkeypatch.setattr(run, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(run, "LOOKS", tmp_path / "looks")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "server", *arguments]) == 0
+    assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*.json")] == [Path(folder) / "server_full.json"]
+
+
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, said in (
         (["run", "engine"], "invalid choice: 'engine'"),
