@@ -96,12 +96,15 @@ def test_a_quick_look_reaches_nothing() -> None:
 
 def test_bounds_on_both_sides() -> None:
     def steps(over: float) -> dict[str, Results]:
-        row = Row("8 steps over 4", goals.DEFAULT, values={"loop_over_calls": over})
+        row = Row("8 steps over 4", goals.DEFAULT, values={"loop_over_lone_calls": over})
         return {"steps_full.json": Results("steps", {"size": "full"}, rows=[row])}
 
-    name = f"full, {goals.DEFAULT}, loop of 8 steps minus 4 over four denoiser calls"
+    name = f"full, {goals.DEFAULT}, loop of 8 steps minus 4 over four denoiser calls by themselves"
     assert [outcome(steps(over), name).reached for over in (0.94, 0.96, 1.04, 1.06)] == ["no", "yes", "yes", "no"]
     assert outcome(steps(1.0), name).goal.bounds == "0.95 to 1.05 x"
+    older = steps(1.0)
+    older["steps_full.json"].rows[0].values = {"loop_over_calls": 1.0}  # of calls inside the loop: it shows nothing
+    assert outcome(older, name).reached == goals.NOT_MEASURED
 
 
 def test_memory_is_of_the_longest_film_over_the_shortest() -> None:

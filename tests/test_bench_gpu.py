@@ -93,6 +93,25 @@ def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
     assert results.read(tmp_path / "gpu_tiny_cpu.json").left_out == left_out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["--device", "cpu"], gpu.LOOKS),
+        (["--skip", "batches"], gpu.LOOKS),
+        ([], gpu.FOLDER),
+        (["--skip", "batches", "--out", "mine"], Path("mine")),
+    ],
+)
+def test_a_look_replaces_no_results(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[Path]()
+    monkeypatch.setattr(gpu, "measure", lambda *_, out, **__: given.append(out))
+    monkeypatch.setattr(gpu, "summary", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
+    gpu.main()
+    assert given == [folder]
+
+
 def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
     raised = {"bare": Exception(), "missing": ImportError("No module named 'x'"), "ours": UserError("no")}

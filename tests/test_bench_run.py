@@ -94,9 +94,26 @@ def test_steps_over_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measure("steps", "demo", 1, quick=True)
     assert [row.axes["steps"] for row in rows(measured, "steps")] == [*range(1, 13), "adaptive"]
     (row,) = rows(measured, "8 steps over 4")
-    # four calls of a graph of 0.1 GMACs each: more than nothing, and nearly all that the loop takes
-    assert row.values["calls_s"] > 0
-    assert row.values["loop_over_calls"] == pytest.approx(row.values["loop_s"] / row.values["calls_s"])
+    four, eight, one = *(r.timing for r in rows(measured, "loop")), rows(measured, "denoiser alone")[0].timing
+    assert four is not None
+    assert eight is not None
+    assert one is not None
+    assert row.values["loop_s"] == pytest.approx(eight.median - four.median)
+    assert row.values["calls_s"] == pytest.approx(4 * one.median)
+    assert 0 < one.median < four.median
+
+
+def test_a_loop_that_adds_to_its_calls_shows() -> None:
+    """0.1 s a call, and 0.02 s that the loop adds to each: which calls timed inside would share."""
+
+    def around(seconds: float) -> timing.Timing:
+        return timing.Timing(tuple(np.random.default_rng(0).normal(seconds, seconds / 100, 60)))
+
+    values = steps.over_calls(around(0.96), around(0.48), around(0.1))
+    assert values["loop_over_lone_calls"] == pytest.approx(1.2, rel=0.02)
+    assert 1.1 < values["loop_over_lone_calls_low"] < 1.2 < values["loop_over_lone_calls_high"] < 1.3
+    equal = steps.over_calls(around(0.8), around(0.4), around(0.1))
+    assert equal["loop_over_lone_calls_low"] < 1 < equal["loop_over_lone_calls_high"]
 
 
 def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,8 @@ def test_a_run(
     monkeypatch.setattr(tune, "judged", lambda *_: Verdict(RATE, 1.2, 1.1, 1.3, False, True))
     (tmp_path / "best").mkdir()
     options = ["--quick", "--seconds", "0.2", "--concurrency", "2", "--target-ms", "60000"]
-    places = ["--out", str(tmp_path / "best"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(tune, "LOOKS", tmp_path / "results")  # what is of other graphs replaces no measurement
+    places = ["--out", str(tmp_path / "best")]
     assert main(["tune", "--artifacts", str(toy_artifacts.path), *options, *places]) == 0
     printed = capsys.readouterr().out
 
@@ -223,6 +224,7 @@ def test_a_run(
     schema = json.loads((Path(results.__file__).parent / "schema.json").read_text())
     jsonschema.validate(json.loads(path.read_text()), schema)
     read = results.read(path)
+    assert read.settings["artifacts"] == str(toy_artifacts.path)
     assert [(row.what, row.side) for row in read.rows] == [
         ("tune", "default"),
         ("tune", "max batch 2, delay 300 us"),
