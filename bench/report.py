@@ -244,6 +244,10 @@ def _limits(results: Results) -> str:
         "reading and writing its weights, inputs and outputs once at the rate of a large copy, whichever is longer. "
         f"Measured in the same run: {'; '.join(rates)}."
     )
+    if any(r.best_s > r.took_s for r in reached(results)):
+        explained += (
+            " Where more than 100 % was reached, that limit was measured too low, and so every share is too high."
+        )
     headings = ["graph", "side", "bound by", "limit", "took", "of the limit"]
     return f"<p>{escape(explained)}</p>" + page.table("Share of the limit reached", headings, lines, 3)
 

@@ -280,6 +280,13 @@ def test_roofline_by_hand() -> None:
     assert groups.roofline(run_of("engines", rows, limits={}), "x", Styles()) is None
 
 
+def test_a_share_over_one_is_a_limit_that_is_too_low() -> None:
+    """2 GFLOP at 100 GFLOP/s are 20 ms."""
+    for seconds, low in ((0.021, False), (0.019, True)):
+        said = report._limits(run_of("engines", [graph("fusion", seconds, 1e9, 1e6)]))
+        assert ("that limit was measured too low" in said) is low
+
+
 def test_roofline_takes_the_limit_of_the_precision() -> None:
     row = graph("fusion", 0.04, 1e9, 1e6, "PyTorch FP16")
     limits = LIMITS | {"gemm_float16": 400e9}

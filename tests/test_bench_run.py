@@ -34,7 +34,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "AT_LEAST", 2)
     for module in (sides, engines, steps):
         monkeypatch.setattr(module, "CLIPS", 2)
-    monkeypatch.setattr(machine, "GEMM_SIZES", {"cpu": (256,)})
+    monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
     monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20})
 
 
@@ -83,10 +83,24 @@ def test_the_limit_is_the_better_of_two_looks(
 
 
 def test_the_engines_multiply_for_the_limit() -> None:
-    sides = machine.engines(np.eye(3, dtype=np.float32), np.arange(9, dtype=np.float32).reshape(3, 3), 1)
+    sides = machine.engines(np.eye(2, 3, dtype=np.float32), np.arange(12, dtype=np.float32).reshape(3, 4), 1)
     assert list(sides) == ["openvino", "onnxruntime"]
     for multiply in sides.values():
-        assert multiply(0)["C"].tolist() == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]]]
+        assert multiply(0)["C"].tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
+
+
+def test_the_best_shape_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 m k n FLOPs each, in a time that is given: the tall one is done at the higher rate."""
+    took = {(64, 32, 16): 2 * 64 * 32 * 16 / 3e9, (32, 32, 32): 2 * 32**3 / 2e9}
+    monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": tuple(took)})
+    shapes = [*took, None]  # and the copy
+
+    def timed(sides: dict[str, timing.Side], *_: object) -> dict[str, timing.Timing]:
+        shape = shapes.pop(0)
+        return {name: timing.Timing((took[shape] if shape else 1.0,)) for name in sides}
+
+    monkeypatch.setattr(timing, "measure", timed)
+    assert machine.limits()["gemm_float32"] == pytest.approx(3e9)
 
 
 def test_steps_over_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_only_what_is_better_beside_the_default_is_kept(
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "GEMM_SIZES", {"cpu": (256,)})
+    monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
     monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(machine, "LIMIT_RULE", timing.Rule(repeats=2, seconds=0.1, short_s=0.0, warm_up_s=0.1))
     monkeypatch.setattr(tune, "QUICK_ROUNDS", 2)
