@@ -33,7 +33,7 @@ from torch import nn
 
 from bench import machine, text, timing
 from bench.results import FOLDER, LOOKS, Results, Row
-from bench.sides import CLIPS, Monolith, WholeGraph, monolith_signature
+from bench.sides import CLIPS, Monolith, WholeGraph, monolith_signature, moved_bytes
 from mubic_deploy import exported
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import CONFIGS, DEFAULT_STEPS, Config, get_config
@@ -155,7 +155,6 @@ class Run:
         settings = {"size": config.name, "device": device, "steps": DEFAULT_STEPS, "goals": GOALS}
         self.results = Results("gpu", settings)
         self.clips = [random_clip(config, seed) for seed in range(CLIPS)]
-        self.expected: list[np.ndarray] = []
         self.console = Console(stderr=True)
 
     def section(self, name: str, seconds: float, measure: Callable[[], None]) -> None:
@@ -186,12 +185,21 @@ class Run:
 
         return predict
 
+    def maps(self, predictor: Predictor) -> list[np.ndarray]:
+        return [predictor.predict(c["VIDEO"], c["AUDIO"], i)[0] for i, c in enumerate(self.clips)]
+
+    @functools.cached_property
+    def expected(self) -> list[np.ndarray]:
+        """The reference's maps, whichever sections are skipped."""
+        before = torch.backends.cudnn.allow_tf32
+        try:
+            return self.maps(build(REFERENCE, self.config, self.device))
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
     def compare(self, side: str, predictor: Predictor) -> None:
         """A row with how far the maps are from the reference's."""
-        maps = [predictor.predict(c["VIDEO"], c["AUDIO"], i)[0] for i, c in enumerate(self.clips)]
-        if not self.expected:
-            self.expected = maps
-        pairs = [(a[0], b[0]) for a, b in zip(maps, self.expected, strict=True)]
+        pairs = [(a[0], b[0]) for a, b in zip(self.maps(predictor), self.expected, strict=True)]
         values = {
             "cc": float(np.min([cc(a, b) for a, b in pairs])),
             "largest_difference": float(np.max([np.abs(a - b).max() for a, b in pairs])),
@@ -308,7 +316,8 @@ class Run:
             inputs = [eager.to_torch(tensors[t.name], torch.device(self.device)) for t in signature.inputs]
             with torch.inference_mode():
                 timed = timing.measure({name: functools.partial(_run, module, inputs)}, self.rule, clock)[name]
-            values = {"macs": float(macs[name])}
+            weights = sum(t.nbytes for t in (*model.graph(name).parameters(), *model.graph(name).buffers()))
+            values = {"macs": float(macs[name]), "bytes": moved_bytes(signature, weights)}
             limit = self.results.limits.get(f"gemm_{stage.precision}")
             if limit:
                 values["share_of_peak"] = 2 * macs[name] / timed.median / limit

@@ -114,6 +114,12 @@ def batches(context: Context, predictor: Predictor, batch: int) -> Side:
     return predict
 
 
+def moved_bytes(signature: Signature, weights: int) -> float:
+    """What must pass through memory for one clip: weights, inputs and outputs, once. weights: their bytes."""
+    tensors = (*signature.inputs, *signature.outputs)
+    return float(weights + sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in tensors))
+
+
 class Reencoding:
     """A pipeline that runs encoders and fusion at every step, as DiffSal's released sampler does."""
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from half_fixtures import TINY
 
-from bench import gpu, machine, results, timing
+from bench import gpu, groups, machine, results, timing
 from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import random_model
 from mubic_deploy.pipeline import Pipeline
 
 RULE = timing.Rule(repeats=5, seconds=0.5, short_s=0.0, warm_up_s=0.2)
@@ -22,7 +23,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
     out = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "BATCHES", (1, 3))
-        patch.setattr(gpu.machine, "GEMM_SIZES", {"cpu": (256,)})
+        patch.setattr(gpu.machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
         patch.setattr(gpu.machine, "COPY_BYTES", {"cpu": 1 << 20})
         patch.setattr(gpu, "PROFILED", 1)
         patch.setattr(gpu, "CLIPS", 2)
@@ -67,6 +68,22 @@ def test_gains_are_of_the_bar_before(measured: results.Results) -> None:
         assert before.timing is not None
         assert row.timing is not None
         assert row.values["gain"] == pytest.approx(before.timing.median / row.timing.median, rel=1e-4)
+
+
+def test_the_reference_is_in_fp32_whatever_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CLIPS", 1)
+    run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
+    run.compare("eager FP16", gpu.build(gpu.HALF, TINY, "cpu"))
+    assert 0 < run.results.row("parity", "eager FP16").values["largest_difference"] < 0.02
+
+
+def test_graphs_say_what_they_move(measured: results.Results) -> None:
+    """Weights in FP16, two bytes each, and inputs and outputs: enough for a roofline."""
+    weights = sum(p.numel() for p in random_model(TINY).graph("denoiser").parameters())
+    moved = measured.row("denoiser", "PyTorch FP16, optimised").values["bytes"]
+    assert 2 * weights < moved < 2.5 * weights + 1e6
+    measured.limits["gemm_float16"] = 1e12
+    assert len(groups.reached(measured)) == 4
 
 
 def test_kernels_are_listed_by_share(measured: results.Results) -> None:
