@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import jsonschema
@@ -264,6 +266,22 @@ def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics.keys() == {"eager", "onnxruntime", "openvino"}
     assert metrics["eager"]["cc"] > 0.3  # it sees something
     assert metrics["openvino"]["largest_difference"] < 5e-4
+
+
+def test_a_metric_that_is_nan_is_a_difference(context: sides.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    means = iter([dict.fromkeys(parity.METRICS, 0.5), {**dict.fromkeys(parity.METRICS, 0.5), "auc_judd": math.nan}])
+    monkeypatch.setattr("mubic_deploy.scenes.write.write_scenes", lambda *_: None)
+    monkeypatch.setattr("mubic_deploy.training.layout.read_list", lambda *_: [])
+    monkeypatch.setattr("mubic_deploy.training.clips.Clips", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "mubic_deploy.training.evaluate.evaluate", lambda *_: SimpleNamespace(clips=1, means=lambda: next(means))
+    )
+    monkeypatch.setattr(parity.Pipeline, "open", lambda *_: SimpleNamespace(config=None))
+    monkeypatch.setattr(parity, "installed_engines", lambda _: ["openvino"])
+    found = results.Results("parity", {})
+    parity._metrics(context, found)
+    # the last of the metrics: Python's max would keep the 0 of the first
+    assert math.isnan(found.row("metrics", "openvino").values["largest_difference"])
 
 
 @pytest.mark.parametrize("name", [name for name in sides.SIDES if name != "onnxruntime"])
