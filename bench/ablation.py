@@ -30,30 +30,34 @@ from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.scenes.write import MARK
 from mubic_deploy.thesis import TABLE_4_3
 from mubic_deploy.training import curves
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
 from mubic_deploy.training.layout import Video, read_list
 from mubic_deploy.training.pretrained import load_vggish
-from mubic_deploy.training.settings import PARTS, RECIPES
+from mubic_deploy.training.settings import PARTS, RECIPES, Settings
 from mubic_deploy.training.train import Machine, train
 
 SAVED, CURVES = Path("bench/results/model/ablation.json"), Path("docs/ablation.png")  # in the checkout
 STEPS = (1, 2, 4, 8, 12)
 
 
-def trained(variant: str, epochs: int | None, data: Path, runs: Path, machine: Machine, vggish: Path | None) -> Path:
-    """The finished checkpoint of a variant, trained now unless it was before."""
-    settings = replace(RECIPES["demo"], variant=variant)
-    if epochs is not None:
-        settings = replace(settings, epochs=epochs)
+def trained(settings: Settings, data: Path, runs: Path, machine: Machine, vggish: Path | None) -> Path:
+    """The finished checkpoint of a variant, trained now unless it was before. UserError if it was begun with other
+    settings or another VGGish."""
+    variant = settings.variant
     out, mark = runs / variant, runs / variant / "vggish.sha256"
+    finished = out / "model.safetensors"
     heard = sha256(vggish) if vggish is not None and variant != "visual_only" else ""
     if (mark.read_text() if mark.exists() else "") != heard and (out / "settings.json").exists():
         raise UserError(f"{out} began with another --vggish: name the same, or other --runs")
-    if (out / "model.safetensors").is_file():
-        return out / "model.safetensors"
+    if finished.is_file():
+        found = Settings.from_json(json.loads((out / "settings.json").read_text()))
+        if different := settings.differences(found):
+            raise UserError(f"{out} was trained with other settings ({different}): name other --runs, or remove it")
+        return finished
 
     def prepare(model: MUBiC) -> None:
         if vggish is not None and model.config.has_audio:
@@ -64,9 +68,15 @@ def trained(variant: str, epochs: int | None, data: Path, runs: Path, machine: M
     parts = [read_list(data, "Scenes", part, 1) for part in PARTS]
     with bar(variant) as progress:
         resume = (out / "state.safetensors").is_file()
-        return train(
-            settings, parts[0], parts[1], out, resume=resume, prepare=prepare, machine=machine, progress=progress
-        )
+        train(settings, parts[0], parts[1], out, resume=resume, prepare=prepare, machine=machine, progress=progress)
+    return finished
+
+
+def made(data: Path) -> dict[str, Any]:
+    """How the scenes of a folder were made, by their own mark, or else the digest of each fold list."""
+    if (data / MARK).is_file():
+        return dict(json.loads((data / MARK).read_text()))
+    return {path.name: sha256(path) for path in sorted((data / "fold_lists").iterdir())}
 
 
 def scores(path: Path, videos: list[Video], stride: int, steps: int | None = None) -> dict[str, Any]:
@@ -93,11 +103,19 @@ def main() -> None:
     videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
     machine = Machine(arguments.accelerator, 1, 1)
     rows: dict[str, dict[str, Any]] = {}
-    facts: dict[str, Any] = {"stride": arguments.stride, "videos": len(videos)}
+    settings = RECIPES["demo"]
+    if arguments.epochs is not None:
+        settings = replace(settings, epochs=arguments.epochs)
+    facts = {
+        "stride": arguments.stride,
+        "videos": len(videos),
+        "data": {"train": made(arguments.data), "held_out": made(arguments.held_out)},
+        "settings": {k: v for k, v in settings.to_json().items() if k != "variant"},
+        "vggish_sha256": sha256(arguments.vggish) if arguments.vggish else None,
+    }
     for variant in arguments.variants:
-        path = trained(variant, arguments.epochs, arguments.data, arguments.runs, machine, arguments.vggish)
-        settings = {k: v for k, v in json.loads((path.parent / "settings.json").read_text()).items() if k != "variant"}
-        facts |= {"settings": settings, "vggish_sha256": sha256(arguments.vggish) if arguments.vggish else None}
+        alike = replace(settings, variant=variant)
+        path = trained(alike, arguments.data, arguments.runs, machine, arguments.vggish)
         rows[variant] = {**scores(path, videos, arguments.stride)}
         if variant == "full":
             rows[variant]["steps"] = {str(n): scores(path, videos, arguments.stride, n) for n in STEPS}
@@ -113,7 +131,7 @@ def save(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, di
     root = Path(__file__).parent.parent
     if (root / SAVED).is_file():
         saved = json.loads((root / SAVED).read_text())
-        if strange := [name for name, value in facts.items() if saved[name] != value]:
+        if strange := [name for name, value in facts.items() if saved.get(name) != value]:
             raise UserError(f"{SAVED} has variants with other {strange[0]}: remove it, or train and evaluate alike")
         rows = saved["variants"] | rows
     rows = {variant: rows[variant] for variant in VARIANTS if variant in rows}

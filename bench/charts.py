@@ -217,7 +217,8 @@ def roofline(works: Sequence[Work], limits: Mapping[str, float], styles: Styles,
 
 
 def heat_map(cells: Mapping[tuple[str, str], float], name: str, width: int) -> Figure:
-    """Differences as shades, dark for small: keys are (row, engine). Wider than `width` if the engines need it."""
+    """Differences as shades, dark for small, white for NaN: keys are (row, engine). Wider than
+    `width` if the engines need it."""
     with rc_context(RC):
         rows, engines = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
         margin, cell = 10 + 9.2 * max(map(len, rows)), 92.0
@@ -231,10 +232,10 @@ def heat_map(cells: Mapping[tuple[str, str], float], name: str, width: int) -> F
         for (row, engine), value in cells.items():
             x, y = engines.index(engine), rows.index(row)
             place = 0.0 if value <= 0 or high == low else (math.log10(value) - low) / (high - low)
-            shade = colormaps["cividis"](place)
+            shade = colormaps["cividis"](place) if math.isfinite(value) else (1.0, 1.0, 1.0, 1.0)
             axes.fill_between([x, x + 1], y, y + 1, color=shade, edgecolor=INK, lw=1)
             ink = "#ffffff" if luminance(shade) < 0.179 else "#000000"  # where both have the same contrast, 4.6 : 1
-            axes.text(x + 0.5, y + 0.5, text.figure(name, value), ha="center", va="center", color=ink)
+            axes.text(x + 0.5, y + 0.5, difference(name, value), ha="center", va="center", color=ink)
         axes.set_xlim(0, len(engines))
         axes.set_ylim(len(rows), 0)
         axes.set_xticks(np.arange(len(engines)) + 0.5, engines, rotation=90 if header > 40 else 0)
@@ -243,6 +244,11 @@ def heat_map(cells: Mapping[tuple[str, str], float], name: str, width: int) -> F
         for spine in axes.spines.values():
             spine.set_visible(False)
     return figure
+
+
+def difference(name: str, value: float) -> str:
+    """A difference as the heat map says it: unlike in a table, NaN is one."""
+    return text.figure(name, value) if math.isfinite(value) else "NaN"
 
 
 def _names(axes: Axes, works: Sequence[Work]) -> None:

@@ -6,20 +6,35 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from bench.results import Results, Row
+from bench.timing import Timing, ratio
 from mubic_deploy.engines import cpu
 
 DEFAULT = cpu.ENGINES[0]
 
 
+YES, NO, UNDECIDED, NOT_MEASURED = "yes", "no", "undecided", "not measured"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """interval: 95 %, where it has one; settled: False if it is of times whose warm-up still changed."""
+
+    measured: float
+    interval: tuple[float, float] | None = None
+    settled: bool = True
+
+
 @dataclass(frozen=True)
 class Goal:
-    """A figure of one results file. file: its name without .json; least, most: the bounds that it should keep, one or
-    both; unit: that follows the figure"""
+    """A figure of one results file. file: its name without .json; figure: KeyError where the results lack what it is
+    made of; least, most: the bounds that it should keep, one or both; unit: that follows the figure"""
 
     name: str
     file: str
-    figure: Callable[[Results], float]
+    figure: Callable[[Results], Figure]
     least: float = -math.inf
     most: float = math.inf
     unit: str = "x"
@@ -34,46 +49,82 @@ class Goal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """measured: NaN where the results lack what the figure is made of."""
+    """figure: None where the results lack what it is made of."""
 
     goal: Goal
-    measured: float
+    figure: Figure | None
 
     @property
-    def reached(self) -> bool | None:
-        """None if it was not measured."""
-        if math.isnan(self.measured):
-            return None
-        return self.goal.least <= self.measured <= self.goal.most
+    def reached(self) -> str:
+        """UNDECIDED where the interval reaches over a bound, or the times never settled. NaN reaches nothing."""
+        if self.figure is None:
+            return NOT_MEASURED
+        if not math.isfinite(self.figure.measured):
+            return NO
+        low, high = self.figure.interval or (self.figure.measured,) * 2
+        if self.figure.settled and (high < self.goal.least or low > self.goal.most):
+            return NO
+        return YES if self.figure.settled and self.goal.least <= low and high <= self.goal.most else UNDECIDED
 
 
-def faster(side: str, than: str, what: str = "whole") -> Callable[[Results], float]:
+def faster(side: str, than: str, what: str = "whole") -> Callable[[Results], Figure]:
     """How many times faster a side is, by medians."""
-    return lambda results: _median(results.row(what, than)) / _median(results.row(what, side))
 
-
-def value(what: str, side: str, name: str, **axes: int | str) -> Callable[[Results], float]:
-    return lambda results: results.row(what, side, **axes).values[name]
-
-
-def extreme(pick: Callable[..., float], what: str, name: str) -> Callable[[Results], float]:
-    """The least or the most of a value among all rows of a group that have it."""
-
-    def of(results: Results) -> float:
-        found = [row.values[name] for row in results.rows if row.what == what and name in row.values]
-        return pick(found, default=math.nan)
+    def of(results: Results) -> Figure:
+        a, b = (_timing(results.row(what, name)) for name in (than, side))
+        measured, low, high = ratio(a, b)
+        return Figure(measured, (low, high), a.settled and b.settled)
 
     return of
 
 
-def _median(row: Row) -> float:
-    return row.timing.median if row.timing is not None else math.nan
+def value(what: str, side: str, name: str, **axes: int | str) -> Callable[[Results], Figure]:
+    """A row's value, and its interval where NAME_low and NAME_high are beside it."""
+
+    def of(results: Results) -> Figure:
+        values = results.row(what, side, **axes).values
+        ends = [values[end] for end in (f"{name}_low", f"{name}_high") if end in values]
+        return Figure(values[name], (ends[0], ends[1]) if ends else None)
+
+    return of
 
 
-def _memory(results: Results) -> float:
+def share_of_limit(side: str) -> Callable[[Results], Figure]:
+    """Of the whole inference, with the interval of its time."""
+
+    def of(results: Results) -> Figure:
+        row = results.row("whole", side)
+        timing, share = _timing(row), row.values["share_of_limit"]
+        low, high = timing.interval
+        return Figure(share, (share * timing.median / high, share * timing.median / low), timing.settled)
+
+    return of
+
+
+def extreme(pick: Callable[[list[float]], float], what: str, name: str) -> Callable[[Results], Figure]:
+    """The least or the most of a value among all rows of a group that have it. pick: NumPy's, which keep a NaN."""
+
+    def of(results: Results) -> Figure:
+        found = [row.values[name] for row in results.rows if row.what == what and name in row.values]
+        if not found:
+            raise KeyError(name)
+        return Figure(float(pick(found)))
+
+    return of
+
+
+def _timing(row: Row) -> Timing:
+    if row.timing is None:
+        raise KeyError(f"times of {row.what}, {row.side}")
+    return row.timing
+
+
+def _memory(results: Results) -> Figure:
     """Peak memory of the longest film over that of the shortest."""
     rows = sorted((row for row in results.rows if row.what == "growth over film"), key=lambda row: row.axes["minutes"])
-    return rows[-1].values["peak_bytes"] / rows[0].values["peak_bytes"] if len(rows) > 1 else math.nan
+    if len(rows) < 2:
+        raise KeyError("films of two lengths")
+    return Figure(rows[-1].values["peak_bytes"] / rows[0].values["peak_bytes"])
 
 
 def _speed(engine: str) -> list[Goal]:
@@ -83,8 +134,8 @@ def _speed(engine: str) -> list[Goal]:
         Goal(f"full, {engine} against {named.get(side, side)}", "engines_full", faster(engine, side), least=least)
         for side, least in against.items()
     ]
-    share = value("whole", engine, "share_of_limit")
-    return [*goals, Goal(f"full, {engine}, share of the rate of matrix products", "engines_full", share, 0.55, unit="")]
+    name = f"full, {engine}, share of the rate of matrix products"
+    return [*goals, Goal(name, "engines_full", share_of_limit(engine), 0.55, unit="")]
 
 
 GOALS = (
@@ -97,8 +148,8 @@ GOALS = (
         faster("onnxruntime", "eager, torchvision", "visual_encoder"),
         least=1 / 0.8,
     ),
-    Goal("full, latency through Triton", "server_full", value("whole", "grpc", "over_in_process"), most=1.03),
-    Goal("demo, latency through Triton", "server_demo", value("whole", "grpc", "over_in_process"), most=1.1),
+    Goal("full, latency through Triton", "server_full", faster("in process", "grpc"), most=1.03),
+    Goal("demo, latency through Triton", "server_demo", faster("in process", "grpc"), most=1.1),
     Goal(
         "demo, 4 clients against the best batch in process",
         "server_demo",
@@ -107,22 +158,22 @@ GOALS = (
     ),
     *(
         Goal(
-            f"full, {engine}, loop of 8 steps minus 4 over four denoiser calls",
+            f"full, {engine}, loop of 8 steps minus 4 over four denoiser calls by themselves",
             "steps_full",
-            value("8 steps over 4", engine, "loop_over_calls"),
+            value("8 steps over 4", engine, "loop_over_lone_calls"),
             0.95,
             1.05,
         )
         for engine in cpu.ENGINES
     ),
     *(
-        Goal(f"{size}, lowest CC of a map", f"parity_{size}", extreme(min, "parity of maps", "cc"), 0.9999, unit="")
+        Goal(f"{size}, lowest CC of a map", f"parity_{size}", extreme(np.min, "parity of maps", "cc"), 0.9999, unit="")
         for size in ("full", "demo")
     ),
     Goal(
         "demo, largest difference of a metric",
         "parity_demo",
-        extreme(max, "metrics", "largest_difference"),
+        extreme(np.max, "metrics", "largest_difference"),
         most=5e-4,
         unit="",
     ),
@@ -136,12 +187,12 @@ GOALS = (
         most=0.1,
         unit="",
     ),
-    Goal("live streams, growth of memory", "streams_soak", extreme(max, "soak", "growth"), most=0.02, unit=""),
-    Goal("live streams, windows lost", "streams_soak", extreme(max, "soak", "lost"), most=0, unit=""),
+    Goal("live streams, growth of memory", "streams_soak", extreme(np.max, "soak", "growth"), most=0.02, unit=""),
+    Goal("live streams, windows lost", "streams_soak", extreme(np.max, "soak", "lost"), most=0, unit=""),
     Goal(
         "live stream, sound off its frame",
         "streams_align",
-        extreme(max, "alignment", "offset_frames"),
+        extreme(np.max, "alignment", "offset_frames"),
         most=0.5,
         unit="frames",
     ),
@@ -158,5 +209,5 @@ def outcomes(found: Mapping[str, Results]) -> list[Outcome]:
         try:
             out.append(Outcome(goal, goal.figure(results)))
         except KeyError:
-            out.append(Outcome(goal, math.nan))
+            out.append(Outcome(goal, None))
     return out

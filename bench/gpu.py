@@ -3,15 +3,17 @@
 
     python bench/gpu.py --out bench/results
 
-TensorRT and ONNX Runtime CUDA are measured where they can be used, and named as left out where not. Every section is
-written to OUT/gpu.json as soon as it is done, so a run that is cut short has left what it had. Weights are random and
-of one seed; maps are compared with eager PyTorch in FP32 without TF32."""
+TensorRT and ONNX Runtime CUDA are measured where they can be used, and named as left out where not. The result is
+OUT/gpu_SIZE_DEVICE.json, which a finished run replaces; until then every section is written to that name with
+.unfinished behind it as soon as it is done, so a run that is cut short has left what it had. Weights are random and of
+one seed; maps are compared with eager PyTorch in FP32 without TF32."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import itertools
+import re
 import sys
 import tempfile
 import time
@@ -29,15 +31,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bench import machine, timing
-from bench.results import FOLDER, Results, Row
-from bench.sides import CLIPS, Monolith, WholeGraph, monolith_signature
+from bench import machine, text, timing
+from bench.results import FOLDER, LOOKS, Results, Row
+from bench.sides import CLIPS, Monolith, WholeGraph, monolith_signature, moved_bytes
 from mubic_deploy import exported
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import CONFIGS, DEFAULT_STEPS, Config, get_config
 from mubic_deploy.engines import eager
 from mubic_deploy.engines.replay import Replayed
-from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, signatures
 from mubic_deploy.metrics import cc
 from mubic_deploy.model.mubic import cost, random_model
@@ -99,9 +100,10 @@ COMPETITORS = {
     "eager TF32": Stage(tf32=True),
     "eager FP16": HALF,
 }
+# its own CUDA graphs (max-autotune) free a graph's outputs when the next compiled graph is called, which reads them
 COMPILED = {
-    "torch.compile FP16": replace(HALF, mode="max-autotune"),
-    "torch.compile FP16, optimised": replace(HALF, mode="max-autotune", optimisations=("pad_heads", "split_depthwise")),
+    "torch.compile FP16": (compiled := replace(HALF, mode="max-autotune-no-cudagraphs", graphs=True)),
+    "torch.compile FP16, optimised": replace(compiled, optimisations=("pad_heads", "split_depthwise")),
 }
 
 
@@ -145,12 +147,14 @@ class Run:
         out: Path,
         skipped: Collection[str] = (),
     ) -> None:
-        self.config, self.device, self.rule, self.out, self.skipped = config, device, rule, out, skipped
+        self.config, self.device, self.rule, self.skipped = config, device, rule, skipped
+        name = torch.cuda.get_device_name() if device == "cuda" else device
+        self.path = out / f"gpu_{config.name}_{'_'.join(re.findall('[a-z0-9]+', name.lower()))}.json"
+        self.unfinished = self.path.with_name(f"{self.path.name}.unfinished")
         self.ends = time.monotonic() + 60 * minutes
         settings = {"size": config.name, "device": device, "steps": DEFAULT_STEPS, "goals": GOALS}
         self.results = Results("gpu", settings)
         self.clips = [random_clip(config, seed) for seed in range(CLIPS)]
-        self.expected: list[np.ndarray] = []
         self.console = Console(stderr=True)
 
     def section(self, name: str, seconds: float, measure: Callable[[], None]) -> None:
@@ -164,11 +168,15 @@ class Run:
         else:
             try:
                 measure()
-            except (UserError, RuntimeError) as error:  # CUDA's and the compiler's are RuntimeErrors
-                self.results.left_out[name] = str(error).strip().splitlines()[0]
+            except Exception as error:  # CUDA's, the compiler's, ONNX Runtime's: of many kinds
+                self.results.left_out[name] = text.reason(error)
         self.console.print(f"{name}: {time.monotonic() - began:.0f} s {self.results.left_out.get(name, '')}")
         self.results.finish()
-        self.results.write(self.out / "gpu.json")
+        self.results.write(self.unfinished)
+
+    def finish(self) -> Results:
+        self.unfinished.replace(self.path)
+        return self.results
 
     def side(self, predictor: Predictor, steps: int | None = None) -> timing.Side:
         def predict(i: int) -> None:
@@ -177,12 +185,21 @@ class Run:
 
         return predict
 
+    def maps(self, predictor: Predictor) -> list[np.ndarray]:
+        return [predictor.predict(c["VIDEO"], c["AUDIO"], i)[0] for i, c in enumerate(self.clips)]
+
+    @functools.cached_property
+    def expected(self) -> list[np.ndarray]:
+        """The reference's maps, whichever sections are skipped."""
+        before = torch.backends.cudnn.allow_tf32
+        try:
+            return self.maps(build(REFERENCE, self.config, self.device))
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
     def compare(self, side: str, predictor: Predictor) -> None:
         """A row with how far the maps are from the reference's."""
-        maps = [predictor.predict(c["VIDEO"], c["AUDIO"], i)[0] for i, c in enumerate(self.clips)]
-        if not self.expected:
-            self.expected = maps
-        pairs = [(a[0], b[0]) for a, b in zip(maps, self.expected, strict=True)]
+        pairs = [(a[0], b[0]) for a, b in zip(self.maps(predictor), self.expected, strict=True)]
         values = {
             "cc": float(np.min([cc(a, b) for a, b in pairs])),
             "largest_difference": float(np.max([np.abs(a - b).max() for a, b in pairs])),
@@ -234,11 +251,15 @@ class Run:
 
     def other(self, name: str, engine: str) -> None:
         """TensorRT or ONNX Runtime CUDA, from an FP16 export made here."""
-        from mubic_deploy.engines import cuda, tensorrt
-
         if engine == "tensorrt":
+            from mubic_deploy.engines import cuda, tensorrt
+
             tensorrt.import_tensorrt()
             cuda.gpu()
+        else:
+            from mubic_deploy.engines import onnxruntime
+
+            onnxruntime.require_cuda()
         with tempfile.TemporaryDirectory() as folder:
             graphs = Path(folder) / "graphs"
             exported.export(f"random:{self.config.name}", graphs, precision=FLOAT16, fixed_steps=DEFAULT_STEPS)
@@ -295,7 +316,8 @@ class Run:
             inputs = [eager.to_torch(tensors[t.name], torch.device(self.device)) for t in signature.inputs]
             with torch.inference_mode():
                 timed = timing.measure({name: functools.partial(_run, module, inputs)}, self.rule, clock)[name]
-            values = {"macs": float(macs[name])}
+            weights = sum(t.nbytes for t in (*model.graph(name).parameters(), *model.graph(name).buffers()))
+            values = {"macs": float(macs[name]), "bytes": moved_bytes(signature, weights)}
             limit = self.results.limits.get(f"gemm_{stage.precision}")
             if limit:
                 values["share_of_peak"] = 2 * macs[name] / timed.median / limit
@@ -371,9 +393,10 @@ def measure(
     run.section("batches", 30, lambda: run.batches("PyTorch FP16, optimised", build(best, config, device)))
     run.section("TensorRT", 60, lambda: run.other("TensorRT", "tensorrt"))
     run.section("ONNX Runtime CUDA", 60, lambda: run.other("ONNX Runtime CUDA", "onnxruntime-cuda"))
-    run.section("torch.compile", 150, lambda: run.stages("whole", COMPILED))
+    compiled = COMPILED if on_gpu else {name: replace(s, graphs=False) for name, s in COMPILED.items()}
+    run.section("torch.compile", 150, lambda: run.stages("whole", compiled))
     run.section("AOTInductor", 120, run.aotinductor)
-    return run.results
+    return run.finish()
 
 
 def main() -> None:
@@ -381,7 +404,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(CONFIGS), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to see that it runs")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, help=f"default bench/results, or {LOOKS} with --device cpu or --skip")
     parser.add_argument(
         "--skip", action="append", default=[], metavar="SECTION", help="one to leave out, as it is printed"
     )
@@ -389,7 +412,8 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("PyTorch finds no NVIDIA GPU here: run this on a machine with one")
     config, chosen = get_config(arguments.size), arguments.skip
-    summary(measure(config, arguments.device, arguments.minutes, out=arguments.out, skipped=chosen))
+    out = arguments.out or (LOOKS if arguments.device == "cpu" or chosen else FOLDER)
+    summary(measure(config, arguments.device, arguments.minutes, out=out, skipped=chosen))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from bench import charts, text
 from bench.charts import Bar, Point, Work
 from bench.drawing import Styles
@@ -154,15 +156,14 @@ def _throughput(group: Group, name: str, styles: Styles) -> Iterator[Chart]:
 def _parity(group: Group, name: str) -> Iterator[Chart]:
     cells: dict[tuple[str, str], float] = {}
     for row in group.rows:
-        value = row.values.get(DIFFERENCE, math.nan)
         parts = [str(row.axes[a]) for a in ("graph", "tensor") if a in row.axes]
         parts += [f"{a} {row.axes[a]}" for a in ("step", "steps") if a in group.varying and a in row.axes]
-        if parts and math.isfinite(value):
+        if parts and DIFFERENCE in row.values:
             key = (" · ".join(parts), row.side)
-            cells[key] = max(value, cells.get(key, 0.0))
+            cells[key] = float(np.maximum(row.values[DIFFERENCE], cells.get(key, 0.0)))  # NaN stays
     if cells:
-        worst = max(cells, key=lambda key: cells[key])
-        largest = text.figure(DIFFERENCE, cells[worst])
+        worst = list(cells)[np.argmax(list(cells.values()))]  # NaN if there is one
+        largest = charts.difference(DIFFERENCE, cells[worst])
         said = f"The largest: {largest}, {', '.join(worst)}."
         alt = f"Largest differences of {group.title}, by tensor and engine. {said}"
         caption = f"Largest differences; darker is smaller. {said}"

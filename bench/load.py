@@ -63,9 +63,11 @@ class Load:
 
     @property
     def timing(self) -> Timing:
-        """The latency of every request that was answered. Not settled if the rates of the loads lie apart."""
+        """The latency of every request that was answered. Not settled if the rates of the loads lie apart, or if there
+        is one alone, of which that cannot be said."""
         latencies = tuple(s for a in self.answers for s in a.latencies)
-        return Timing(latencies, sum(a.warm_ups for a in self.answers), settled=not self.spread > APART)
+        rounds = tuple(n for a in self.answers if (n := len(a.latencies)))
+        return Timing(latencies, sum(a.warm_ups for a in self.answers), self.spread <= APART, rounds)
 
 
 class _Window:

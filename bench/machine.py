@@ -9,17 +9,16 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from bench import timing
 from mubic_deploy.engines import HostArrays, cpu
 from mubic_deploy.graphs import Signature, Tensor
+from mubic_deploy.sources import versions
 
 PACKAGES = (
     "mubic-deploy",
@@ -33,7 +32,12 @@ PACKAGES = (
     "tritonclient",
     "nvidia-pytriton",
 )
-GEMM_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the best one counts
+# rows, inner and columns, of which the best one counts: square ones, and on a CPU those of convolutions of 3 x 3
+# values, whose weights stay in the cache
+GEMM_SHAPES = {
+    "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (1344, 1152, 256), (1344, 2304, 512), (336, 2304, 512)),
+    "cuda": ((4096, 4096, 4096), (8192, 8192, 8192)),
+}
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 LIMIT_RULE = timing.Rule(repeats=10, seconds=3.0, short_s=0.3, warm_up_s=2.0)
 
@@ -46,7 +50,7 @@ def facts() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "versions": versions(PACKAGES),
         "gpu": gpu_facts(),
     }
 
@@ -92,16 +96,16 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def limits(device: str = "cpu", threads: int = 0) -> dict[str, float]:
-    """What this machine does at best, measured now: square matrix products in FLOP/s, by precision (the median of the
-    best of two sizes, and on a CPU of PyTorch and the engines that are installed, because the quickest library sets
-    the limit; random values, for zeros can be faster), and a copy through PyTorch in bytes/s, read and written both
+    """What this machine does at best, measured now: matrix products in FLOP/s, by precision (the median of the best of
+    GEMM_SHAPES, and on a CPU of PyTorch and the engines that are installed, because the quickest library sets the
+    limit; random values, for zeros can be faster), and a copy through PyTorch in bytes/s, read and written both
     counted. threads: of the engines, 0 for one a core; PyTorch uses those that it is set to."""
     import torch
 
     clock = timing.cuda_events if device == "cuda" else timing.wall
     rates = {}
     for precision in ("float32",) if device == "cpu" else ("float32", "float16"):
-        rates[f"gemm_{precision}"] = max(_gemm(n, precision, device, threads, clock) for n in GEMM_SIZES[device])
+        rates[f"gemm_{precision}"] = max(_gemm(s, precision, device, threads, clock) for s in GEMM_SHAPES[device])
     source = torch.empty(COPY_BYTES[device] // 4, device=device).uniform_()
     target = torch.empty_like(source)
     copied = timing.measure({"copy": lambda i: target.copy_(source)}, LIMIT_RULE, clock)["copy"].median
@@ -113,26 +117,30 @@ def best(*measured: dict[str, float]) -> dict[str, float]:
     return {name: max(limits[name] for limits in measured) for name in measured[0]}
 
 
-def _gemm(n: int, precision: str, device: str, threads: int, clock: timing.Clock) -> float:
+def _gemm(shape: tuple[int, int, int], precision: str, device: str, threads: int, clock: timing.Clock) -> float:
     import torch
 
-    a, b = (torch.randn(n, n, device=device).to(getattr(torch, precision)) for _ in range(2))
-    out = torch.empty_like(a)
+    m, k, n = shape
+    a, b = (torch.randn(*of, device=device).to(getattr(torch, precision)) for of in ((m, k), (k, n)))
+    out = torch.empty(m, n, device=device, dtype=a.dtype)
     sides: dict[str, timing.Side] = {"PyTorch": lambda i: torch.mm(a, b, out=out)}
     if device == "cpu":
         sides |= engines(a.numpy(), b.numpy(), threads)
-    return 2 * n**3 / min(timed.median for timed in timing.measure(sides, LIMIT_RULE, clock).values())
+    return 2 * m * k * n / min(timed.median for timed in timing.measure(sides, LIMIT_RULE, clock).values())
 
 
 def engines(a: np.ndarray, b: np.ndarray, threads: int) -> dict[str, timing.Side]:
     """The product in each engine for a CPU that is installed, `b` a constant, as weights are."""
-    n, sides = len(a), dict[str, timing.Side]()
+    import onnx
+
+    (m, k), n, sides = a.shape, b.shape[1], dict[str, timing.Side]()
     node = onnx.helper.make_node("MatMul", ["A", "B"], ["C"])
-    of = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=["batch", n, n])
-    graph = onnx.helper.make_graph([node], "gemm", [of("A")], [of("C")], [onnx.numpy_helper.from_array(b, "B")])
+    of = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT)
+    given, got = of("A", shape=["batch", m, k]), of("C", shape=["batch", m, n])
+    graph = onnx.helper.make_graph([node], "gemm", [given], [got], [onnx.numpy_helper.from_array(b, "B")])
     opset = onnx.helper.make_opsetid("", 17)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    signature = Signature("gemm", (Tensor("A", "float32", (n, n)),), (Tensor("C", "float32", (n, n)),))
+    signature = Signature("gemm", (Tensor("A", "float32", (m, k)),), (Tensor("C", "float32", (m, n)),))
     with tempfile.TemporaryDirectory(prefix="mubic-bench-") as folder:
         path = Path(folder) / "gemm.onnx"
         onnx.save(model, path)
@@ -195,10 +203,3 @@ def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -24,7 +24,7 @@ from mubic_deploy import graphs
 from mubic_deploy.errors import UserError
 
 WINDOWS = 3  # of requests, whose mean it reports
-_STABLE = 100  # %: it reports after WINDOWS however much they differ; the spread is ours to judge
+_STABLE = 10_000  # %: it reports after WINDOWS however much they differ; the spread is ours to judge
 _SECONDS = 900  # longest run
 _PERCENTILES = (50, 90, 95, 99)
 

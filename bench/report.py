@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import page, text
 from bench.drawing import Styles
-from bench.goals import outcomes
+from bench.goals import NO, UNDECIDED, outcomes
 from bench.groups import Group, first_of, group_charts, groups, reached, roofline
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder
@@ -121,13 +121,20 @@ def _goals(found: dict[str, Results]) -> str:
     """What was aimed at beside what was measured; nothing where no goal was measured."""
     rows = []
     for outcome in outcomes(found):
-        goal = outcome.goal
-        said = {True: "yes", False: "<strong>no</strong>", None: "not measured"}[outcome.reached]
-        measured = f"{outcome.measured:.4g} {goal.unit}".rstrip()
-        rows.append([escape(goal.name), escape(goal.bounds), measured, said])
+        goal, figure, said = outcome.goal, outcome.figure, outcome.reached
+        measured = f"{figure.measured:.4g} {goal.unit}".rstrip() if figure else "-"
+        interval = " to ".join(f"{end:.4g}" for end in figure.interval) if figure and figure.interval else "-"
+        if figure and not figure.settled:
+            interval += " <mark>not settled</mark>"
+        strong = f"<strong>{said}</strong>" if said in (NO, UNDECIDED) else said
+        rows.append([escape(goal.name), escape(goal.bounds), measured, interval, strong])
     if not rows:
         return ""
-    return '<h2 id="goals">Goals</h2>\n' + page.table("Goals", ["what", "goal", "measured", "reached"], rows, texts=2)
+    headings = ["what", "goal", "measured", "interval", "reached"]
+    about = (
+        f"<p>{UNDECIDED}: the interval of what was measured reaches over the goal, or the times never settled.</p>\n"
+    )
+    return f'<h2 id="goals">Goals</h2>\n{about}' + page.table("Goals", headings, rows, texts=2)
 
 
 def _hardware(results: Results) -> str:
@@ -217,7 +224,7 @@ def _times(group: Group, row: Row, compared: bool) -> list[str]:
     first = first_of(group, row)
     if first is row or first is None or first.timing is None:
         return [*cells, "1", "-"]
-    against, low, high = ratio(row.timing.samples, first.timing.samples)
+    against, low, high = ratio(row.timing, first.timing)
     return [*cells, f"{against:.3f}", f"{low:.3f} to {high:.3f}"]
 
 
@@ -237,6 +244,10 @@ def _limits(results: Results) -> str:
         "reading and writing its weights, inputs and outputs once at the rate of a large copy, whichever is longer. "
         f"Measured in the same run: {'; '.join(rates)}."
     )
+    if any(r.best_s > r.took_s for r in reached(results)):
+        explained += (
+            " Where more than 100 % was reached, that limit was measured too low, and so every share is too high."
+        )
     headings = ["graph", "side", "bound by", "limit", "took", "of the limit"]
     return f"<p>{escape(explained)}</p>" + page.table("Share of the limit reached", headings, lines, 3)
 

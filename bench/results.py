@@ -16,6 +16,7 @@ from mubic_deploy.errors import UserError
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
+LOOKS = Path("out") / "looks"  # the default of what is no measurement of this machine, or a short one
 MACHINE = ("cpu", "cores", "gpu")  # without which it cannot be said to be the same
 REQUIRED = ("schema", "suite", "created", "commit", "settings", "machine", "state", "limits", "rows", "left_out")
 
@@ -45,6 +46,8 @@ class Row:
         if self.timing is not None:
             out["seconds"] = self.timing.summary()
             out["samples_s"] = [float(f"{s:.6g}") for s in self.timing.samples]
+            if self.timing.rounds:
+                out["rounds"] = list(self.timing.rounds)
         return out
 
     @classmethod
@@ -55,7 +58,10 @@ class Row:
             samples = tuple(float(s) for s in data["samples_s"])
             if not samples:
                 raise ValueError("samples_s is empty")
-            timing = Timing(samples, data["seconds"]["warm_ups"], data["seconds"]["settled"])
+            rounds = tuple(int(n) for n in data.get("rounds", ()))
+            if rounds and (sum(rounds) != len(samples) or min(rounds) < 1):
+                raise ValueError("rounds do not add up to samples_s")
+            timing = Timing(samples, data["seconds"]["warm_ups"], data["seconds"]["settled"], rounds)
         values = {name: math.nan if v is None else float(v) for name, v in data["values"].items()}
         return cls(str(data["what"]), str(data["side"]), dict(data["axes"]), timing, values)
 

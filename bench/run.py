@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import machine, timing
-from bench.results import FOLDER, Results
+from bench.results import FOLDER, LOOKS, Results
 from bench.sides import Context, Say
 from mubic_deploy.commands import bar, say, warn
 from mubic_deploy.config import CONFIGS
@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser, suites: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="a look: few calls, wide intervals")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help=f"of every side (default: one a core, {cores})")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results (default bench/results)")
+    where = f"default bench/results, or {LOOKS} with --quick, other --threads or --url"
+    parser.add_argument("--out", type=Path, help=f"folder of the results ({where})")
     running = "server: of a Triton server that runs already, which then is measured alone"
     parser.add_argument("--url", metavar="HOST:PORT", help=f"{running}; gRPC's port")
     parser.add_argument("--http-url", metavar="HOST:PORT", help="its port of HTTP, to measure that too")
@@ -42,16 +43,28 @@ def run(arguments: argparse.Namespace) -> int:
     addresses = {protocol: where for protocol, where in running.items() if where}
     if addresses and (arguments.suite != "server" or not arguments.url):
         raise UserError("--url is for the suite server, and --http-url goes with it")
+    look = arguments.quick or addresses or arguments.threads != len(os.sched_getaffinity(0))
+    out = arguments.out or (LOOKS if look else FOLDER)
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{arguments.out} cannot be made ({error.strerror}): choose another --out") from None
+        raise UserError(f"{out} cannot be made ({error.strerror}): choose another --out") from None
+    failed = []
     for suite in SUITES if arguments.suite == "all" else [arguments.suite]:
-        results = measure(suite, arguments.size, arguments.threads, arguments.quick, addresses)
-        path = arguments.out / f"{suite}_{arguments.size}.json"
-        results.write(path)
+        try:
+            results = measure(suite, arguments.size, arguments.threads, arguments.quick, addresses)
+            path = out / f"{suite}_{arguments.size}.json"
+            results.write(path)
+        except UserError as error:
+            if arguments.suite != "all":
+                raise
+            failed.append(suite)
+            warn([f"{suite} was left out: {error}"])
+            continue
         show(results)
         say(f"{path}")
+    if failed:
+        raise UserError(f"left out: {', '.join(failed)}: mend what is said above, then run each alone")
     return 0
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench import text
 from bench.timing import Side
 from mubic_deploy import checkpoint, exported, graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEFAULT_STEPS, DEMO_CHECKPOINT, Config, get_config
-from mubic_deploy.engines import Arrays, Engine, cpu, eager, onnxruntime
+from mubic_deploy.engines import Arrays, Engine, cpu, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, saliency_map, signatures
 from mubic_deploy.model.mubic import MUBiC
@@ -113,6 +114,12 @@ def batches(context: Context, predictor: Predictor, batch: int) -> Side:
     return predict
 
 
+def moved_bytes(signature: Signature, weights: int) -> float:
+    """What must pass through memory for one clip: weights, inputs and outputs, once. weights: their bytes."""
+    tensors = (*signature.inputs, *signature.outputs)
+    return float(weights + sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in tensors))
+
+
 class Reencoding:
     """A pipeline that runs encoders and fusion at every step, as DiffSal's released sampler does."""
 
@@ -181,11 +188,16 @@ def eager_folded(context: Context) -> Pipeline:
 
 
 def compiled(context: Context) -> Pipeline:
-    """torch.compile, each graph by itself, shapes fixed."""
+    """torch.compile, each graph by itself, shapes fixed; compiled when it returns. UserError where it cannot be."""
     engines = eager.load_engines(context.model())
     for engine in engines.values():
         engine.module = torch.compile(engine.module, dynamic=False)  # type: ignore[attr-defined]
-    return Pipeline(context.config, engines)
+    pipeline = Pipeline(context.config, engines)
+    try:
+        call(context, pipeline)(0)
+    except Exception as error:  # the compiler's, of many kinds
+        raise UserError(f"torch.compile cannot be used here ({text.reason(error)}): is g++ installed?") from None
+    return pipeline
 
 
 def on_cpu(engine: str, context: Context) -> Pipeline:
@@ -215,7 +227,7 @@ def onnx_plain(context: Context) -> Pipeline:
             _export_plain(model.graph(name), signature, path)
         else:  # nothing there is rewritten
             path = context.artifacts.file(name)
-        engines[name] = onnxruntime.OnnxRuntimeEngine(path, signature, context.threads)
+        engines[name] = cpu.load_engine("onnxruntime", path, signature, context.threads)
     return Pipeline(model.config, engines)
 
 
@@ -242,7 +254,7 @@ def monolith(context: Context) -> Predictor:
     context.say("exporting one graph of everything")
     signature, path = monolith_signature(context.config), context.folder / "monolith.onnx"
     onnx_graphs().trace(Monolith(context.model()).eval(), signature, path)
-    return WholeGraph(context.config, onnxruntime.OnnxRuntimeEngine(path, signature, context.threads))
+    return WholeGraph(context.config, cpu.load_engine("onnxruntime", path, signature, context.threads))
 
 
 SIDES: dict[str, Callable[[Context], Predictor]] = {

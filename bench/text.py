@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from mubic_deploy.errors import UserError
+
 METRICS = ("cc", "sim", "nss", "auc_judd", "auc")
 HIGHER_IS_BETTER = (*METRICS, "gain")
 LOWER_IS_BETTER = ("seconds", "_s", "_ms", "_mb", "_bytes", "difference")
@@ -25,6 +27,12 @@ def interval(low: float, high: float) -> str:
     """81.6 to 82.4 ms; both units where they differ."""
     (a, unit), (b, other) = (seconds(value).split(" ") if math.isfinite(value) else ("-", "") for value in (low, high))
     return f"{a} to {b} {unit}" if unit == other else f"{a} {unit} to {b} {other}"
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line: a UserError says it, of others the type and the first line they have."""
+    said = " ".join(str(error).strip().splitlines()[:1])
+    return said if isinstance(error, UserError) and said else ": ".join(filter(None, (type(error).__name__, said)))
 
 
 def tick(written: str) -> str:

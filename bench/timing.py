@@ -19,14 +19,15 @@ RESAMPLES = 2000
 WIDE = 0.05  # half of a confidence interval over its median, from which on a result is marked
 STABLE = 0.05  # by how much two medians of WINDOW warm-up calls may differ
 WINDOW = 3
+SLOWER = 4  # times warm_up_s
 AT_LEAST = 5  # calls of a side, however slow it is
 
 
 @dataclass(frozen=True)
 class Rule:
     """When a side was timed often enough: after `repeats` calls or `seconds`, whichever comes first; short calls go on
-    for `short_s` all the same. warm_up_s: the longest that a side may take to settle; quick:
-    a look, for which suites try less."""
+    for `short_s` all the same. warm_up_s: the longest that a side may take to settle, or SLOWER times that if it is too
+    slow for 2 WINDOW calls within; quick: a look, for which suites try less."""
 
     repeats: int = 30
     seconds: float = 20.0
@@ -47,11 +48,14 @@ QUICK = Rule(repeats=5, seconds=3.0, short_s=0.2, warm_up_s=2.0, quick=True)
 class Timing:
     """Seconds of each call, in the order they were made, and the warm-up calls before them.
 
-    settled: whether the warm-up calls had stopped changing"""
+    settled: whether the warm-up calls had stopped changing
+    rounds: how many of the calls, in their order, belong together, as those of one round of a load, which are slow or
+    fast together; empty where each stands for itself"""
 
     samples: tuple[float, ...]
     warm_ups: int = 0
     settled: bool = True
+    rounds: tuple[int, ...] = ()
 
     @property
     def median(self) -> float:
@@ -63,8 +67,15 @@ class Timing:
     @property
     def interval(self) -> tuple[float, float]:
         """Bootstrap confidence interval of the median (percentile method, fixed seed)."""
-        low, high = np.percentile(resampled_medians(self.samples), _tails())
-        return float(low), float(high)
+        return interval(self.resampled())
+
+    def resampled(self, seed: int = 0) -> np.ndarray:
+        """RESAMPLES medians of what is drawn with replacement: calls, or whole rounds."""
+        if not self.rounds:
+            return resampled_medians(self.samples, seed)
+        rounds = np.split(np.asarray(self.samples), np.cumsum(self.rounds)[:-1])
+        drawn = np.random.default_rng(seed).integers(0, len(rounds), (RESAMPLES, len(rounds)))
+        return np.array([np.median(np.concatenate([rounds[i] for i in chosen])) for chosen in drawn])
 
     @property
     def wide(self) -> bool:
@@ -96,22 +107,22 @@ def resampled_medians(samples: Sequence[float], seed: int = 0) -> np.ndarray:
     return np.median(values[drawn], axis=1)
 
 
-def ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+def interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The confidence interval of a figure whose value in each resample is given."""
+    low, high = np.percentile(resampled, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return float(low), float(high)
+
+
+def ratio(a: Timing, b: Timing) -> tuple[float, float, float]:
     """Median of `a` over median of `b`, and its bootstrap confidence interval."""
-    low, high = np.percentile(resampled_medians(a, 0) / resampled_medians(b, 1), _tails())
-    return float(np.median(a) / np.median(b)), float(low), float(high)
+    return a.median / b.median, *interval(a.resampled(0) / b.resampled(1))
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Median of a[i] over b[i], each pair measured together, and its bootstrap confidence interval: what changed from
     pair to pair, as a machine that is slow for a minute, is not in it."""
     ratios = [float(x / y) for x, y in zip(a, b, strict=True)]
-    low, high = np.percentile(resampled_medians(ratios), _tails())
-    return float(np.median(ratios)), float(low), float(high)
-
-
-def _tails() -> list[float]:
-    return [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]
+    return float(np.median(ratios)), *interval(resampled_medians(ratios))
 
 
 def wall(call: Callable[[], Any]) -> float:
@@ -156,12 +167,15 @@ def measure(
     settled: dict[str, bool] = {}
     for i, name in enumerate(sides):
         progress(f"{name}, warming up", i, len(sides))
-        warm[name], settled[name] = _warmed(lambda name=name: timed(name), rule.warm_up_s)  # type: ignore[misc]
-    plan = shuffled({name: rule.calls(float(np.median(w[-WINDOW:]))) for name, w in warm.items()}, seed)
+        warm[name], settled[name] = _warmed(lambda name=name: timed(name), rule)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in sides}
-    for done, name in enumerate(plan):
-        progress(name, done, len(plan))
-        samples[name].append(timed(name))
+    missing = {name: rule.calls(float(np.median(w[1:][-WINDOW:]))) for name, w in warm.items()}
+    while plan := shuffled(missing, seed):
+        for done, name in enumerate(plan):
+            progress(name, done, len(plan))
+            samples[name].append(timed(name))
+        # of the sides that were quicker than their last warm-up calls
+        missing = {name: max(0, rule.calls(sum(s) / len(s)) - len(s)) for name, s in samples.items()}
     return {name: Timing(tuple(s), len(warm[name]), settled[name]) for name, s in samples.items()}
 
 
@@ -172,17 +186,23 @@ def shuffled(calls: Mapping[str, int], seed: int) -> list[str]:
     return [name for _, name in sorted(places)]
 
 
-def _warmed(timed: Callable[[], float], longest_s: float) -> tuple[list[float], bool]:
-    """Seconds of the calls that it took to settle, and whether they did: calls that are too slow to be made 2 WINDOW
-    times in `longest_s` count as settled after the second."""
+def _warmed(timed: Callable[[], float], rule: Rule) -> tuple[list[float], bool]:
+    """Seconds of the calls that it took to settle, and whether they did: WINDOW calls are like the WINDOW before; or,
+    where fewer than 2 WINDOW could be made in the time, two calls are alike, of which none is the first, whose time is
+    that of loading and compiling too."""
     times = [timed(), timed()]
-    while len(times) < 2 * WINDOW or not _alike(times):
-        if sum(times) > longest_s:
-            return times, len(times) < 2 * WINDOW
+    while True:
+        slow = len(times) < 2 * WINDOW and sum(times) > rule.warm_up_s
+        window = 1 if slow else WINDOW
+        if len(times) >= (3 if slow else 2 * WINDOW) and _alike(times, window):
+            return times, True
+        longest = rule.warm_up_s * (SLOWER if slow else 1)
+        if sum(times) > longest and (len(times) > 2 or rule.quick):
+            return times, False
         times.append(timed())
-    return times, True
 
 
-def _alike(times: Sequence[float]) -> bool:
-    before, now = np.median(times[-2 * WINDOW : -WINDOW]), np.median(times[-WINDOW:])
+def _alike(times: Sequence[float], window: int) -> bool:
+    """Whether the medians of the last `window` calls and of those before them are."""
+    before, now = np.median(times[-2 * window : -window]), np.median(times[-window:])
     return bool(abs(now - before) <= STABLE * before)

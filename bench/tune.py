@@ -24,7 +24,7 @@ from tritonclient.utils import InferenceServerException
 from bench import text
 from bench.descent import RATE, Rank, Verdict, descend, judged, rank
 from bench.load import Load, Run, interleaved, kept_up
-from bench.results import FOLDER, Results, Row
+from bench.results import FOLDER, LOOKS, Results, Row
 from bench.run import limits
 from bench.serving import addresses, client, serving
 from bench.sides import CLIPS, Context, asking, installed_engines
@@ -209,7 +209,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quick = f"a look: trials of {QUICK_SECONDS:g} s, every setting changed once"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, default=OUT, help=f"the best model repository (default {OUT})")
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results (default bench/results)")
+    where = f"default bench/results, or {LOOKS} with --quick or --artifacts"
+    parser.add_argument("--results", type=Path, help=f"folder of the results ({where})")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -217,7 +218,8 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS)
     target_s = math.inf if arguments.target_ms is None else arguments.target_ms / 1000
     given = Artifacts.open(arguments.artifacts) if arguments.artifacts else None
-    _check(arguments)
+    results = arguments.results or (LOOKS if arguments.quick or given else FOLDER)
+    _check(arguments, results)
     with tempfile.TemporaryDirectory(prefix="mubic-tune-") as folder, bar("tune") as progress:
         counted: Count = lambda what, done, total: progress(f"tune: {what}", done, total)  # noqa: E731
         context = Context(arguments.size, 0, Path(folder), lambda what: progress(f"tune: {what}", 0, None), counted)
@@ -225,6 +227,8 @@ def run(arguments: argparse.Namespace) -> int:
         bench = Bench(artifacts, Path(folder), arguments.protocol, arguments.concurrency, seconds)
         settings = {name: getattr(arguments, name) for name in ("concurrency", "protocol", "target_ms", "quick")}
         size, cores = artifacts.config.name, len(os.sched_getaffinity(0))
+        if given:
+            settings["artifacts"] = str(arguments.artifacts)
         found = Results("tune", {"size": size, "threads": cores, "seconds": seconds, **settings})
         with limits(found, 0, context.say):
             best = tune(bench, target_s, arguments.quick, found, counted)
@@ -232,7 +236,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = source or (["--checkpoint", context.checkpoint] if size == "full" else [])
     command = shlex.join(["mubic-deploy", "serve", *source, *best.flags()])
     found.notes["command"] = command
-    path = arguments.results / f"tune_{size}.json"
+    path = results / f"tune_{size}.json"
     found.write(path)
     write_repository(artifacts, arguments.out, **best.options())
     _show(found)
@@ -242,13 +246,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, results: Path) -> None:
     """What would fail at the end fails at once."""
     for flag, value in (("--target-ms", arguments.target_ms), ("--seconds", arguments.seconds)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag} {value:g} is out of range: use more than 0")
     require_repository(arguments.out)
-    for folder in (arguments.out.resolve().parent, arguments.results):
+    for folder in (arguments.out.resolve().parent, results):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

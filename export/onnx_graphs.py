@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC, traced_with
 from mubic_deploy.model.precision import prepared, recorded, require_small
 from mubic_deploy.parity import CLIPS, Parity, compare
+from mubic_deploy.sources import versions
 
 OPSET = 20
 MAX_BATCH = 64  # the batch axis is dynamic from 1 to this
@@ -125,7 +125,7 @@ def _export_into(
         "precision": precision,
         "fixed_steps": fixed_steps,
         "optimisations": [name for name in OPTIMISATIONS if name in optimisations],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(PACKAGES),
         "graphs": {},
     }
     for done, (name, signature) in enumerate(graphs.items()):

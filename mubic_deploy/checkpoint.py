@@ -6,6 +6,7 @@ A checkpoint is named by a file, by `demo`, the trained one that ships with the 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from mubic_deploy.artifacts import sha256
 from mubic_deploy.config import CONFIGS, DEMO_CHECKPOINT, DEMO_FILE, Config, get_config
 from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing_file
 from mubic_deploy.model.mubic import MUBiC, random_model
 
 
@@ -33,24 +35,26 @@ class Source:
 
 
 def save(model: MUBiC, path: Path, half: bool = False) -> None:
-    """Write the weights (without buffers that are derived) and the configuration; beside, then renamed. half: in FP16.
+    """Write the weights (without buffers that are derived) and the configuration. half: in FP16.
 
-    OSError if it cannot be written; UserError if a weight does not fit into FP16."""
-    part = path.with_name(path.name + ".part")
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    OSError if it cannot be written, which leaves `path` as it was; UserError if a weight does not fit into FP16."""
+    weights = dict(model.state_dict())
     if half:
         for name, value in weights.items():
             if value.is_floating_point():
                 weights[name] = value.half()
                 if not weights[name].isfinite().all():
                     raise UserError(f"{name} does not fit into FP16 (largest {value.abs().max():.3g}): keep FP32")
+    write_tensors(path, weights, {"config": json.dumps(model.config.to_json())})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all. OSError if it cannot be written."""
     try:
-        save_file(weights, part, metadata={"config": json.dumps(model.config.to_json())})
-        part.replace(path)
+        with replacing_file(path) as part:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
     except SafetensorError as error:  # its own kind for a full disk
         raise OSError(str(error)) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(name: str, variant: str | None = None, seed: int = 0) -> tuple[MUBiC, Source]:

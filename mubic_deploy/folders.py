@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mubic_deploy.errors import UserError
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. At the end of the block what was written is on the disk and takes the place of
+    `path`, whatever happens to the machine's power; if the block is left by an exception it is removed and `path` stays
+    as it was. OSError if that cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        _sync(part)
+        part.replace(path)
+        _sync(path.parent)  # the renaming
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 @contextmanager

@@ -118,6 +118,15 @@ def test_intervals_and_ticks() -> None:
     assert [text.tick(t) for t in ("2.00 s", "50.0 ms", "300 µs", "1.20 s")] == ["2 s", "50 ms", "300 µs", "1.2 s"]
 
 
+def test_a_heat_map_says_nan() -> None:
+    cells = {("fusion", "a"): 1e-8, ("fusion", "b"): float("nan"), ("fusion", "c"): 1e-4}
+    axes = charts.heat_map(cells, "largest_difference", page.WIDE).axes[0]
+    assert [t.get_text() for t in axes.texts] == ["1.0e-8", "NaN", "1.0e-4"]
+    shades = [drawing.luminance(np.asarray(c.get_facecolor())[0]) for c in axes.collections]
+    assert shades[1] == pytest.approx(1)  # white, lighter than the largest difference
+    assert shades[2] < 0.9
+
+
 def test_what_grows_in_proportion_is_straight() -> None:
     styles, labels = Styles(), ("steps", "latency")
     for places, kind in (((1, 4, 12), "linear"), ((1, 8, 32), "log")):

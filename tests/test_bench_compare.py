@@ -155,6 +155,19 @@ def test_exit_code(files: tuple[Path, Path], allowed: str | None, code: int) -> 
     assert compare.run(parse(*files, *options)) == code
 
 
+def test_wide_rows_do_not_fail_and_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = tmp_path / "a.json", tmp_path / "b.json"
+    for path, x in zip(paths, (1.0, 2.0), strict=True):
+        run_of([timed(*[x] * 9, settled=False)]).write(path)
+    assert compare.run(parse(*paths, "--fail-if-slower", "5")) == 0
+    said = capsys.readouterr()
+    assert "too slow" not in said.out
+    assert "slower than that, but wide, so not counted: 1 rows" in " ".join(said.err.split())
+    assert compare.run(parse(*paths, "--fail-if-slower", "5", "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["too_slow"], found["too_slow_but_wide"]) == ([], ["whole, eager"])
+
+
 def test_json(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.run(parse(*files, "--json", "--fail-if-slower", "5")) == 1
     said = json.loads(capsys.readouterr().out)

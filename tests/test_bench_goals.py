@@ -31,18 +31,62 @@ def outcome(found: dict[str, Results], name: str) -> goals.Outcome:
 
 def test_reached_and_missed() -> None:
     name = f"full, {goals.DEFAULT} against eager with the encoders at each step"
-    assert outcome(engines(2.0), name).measured == pytest.approx(5.0)
-    assert outcome(engines(2.0), name).reached
-    assert outcome(engines(2.1), name).reached is False
+    figure = outcome(engines(2.0), name).figure
+    assert figure is not None
+    assert figure.measured == pytest.approx(5.0)
+    assert outcome(engines(2.0), name).reached == goals.YES
+    assert outcome(engines(2.1), name).reached == goals.NO
     share = f"full, {goals.DEFAULT}, share of the rate of matrix products"
-    assert outcome(engines(2.0), share).reached
-    assert outcome(engines(2.2), share).reached is False
+    assert outcome(engines(2.0), share).reached == goals.YES
+    assert outcome(engines(2.2), share).reached == goals.NO
+
+
+@pytest.mark.parametrize(
+    ("times", "settled", "reached"),
+    [
+        ((1.8, 1.9, 1.8, 1.9, 1.8), True, goals.YES),
+        ((1.8, 2.1, 1.8, 2.1, 1.8), True, goals.UNDECIDED),  # 5.6 x, but 4.8 x to 5.6 x
+        ((2.1, 2.2, 2.1, 2.2, 2.1), True, goals.NO),
+        ((1.8, 1.8, 1.8, 1.8, 1.8), False, goals.UNDECIDED),
+        ((2.2, 2.2, 2.2, 2.2, 2.2), False, goals.UNDECIDED),
+    ],
+)
+def test_the_interval_decides(times: tuple[float, ...], settled: bool, reached: str) -> None:
+    found = engines(2.0)
+    row = found["engines_full.json"].row("whole", goals.DEFAULT)
+    row.timing = Timing(times, settled=settled)
+    row.values["share_of_limit"] = 0.55 * 2 / row.timing.median
+    for what in ("against eager with the encoders at each step", "share of the rate of matrix products"):
+        got = outcome(found, f"full, {goals.DEFAULT}, {what}".replace(", against", " against"))
+        assert got.figure is not None
+        assert got.figure.interval is not None
+        assert got.figure.interval[0] == pytest.approx((10 if "eager" in what else 1.1) / max(times))
+        assert got.reached == reached, what
+
+
+def test_intervals_that_results_state() -> None:
+    def clients(low: float, high: float) -> goals.Outcome:
+        axes: dict[str, int | str] = {"protocol": "grpc", "concurrency": 4}
+        values = {"over_in_process": 1.01, "over_in_process_low": low, "over_in_process_high": high}
+        found = Results("server", {}, rows=[Row("server", "our clients", axes, values=values)])
+        return outcome({"server_demo.json": found}, "demo, 4 clients against the best batch in process")
+
+    assert [clients(*ends).reached for ends in ((1.0, 1.1), (0.9, 1.1), (0.9, 0.99))] == ["yes", "undecided", "no"]
+
+
+@pytest.mark.parametrize("values", [(math.nan, 0.99999), (0.99999, math.nan), (0.99999, math.nan, 0.99995)])
+def test_nan_reaches_nothing(values: tuple[float, ...]) -> None:
+    rows = [Row("parity of maps", "openvino", {"steps": i}, values={"cc": v}) for i, v in enumerate(values)]
+    parity = outcome({"parity_full.json": Results("parity", {}, rows=rows)}, "full, lowest CC of a map")
+    assert parity.figure is not None
+    assert math.isnan(parity.figure.measured)
+    assert parity.reached == goals.NO
 
 
 def test_what_was_not_measured_is_neither() -> None:
     missing = outcome(engines(2.0), f"full, {goals.DEFAULT} against torch.compile")
-    assert math.isnan(missing.measured)
-    assert missing.reached is None
+    assert missing.figure is None
+    assert missing.reached == goals.NOT_MEASURED
 
 
 def test_a_quick_look_reaches_nothing() -> None:
@@ -52,18 +96,23 @@ def test_a_quick_look_reaches_nothing() -> None:
 
 def test_bounds_on_both_sides() -> None:
     def steps(over: float) -> dict[str, Results]:
-        row = Row("8 steps over 4", goals.DEFAULT, values={"loop_over_calls": over})
+        row = Row("8 steps over 4", goals.DEFAULT, values={"loop_over_lone_calls": over})
         return {"steps_full.json": Results("steps", {"size": "full"}, rows=[row])}
 
-    name = f"full, {goals.DEFAULT}, loop of 8 steps minus 4 over four denoiser calls"
-    assert [outcome(steps(over), name).reached for over in (0.94, 0.96, 1.04, 1.06)] == [False, True, True, False]
+    name = f"full, {goals.DEFAULT}, loop of 8 steps minus 4 over four denoiser calls by themselves"
+    assert [outcome(steps(over), name).reached for over in (0.94, 0.96, 1.04, 1.06)] == ["no", "yes", "yes", "no"]
     assert outcome(steps(1.0), name).goal.bounds == "0.95 to 1.05 x"
+    older = steps(1.0)
+    older["steps_full.json"].rows[0].values = {"loop_over_calls": 1.0}  # of calls inside the loop: it shows nothing
+    assert outcome(older, name).reached == goals.NOT_MEASURED
 
 
 def test_memory_is_of_the_longest_film_over_the_shortest() -> None:
     rows = [Row("growth over film", "x", {"minutes": m}, values={"peak_bytes": b}) for m, b in ((10, 2.2), (1, 2.0))]
     found = {"growth_demo.json": Results("growth", {"size": "demo"}, rows=rows)}
-    assert outcome(found, "demo, memory of predict, 10 minutes over 1").measured == pytest.approx(1.1)
+    figure = outcome(found, "demo, memory of predict, 10 minutes over 1").figure
+    assert figure is not None
+    assert figure.measured == pytest.approx(1.1)
 
 
 def test_goals_are_of_files_that_a_suite_writes() -> None:
@@ -78,6 +127,7 @@ def test_the_report_says_them() -> None:
     said = report._goals(engines(2.1))
     assert "at least 5 x" in said
     assert "4.762 x" in said
+    assert "4.762 to 4.762" in said
     assert "<strong>no</strong>" in said
     assert "not measured" in said
     assert report._goals({}) == ""

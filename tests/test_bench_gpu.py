@@ -7,9 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from half_fixtures import TINY
 
-from bench import gpu, machine, results, timing
+from bench import gpu, groups, machine, results, timing
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import random_model
+from mubic_deploy.pipeline import Pipeline
 
 RULE = timing.Rule(repeats=5, seconds=0.5, short_s=0.0, warm_up_s=0.2)
 
@@ -19,7 +23,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
     out = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "BATCHES", (1, 3))
-        patch.setattr(gpu.machine, "GEMM_SIZES", {"cpu": (256,)})
+        patch.setattr(gpu.machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
         patch.setattr(gpu.machine, "COPY_BYTES", {"cpu": 1 << 20})
         patch.setattr(gpu, "PROFILED", 1)
         patch.setattr(gpu, "CLIPS", 2)
@@ -27,7 +31,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
         # FP16 on a CPU: many threads on busy cores wait for each other longer than they work
         with machine.torch_threads(1):
             gpu.measure(TINY, "cpu", 60, RULE, out, ["torch.compile", "AOTInductor"])
-    return results.read(out / "gpu.json")
+    assert [p.name for p in out.iterdir()] == ["gpu_tiny_cpu.json"]
+    return results.read(out / "gpu_tiny_cpu.json")
 
 
 def test_all_that_needs_no_gpu_is_measured(measured: results.Results) -> None:
@@ -65,6 +70,22 @@ def test_gains_are_of_the_bar_before(measured: results.Results) -> None:
         assert row.values["gain"] == pytest.approx(before.timing.median / row.timing.median, rel=1e-4)
 
 
+def test_the_reference_is_in_fp32_whatever_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CLIPS", 1)
+    run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
+    run.compare("eager FP16", gpu.build(gpu.HALF, TINY, "cpu"))
+    assert 0 < run.results.row("parity", "eager FP16").values["largest_difference"] < 0.02
+
+
+def test_graphs_say_what_they_move(measured: results.Results) -> None:
+    """Weights in FP16, two bytes each, and inputs and outputs: enough for a roofline."""
+    weights = sum(p.numel() for p in random_model(TINY).graph("denoiser").parameters())
+    moved = measured.row("denoiser", "PyTorch FP16, optimised").values["bytes"]
+    assert 2 * weights < moved < 2.5 * weights + 1e6
+    measured.limits["gemm_float16"] = 1e12
+    assert len(groups.reached(measured)) == 4
+
+
 def test_kernels_are_listed_by_share(measured: results.Results) -> None:
     for name in ("kernels, optimised", "kernels, eager FP16"):
         shares = [kernel["share"] for kernel in measured.notes[name]]
@@ -73,6 +94,7 @@ def test_kernels_are_listed_by_share(measured: results.Results) -> None:
 
 
 def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
+    (tmp_path / "gpu_tiny_cpu.json").write_text("of a run that was finished")
     run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
 
     def fails() -> None:
@@ -80,5 +102,60 @@ def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
 
     run.section("breaks", 1, fails)
     run.section("too long", 1000, fails)
-    left_out = json.loads((tmp_path / "gpu.json").read_text())["left_out"]
-    assert left_out == {"breaks": "CUDA error: out of memory", "too long": "1000 s were not left"}
+    left_out = json.loads((tmp_path / "gpu_tiny_cpu.json.unfinished").read_text())["left_out"]
+    assert left_out == {"breaks": "RuntimeError: CUDA error: out of memory", "too long": "1000 s were not left"}
+    assert (tmp_path / "gpu_tiny_cpu.json").read_text() == "of a run that was finished"
+    run.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["gpu_tiny_cpu.json"]
+    assert results.read(tmp_path / "gpu_tiny_cpu.json").left_out == left_out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["--device", "cpu"], gpu.LOOKS),
+        (["--skip", "batches"], gpu.LOOKS),
+        ([], gpu.FOLDER),
+        (["--skip", "batches", "--out", "mine"], Path("mine")),
+    ],
+)
+def test_a_look_replaces_no_results(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[Path]()
+    monkeypatch.setattr(gpu, "measure", lambda *_, out, **__: given.append(out))
+    monkeypatch.setattr(gpu, "summary", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
+    gpu.main()
+    assert given == [folder]
+
+
+def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
+    raised = {"bare": Exception(), "missing": ImportError("No module named 'x'"), "ours": UserError("no")}
+    for name, error in raised.items():
+
+        def fails(error: Exception = error) -> None:
+            raise error
+
+        run.section(name, 1, fails)
+    assert run.results.left_out == {"bare": "Exception", "missing": "ImportError: No module named 'x'", "ours": "no"}
+
+
+def test_nothing_is_exported_for_a_gpu_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.exported, "export", lambda *_, **__: pytest.fail("exported"))
+    with pytest.raises(UserError, match="this ONNX Runtime has no CUDA"):
+        gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path).other("ONNX Runtime CUDA", "onnxruntime-cuda")
+
+
+@pytest.mark.parametrize("name", gpu.COMPILED)
+def test_compiled_graphs_are_captured_by_us_alone(name: str) -> None:
+    """Inductor's own CUDA graphs would free one graph's outputs at the call of the next."""
+    stage = gpu.COMPILED[name]
+    assert stage.mode is not None
+    assert not torch._inductor.list_mode_options()[stage.mode].get("triton.cudagraphs")
+    pipeline = gpu.build(stage, TINY, "cpu")
+    assert isinstance(pipeline, Pipeline)
+    for engine in pipeline.engines.values():
+        graphed = engine.module  # type: ignore[attr-defined]
+        assert isinstance(graphed, gpu.Graphed)
+        assert isinstance(graphed.module, torch._dynamo.OptimizedModule)

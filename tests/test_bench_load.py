@@ -6,13 +6,18 @@ import contextlib
 import math
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.load import Answers, Load, Run, in_turn, interleaved, kept_up
-from bench.timing import Side
+from bench.results import Results
+from bench.sides import Context
+from bench.suites import server as suite
+from bench.timing import Rule, Side, Timing
 from mubic_deploy.config import DEMO
+from mubic_deploy.errors import UserError
 
 CALL_S, BURST = 0.03, 4
 
@@ -147,6 +152,59 @@ def test_loads_take_turns() -> None:
     assert len(loads["fast"].timing.samples) == sum(len(a.latencies) for a in loads["fast"].answers)
 
 
+def test_perf_analyzer_is_one_of_the_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes turns with our clients, and is set against them round by round; of what fails there is no row."""
+    order, asked = list[str](), list[int]()
+
+    class Quick(Counter):
+        def close(self) -> None: ...
+
+        def predict(self, *_: object) -> tuple[np.ndarray, np.ndarray]:
+            time.sleep(0.002)
+            return np.zeros(1), np.zeros(1)
+
+    def ours(where: str, protocol: str) -> Quick:
+        order.append("ours")
+        return Quick()
+
+    def theirs(analyzer: object, where: str, protocol: str, concurrency: int, requests: int, inputs: Path) -> dict:
+        if protocol == "http":
+            raise UserError("perf_analyzer failed")
+        order.append("theirs")
+        asked.append(requests)
+        return {"clips_per_s": (300.0, 600.0, 900.0)[len(asked) - 1], "p99_s": float(len(asked))}
+
+    monkeypatch.setattr(suite, "client", ours)
+    monkeypatch.setattr(suite.perf_analyzer, "find", lambda folder: None)
+    monkeypatch.setattr(suite.perf_analyzer, "write_inputs", lambda path, *_: path)
+    monkeypatch.setattr(suite.perf_analyzer, "run", theirs)
+    monkeypatch.setattr(suite, "ROUNDS", {"demo": (3, 0.1)})
+    monkeypatch.setattr(suite, "CONCURRENCY", {"demo": (1,)})
+    found = Results("server", {})
+    found.add("whole", {"grpc": Timing((0.001,)), "http": Timing((0.001,))})
+    context = Context("demo", 1, tmp_path)
+    suite._throughput(context, None, {"grpc": "a", "http": "b"}, Rule(), found, dict)
+    assert [set(order[i : i + 3]) for i in (0, 3, 6)] == [{"ours", "theirs"}] * 3
+    assert asked == [33, 10, 20]  # of a tenth of a second in three windows, at the rate that is known
+    row, mine = (found.row("server", side, protocol="grpc") for side in ("perf_analyzer", "our clients"))
+    assert (row.values["clips_per_s"], row.values["p99_s"]) == (600.0, 2.0)
+    assert row.values["over_ours"] == pytest.approx(600 / mine.values["clips_per_s"], rel=0.3)
+    assert row.values["over_ours_low"] < 0.7 * row.values["over_ours"] < 0.7 * row.values["over_ours_high"]
+    assert found.left_out == {"perf_analyzer, 1 over http": "perf_analyzer failed"}
+    assert [r.axes["protocol"] for r in found.rows if r.side == "perf_analyzer"] == ["grpc"]
+
+
+def test_perf_analyzer_has_answers_enough_for_its_clients() -> None:
+    asked = list[int]()
+
+    def ask(requests: int) -> dict[str, float]:
+        asked.append(requests)
+        return {"clips_per_s": 1.0}
+
+    suite.Analyzed(ask, 16, 1.0)(3.0)
+    assert asked == [32]
+
+
 def test_cpu_time_is_of_each_load_and_every_clip() -> None:
     """Clips that warm up are among those that took it."""
     spent = {"models": 5.0, "bench": 1.0}
@@ -171,4 +229,5 @@ def test_loads_that_lie_apart_are_not_settled() -> None:
     assert load(10, 11).timing.settled
     assert not load(10, 14).timing.settled
     assert math.isnan(load(10).spread)
-    assert load(10).timing.settled
+    assert not load(10).timing.settled  # one alone says nothing about it
+    assert load(10, 11, 12).timing.rounds == (1, 1, 1)

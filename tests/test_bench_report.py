@@ -217,6 +217,17 @@ def test_parity_over_steps_is_a_heat_map_too() -> None:
     assert "The largest: 2.0e-7, steps 2, openvino." in chart.alt
 
 
+def test_nan_is_the_largest_difference() -> None:
+    """In whichever row it is; a row that has no difference is no cell."""
+    axes: list[dict[str, int | str]] = [{"steps": n} for n in range(1, 5)]
+    values = [{"largest_difference": 1e-7}, {"largest_difference": float("nan")}, {"largest_difference": 2e-7}, {}]
+    rows = [Row("parity of maps", "openvino", a, None, v) for a, v in zip(axes, values, strict=True)]
+    (chart,) = groups.group_charts(Group("parity of maps", rows), "x", Styles())
+    assert "The largest: NaN, steps 2, openvino." in chart.alt
+    drawn = [t.get_text() for t in chart.draw(page.WIDE).axes[0].texts]
+    assert drawn == ["1.0e-7", "NaN", "2.0e-7"]
+
+
 def test_what_is_named_by_others_is_text(written: str, parsed: Page) -> None:
     assert "<b>" not in written
     assert "<b>ours</b>" in parsed.said
@@ -267,6 +278,13 @@ def test_roofline_by_hand() -> None:
     assert chart is not None
     assert "fusion, onnxruntime: 50 % of the limit; encoder, onnxruntime: 80 % of the limit" in chart.alt
     assert groups.roofline(run_of("engines", rows, limits={}), "x", Styles()) is None
+
+
+def test_a_share_over_one_is_a_limit_that_is_too_low() -> None:
+    """2 GFLOP at 100 GFLOP/s are 20 ms."""
+    for seconds, low in ((0.021, False), (0.019, True)):
+        said = report._limits(run_of("engines", [graph("fusion", seconds, 1e9, 1e6)]))
+        assert ("that limit was measured too low" in said) is low
 
 
 def test_roofline_takes_the_limit_of_the_precision() -> None:

@@ -29,6 +29,7 @@ def measured() -> Results:
     found = Results("engines", {"size": "demo"}, limits={"gemm_float32": 2e11, "copy": 1e10})
     found.add("whole", {"eager": Timing((0.3, 0.1, 0.2), 4), "onnxruntime": Timing((0.1,), 2, False)}, batch=1)
     found.rows.append(Row("parity", "onnxruntime", {"graph": "fusion"}, values={"cc": math.nan, "sim": 0.5}))
+    found.rows.append(Row("server", "our clients", timing=Timing((0.3, 0.1, 0.2), 4, rounds=(1, 2))))
     found.left_out["openvino"] = "not installed"
     found.finish()
     return found
@@ -59,6 +60,9 @@ def test_what_is_written_fits_the_schema(tmp_path: Path, validator: Draft202012V
     assert (row["seconds"]["median"], row["seconds"]["calls"], row["seconds"]["warm_ups"]) == (0.2, 3, 4)
     assert row["samples_s"] == [0.3, 0.1, 0.2]
     assert written["rows"][2]["values"] == {"cc": None, "sim": 0.5}
+    assert written["rows"][3]["rounds"] == [1, 2]
+    assert "rounds" not in row
+    assert results.read(tmp_path / "a.json").rows[3].timing == Timing((0.3, 0.1, 0.2), 4, rounds=(1, 2))
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import jsonschema
 import numpy as np
 import pytest
+import torch
 import toy_graphs
 
-from bench import child, machine, results, sides, timing
+from bench import child, machine, results, run, sides, timing
 from bench.__main__ import main
 from bench.run import limits, measure
 from bench.serving import addresses, serving
-from bench.suites import batch, engines, growth, parity, server, steps, waterfall
+from bench.suites import SUITES, batch, engines, growth, parity, server, steps, waterfall
 from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import cost
@@ -33,7 +36,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "AT_LEAST", 2)
     for module in (sides, engines, steps):
         monkeypatch.setattr(module, "CLIPS", 2)
-    monkeypatch.setattr(machine, "GEMM_SIZES", {"cpu": (256,)})
+    monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
     monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20})
 
 
@@ -82,10 +85,24 @@ def test_the_limit_is_the_better_of_two_looks(
 
 
 def test_the_engines_multiply_for_the_limit() -> None:
-    sides = machine.engines(np.eye(3, dtype=np.float32), np.arange(9, dtype=np.float32).reshape(3, 3), 1)
+    sides = machine.engines(np.eye(2, 3, dtype=np.float32), np.arange(12, dtype=np.float32).reshape(3, 4), 1)
     assert list(sides) == ["openvino", "onnxruntime"]
     for multiply in sides.values():
-        assert multiply(0)["C"].tolist() == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]]]
+        assert multiply(0)["C"].tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
+
+
+def test_the_best_shape_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 m k n FLOPs each, in a time that is given: the tall one is done at the higher rate."""
+    took = {(64, 32, 16): 2 * 64 * 32 * 16 / 3e9, (32, 32, 32): 2 * 32**3 / 2e9}
+    monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": tuple(took)})
+    shapes = [*took, None]  # and the copy
+
+    def timed(sides: dict[str, timing.Side], *_: object) -> dict[str, timing.Timing]:
+        shape = shapes.pop(0)
+        return {name: timing.Timing((took[shape] if shape else 1.0,)) for name in sides}
+
+    monkeypatch.setattr(timing, "measure", timed)
+    assert machine.limits()["gemm_float32"] == pytest.approx(3e9)
 
 
 def test_steps_over_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +110,26 @@ def test_steps_over_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measure("steps", "demo", 1, quick=True)
     assert [row.axes["steps"] for row in rows(measured, "steps")] == [*range(1, 13), "adaptive"]
     (row,) = rows(measured, "8 steps over 4")
-    # four calls of a graph of 0.1 GMACs each: more than nothing, and nearly all that the loop takes
-    assert row.values["calls_s"] > 0
-    assert row.values["loop_over_calls"] == pytest.approx(row.values["loop_s"] / row.values["calls_s"])
+    four, eight, one = *(r.timing for r in rows(measured, "loop")), rows(measured, "denoiser alone")[0].timing
+    assert four is not None
+    assert eight is not None
+    assert one is not None
+    assert row.values["loop_s"] == pytest.approx(eight.median - four.median)
+    assert row.values["calls_s"] == pytest.approx(4 * one.median)
+    assert 0 < one.median < four.median
+
+
+def test_a_loop_that_adds_to_its_calls_shows() -> None:
+    """0.1 s a call, and 0.02 s that the loop adds to each: which calls timed inside would share."""
+
+    def around(seconds: float) -> timing.Timing:
+        return timing.Timing(tuple(np.random.default_rng(0).normal(seconds, seconds / 100, 60)))
+
+    values = steps.over_calls(around(0.96), around(0.48), around(0.1))
+    assert values["loop_over_lone_calls"] == pytest.approx(1.2, rel=0.02)
+    assert 1.1 < values["loop_over_lone_calls_low"] < 1.2 < values["loop_over_lone_calls_high"] < 1.3
+    equal = steps.over_calls(around(0.8), around(0.4), around(0.1))
+    assert equal["loop_over_lone_calls_low"] < 1 < equal["loop_over_lone_calls_high"]
 
 
 def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +268,22 @@ def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics["openvino"]["largest_difference"] < 5e-4
 
 
+def test_a_metric_that_is_nan_is_a_difference(context: sides.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    means = iter([dict.fromkeys(parity.METRICS, 0.5), {**dict.fromkeys(parity.METRICS, 0.5), "auc_judd": math.nan}])
+    monkeypatch.setattr("mubic_deploy.scenes.write.write_scenes", lambda *_: None)
+    monkeypatch.setattr("mubic_deploy.training.layout.read_list", lambda *_: [])
+    monkeypatch.setattr("mubic_deploy.training.clips.Clips", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "mubic_deploy.training.evaluate.evaluate", lambda *_: SimpleNamespace(clips=1, means=lambda: next(means))
+    )
+    monkeypatch.setattr(parity.Pipeline, "open", lambda *_: SimpleNamespace(config=None))
+    monkeypatch.setattr(parity, "installed_engines", lambda _: ["openvino"])
+    found = results.Results("parity", {})
+    parity._metrics(context, found)
+    # the last of the metrics: Python's max would keep the 0 of the first
+    assert math.isnan(found.row("metrics", "openvino").values["largest_difference"])
+
+
 @pytest.mark.parametrize("name", [name for name in sides.SIDES if name != "onnxruntime"])
 def test_all_sides_compute_the_same_maps(context: sides.Context, name: str) -> None:
     loaded, left_out = sides.load([name, "onnxruntime"], context)
@@ -265,6 +315,75 @@ def test_a_side_that_cannot_be_had_is_named(context: sides.Context, monkeypatch:
     assert left_out == {"openvino": "OpenVINO cannot be used: pip install openvino"}
     with pytest.raises(UserError, match="unknown side 'tpu'"):
         sides.load(["tpu"], context)
+
+
+def test_a_compiler_that_is_missing_is_said_when_loading(
+    context: sides.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile itself says so at the first call only, in the midst of the timing."""
+
+    def lazy(module: torch.nn.Module, **_: object) -> torch.nn.Module:
+        module.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("InvalidCxxCompiler\nmore")))
+        return module
+
+    monkeypatch.setattr(torch, "compile", lazy)
+    loaded, left_out = sides.load(["torch.compile"], context)
+    assert loaded == {}
+    why = "torch.compile cannot be used here (RuntimeError: InvalidCxxCompiler): is g++ installed?"
+    assert left_out == {"torch.compile": why}
+
+
+def test_live_streams_without_triton_are_left_out(context: sides.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise UserError("nvidia-pytriton is missing")
+
+    monkeypatch.setattr(growth, "serving", missing)
+    monkeypatch.setattr(sides.Context, "artifacts", None)
+    found = results.Results("growth", {})
+    growth._streams(context, "openvino", 1.0, found)
+    assert found.left_out == {"live streams": "nvidia-pytriton is missing"}
+
+
+def test_all_goes_on_after_a_suite_that_cannot_be_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def some(suite: str, size: str, threads: int, quick: bool, addresses: object) -> results.Results:
+        if suite == "server":
+            raise UserError("nvidia-pytriton is missing")
+        limits = {"gemm_float32": 1e11, "copy": 1e10}
+        return results.Results(suite, {"size": size, "threads": threads, "quick": quick}, limits)
+
+    monkeypatch.setattr(run, "measure", some)
+    assert main(["run", "all", "--size", "demo", "--out", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "server was left out: nvidia-pytriton is missing" in said
+    assert "left out: server" in said.split("mubic-deploy:")[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {f"{s}_demo.json" for s in SUITES if s != "server"}
+    assert main(["run", "server", "--size", "demo", "--out", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "results"),
+        (["--quick"], "looks"),
+        (["--threads", "1"], "looks"),
+        (["--url", "127.0.0.1:9"], "looks"),
+        (["--quick", "--out", "mine"], "mine"),
+    ],
+)
+def test_a_look_replaces_no_results(
+    arguments: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"gemm_float32": 1e11, "copy": 1e10}
+    settings = {"size": "full", "threads": 1}
+    monkeypatch.setattr(run, "measure", lambda suite, *_: results.Results(suite, settings, limits))
+    monkeypatch.setattr(run, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(run, "LOOKS", tmp_path / "looks")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "server", *arguments]) == 0
+    assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*.json")] == [Path(folder) / "server_full.json"]
 
 
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -68,9 +68,36 @@ def test_what_does_not_settle_is_marked() -> None:
     assert not timings["a"].settled
     assert timings["a"].wide
     assert timings["a"].warm_ups == 9  # 511 s
-    very_slow, _ = measured({"a": [50.0]}, Rule(5, 5, 0, 90))
-    assert very_slow["a"].settled  # too slow to be asked six times
-    assert very_slow["a"].warm_ups == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warm_ups", "settled"),
+    [
+        ([90.0, 50.0, 51.0], 3, True),  # the first is never compared
+        ([50.0, 50.0, 60.0, 61.0], 4, True),
+        ([50.0, 50.0, 60.0, 70.0, 80.0, 90.0, 90.0], 6, False),  # 60 s and 80 s, by medians of three
+        ([150.0, 80.0, 90.0, 100.0], 4, False),  # over four times as long
+        ([400.0, 300.0, 200.0, 200.0], 3, False),  # the second must be compared, however long it takes
+    ],
+)
+def test_sides_that_are_too_slow_for_six_calls(seconds: list[float], warm_ups: int, settled: bool) -> None:
+    timings, _ = measured({"a": seconds}, Rule(5, 5, 0, 90))
+    assert (timings["a"].warm_ups, timings["a"].settled) == (warm_ups, settled)
+
+
+def test_a_quick_look_need_not_compare_and_says_so() -> None:
+    timings, _ = measured({"a": [50.0]}, Rule(5, 5, 0, 2, quick=True))
+    assert (timings["a"].warm_ups, timings["a"].settled, timings["a"].wide) == (2, False, True)
+
+
+def test_calls_go_on_until_the_seconds_are_spent() -> None:
+    """However slow the warm-up was: 20 s of calls of 1 s, not the four that calls of 5 s would need."""
+    warming = [60.0, 5.0, 5.0, 5.0]
+    timings, clock = measured({"a": [*warming, 1.0], "b": [*warming, 5.0]}, Rule(30, 20, 0, 50))
+    assert (timings["a"].warm_ups, timings["b"].warm_ups) == (3, 3)
+    assert len(timings["a"].samples) == 16  # 5 s once, then 15 calls of 1 s
+    assert len(timings["b"].samples) == 5
+    assert clock.calls[-1] == "a"
 
 
 def test_the_order_is_random_and_even() -> None:
@@ -101,14 +128,30 @@ def test_a_wide_interval_is_marked() -> None:
     assert Timing((1.0, 2.0, 1.5, 3.0, 1.1)).wide
 
 
+def test_calls_of_one_round_are_not_independent() -> None:
+    """Eight rounds of 50 calls, each round with a pace of its own: the true median is that of the paces."""
+    rng = np.random.default_rng(0)
+    held = {"pooled": 0, "by round": 0}
+    for _ in range(40):
+        calls = np.concatenate([pace + rng.normal(0, 0.005, 50) for pace in 1 + rng.normal(0, 0.1, 8)])
+        timings = {"pooled": Timing(tuple(calls)), "by round": Timing(tuple(calls), rounds=(50,) * 8)}
+        for name, timed in timings.items():
+            low, high = timed.interval
+            held[name] += low <= 1 <= high
+    assert held["by round"] >= 34  # of 40: 95 % of so few rounds is a little optimistic
+    assert held["pooled"] < 20
+    _, low, high = timing.ratio(timings["by round"], Timing((1.0,)))
+    assert (low, high) == timings["by round"].interval
+
+
 def test_the_interval_of_a_ratio_holds_the_true_one() -> None:
     rng = np.random.default_rng(0)
     a, b = 2 + rng.normal(0, 0.1, 200), 1 + rng.normal(0, 0.1, 200)
-    value, low, high = timing.ratio(a.tolist(), b.tolist())
+    value, low, high = timing.ratio(Timing(tuple(a)), Timing(tuple(b)))
     assert low < 2 < high
     assert value == pytest.approx(np.median(a) / np.median(b))
     assert high - low < 0.15
-    same, low, high = timing.ratio(b.tolist(), b.tolist())
+    same, low, high = timing.ratio(Timing(tuple(b)), Timing(tuple(b)))
     assert same == 1
     assert low < 1 < high
 
@@ -120,7 +163,7 @@ def test_pairs_leave_out_what_changes_from_pair_to_pair() -> None:
     value, low, high = timing.paired_ratio(a.tolist(), b.tolist())
     assert 0.88 < low < value < high < 0.92
     assert value == pytest.approx(np.median(a / b))
-    _, low, high = timing.ratio(a.tolist(), b.tolist())
+    _, low, high = timing.ratio(Timing(tuple(a)), Timing(tuple(b)))
     assert high - low > 0.2
     with pytest.raises(ValueError, match="zip"):
         timing.paired_ratio([1.0, 2.0], [1.0])

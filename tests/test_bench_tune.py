@@ -195,7 +195,7 @@ def test_only_what_is_better_beside_the_default_is_kept(
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "GEMM_SIZES", {"cpu": (256,)})
+    monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
     monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(machine, "LIMIT_RULE", timing.Rule(repeats=2, seconds=0.1, short_s=0.0, warm_up_s=0.1))
     monkeypatch.setattr(tune, "QUICK_ROUNDS", 2)
@@ -215,7 +215,8 @@ def test_a_run(
     monkeypatch.setattr(tune, "judged", lambda *_: Verdict(RATE, 1.2, 1.1, 1.3, False, True))
     (tmp_path / "best").mkdir()
     options = ["--quick", "--seconds", "0.2", "--concurrency", "2", "--target-ms", "60000"]
-    places = ["--out", str(tmp_path / "best"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(tune, "LOOKS", tmp_path / "results")  # what is of other graphs replaces no measurement
+    places = ["--out", str(tmp_path / "best")]
     assert main(["tune", "--artifacts", str(toy_artifacts.path), *options, *places]) == 0
     printed = capsys.readouterr().out
 
@@ -223,6 +224,7 @@ def test_a_run(
     schema = json.loads((Path(results.__file__).parent / "schema.json").read_text())
     jsonschema.validate(json.loads(path.read_text()), schema)
     read = results.read(path)
+    assert read.settings["artifacts"] == str(toy_artifacts.path)
     assert [(row.what, row.side) for row in read.rows] == [
         ("tune", "default"),
         ("tune", "max batch 2, delay 300 us"),

@@ -126,6 +126,7 @@ def wrong(*arguments: object, says: str):
         wrong("train", "{data}", "--out", "{out}", "--epochs", 0, says="--epochs: 0 is too small"),
         wrong("train", "{data}", "--out", "{out}", "--timestep-power", 0, says="timestep power 0.0 is out of range"),
         wrong("train", "{data}", "--out", "{out}", "--recipe", "mine", says="--recipe"),
+        wrong("train", "{broken}", "--out", "{out}", "--accelerator", "mps", says="--accelerator mps --devices 1 is"),
         wrong("train", "{data}", "--out", "{out}", "--resume", says="holds no run to resume"),
         wrong("train", "{data}", "--out", "{file}/run", *QUICK, "--no-freeze-vggish", says="cannot be written"),
         wrong("train", "{data}", "--out", "{out}", *QUICK, "--checkpoint", "random:full", says="of full/full, not"),

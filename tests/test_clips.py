@@ -188,6 +188,17 @@ def test_a_frame_of_another_size(field):
         clips[1]
 
 
+def test_a_map_of_another_shape(field):
+    """Of another size it is scaled, of another shape it would be squeezed."""
+    Image.fromarray(np.full((18, 32), 9, np.uint8)).save(field[0].map(9))
+    Image.fromarray(np.full((36, 48), 9, np.uint8)).save(field[0].map(13))
+    clips = Clips(field[:1], DEMO)
+    clips[0]
+    for read in (clips.__getitem__, clips.ground_truth):
+        with pytest.raises(UserError, match=r"eyeMap_00013\.jpg is 48x36, another shape than the frames' 64x36"):
+            read(1)
+
+
 # ---- mirroring
 
 

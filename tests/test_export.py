@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import onnx
 import pytest
 import torch
 
-from mubic_deploy import checkpoint
+from mubic_deploy import checkpoint, sources
 from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
 from mubic_deploy.config import DEMO, DEMO_FILE, get_config
 from mubic_deploy.engines import cpu, eager, onnxruntime, openvino
@@ -85,6 +86,10 @@ def test_same_maps_as_eager(demo_artifacts: Artifacts, steps: int, engine: str) 
     assert n.tolist() == m.tolist()
     assert np.abs(expected - got).max() < 1e-3
     assert cc(expected[0], got[0]) >= 0.9999
+
+
+def test_a_checkout_that_is_not_installed_has_no_version() -> None:
+    assert sources.versions(["torch", "mubic-deploy-that-is-not-installed"]) == {"torch": metadata.version("torch")}
 
 
 def test_manifest_says_what_was_made(demo_artifacts: Artifacts) -> None:

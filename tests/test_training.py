@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -11,10 +13,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+from PIL import Image
 from safetensors.torch import load_file
 
 from mubic_deploy import checkpoint
@@ -25,8 +32,9 @@ from mubic_deploy.model.mubic import random_model
 from mubic_deploy.training import train as training
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import centre_bias, evaluate_maps
-from mubic_deploy.training.objective import Objective, draw
+from mubic_deploy.training.objective import Draw, Objective, draw
 from mubic_deploy.training.settings import RECIPES, Settings
+from mubic_deploy.training.state import State, save_state
 from mubic_deploy.training.train import Machine, train
 
 # everything random is switched on
@@ -43,6 +51,33 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def same(a: Path, b: Path) -> bool:
     one, other = weights(a), weights(b)
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+TWO = """
+import os, sys
+from mubic_deploy.training import train
+train.SAVE_S = 0.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 1e9  # clocks that disagree about every save
+from mubic_deploy.cli import main
+sys.exit(main())
+"""
+
+
+def on_two_devices(data: Path, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """`mubic-deploy train` in two processes on the CPU, ended with all that it started after a while."""
+    script = out.with_suffix(".py")
+    script.write_text(TWO)
+    given = ("train", data, "--out", out, "--config", "demo", "--batch", 4, "--validate", 1, *options)
+    machine = ("--accelerator", "cpu", "--workers", 0, "--devices", 2)
+    command = [sys.executable, str(script), *map(str, given + machine)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out_text, err_text = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out_text, err_text)
 
 
 class StopError(Exception):
@@ -72,10 +107,22 @@ def test_steps_are_uniform_or_prefer_noise():
 
 def test_draw_is_one_row_a_noise():
     drawn = draw(DEMO, 4, torch.Generator().manual_seed(1), noises=3)
+    assert drawn.step.shape == drawn.guessed.shape == (12, 1)
     assert drawn.noise.shape == (12, 1, 56, 96)
     assert abs(drawn.noise.std() - 1) < 0.01
-    for step, alpha in zip(drawn.step[:, 0].tolist(), drawn.alpha[:, 0].tolist(), strict=True):
-        assert alpha == pytest.approx(alpha_bar(step), rel=1e-6)
+
+
+def test_mixed_precision_keeps_alpha_whole(monkeypatch):
+    """With no noise and an empty map S_t is -sqrt(alpha-bar)."""
+    model = random_model(get_config("demo", "visual_only"))
+    predict = mock.Mock(side_effect=lambda cond, s_t, step: s_t)
+    monkeypatch.setattr(model.denoiser, "predict", predict)
+    objective = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed").setup(Objective(model))
+    step = torch.tensor([[0], [20], [400]], dtype=torch.int32)
+    drawn = Draw(step, torch.zeros(3, 1, 56, 96), torch.zeros(3, 1, dtype=torch.bool))
+    objective({"VIDEO": torch.zeros(3, 16, 112, 192, 3, dtype=torch.uint8), "TARGET": torch.zeros(3, 1, 56, 96)}, drawn)
+    expected = [-math.sqrt(alpha_bar(t)) for t in (0, 20, 400)]
+    np.testing.assert_allclose(predict.call_args.args[1][:, 0, 0, 0].numpy(), expected, rtol=1e-6)
 
 
 def test_loss_is_the_squared_error_summed_over_pixels(monkeypatch):
@@ -228,6 +275,23 @@ def test_killed_run_resumes(whole, shared, tmp_path):
     assert same(tmp_path / "model.safetensors", whole / "model.safetensors")
 
 
+def test_two_devices_whose_clocks_disagree_finish_and_answer_once(shared, tmp_path):
+    options = ("--epochs", 1, "--variant", "no_diffusion", "--json")
+    ran = on_two_devices(shared[0].root, tmp_path / "run", *options)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["checkpoint"] == str(tmp_path / "run" / "model.safetensors")
+    assert ran.stderr.count("VGGish is frozen with random weights") == 1
+    checkpoint.load(str(tmp_path / "run" / "model.safetensors"))
+
+
+def test_one_device_that_fails_ends_the_others(shared, tmp_path):
+    (tmp_path / "run" / "best.safetensors").mkdir(parents=True)  # what only the first of them writes
+    ran = on_two_devices(shared[0].root, tmp_path / "run", "--epochs", 2, "--variant", "no_diffusion")
+    assert ran.returncode == 2, ran.stderr
+    assert "cannot be written (Is a directory)" in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
+
+
 def test_full_disk_keeps_the_last_state(shared, tmp_path, monkeypatch):
     """Files may not grow beyond 1 MB from the second epoch on: the system's own refusal, as of a full disk."""
     import resource
@@ -246,6 +310,102 @@ def test_full_disk_keeps_the_last_state(shared, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
     checkpoint.load(str(tmp_path / "best.safetensors"))
     assert training.load_state(tmp_path / "state.safetensors").epoch == 1
+
+
+def test_a_save_is_on_the_disk_before_it_takes_the_last_ones_place(tmp_path, monkeypatch):
+    """What a machine that loses its power keeps: first the bytes, then the name."""
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(number: int) -> None:
+        done.append(("sync", Path(f"/proc/self/fd/{number}").readlink().name))
+        fsync(number)
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append(("rename", target.name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    model = random_model(get_config("demo", "visual_only"))
+    state = State(QUICK, [], 0, 0, 0.0, {}, [])
+    for name, save in {
+        "model.safetensors": lambda path: checkpoint.save(model, path),
+        "state.safetensors": lambda path: save_state(path, state, model, torch.optim.Adam(model.parameters())),
+        "history.json": lambda path: training.write_json(path, []),
+    }.items():
+        done.clear()
+        save(tmp_path / name)
+        assert done == [("sync", f"{name}.part"), ("rename", name), ("sync", tmp_path.name)]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_without_room_for_tensorboard(shared, tmp_path, monkeypatch):
+    (tmp_path / "tensorboard").write_text("no folder")
+    with pytest.raises(UserError, match=r"tensorboard cannot be written \(File exists\)"):
+        train(QUICK, shared, shared, tmp_path, machine=HERE)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", mock.Mock(side_effect=full))
+    with pytest.raises(UserError, match=r"cannot be written.*No space left on device"):
+        train(QUICK, shared, shared, tmp_path / "full", machine=HERE)
+
+
+def test_a_damaged_picture_in_a_worker_process_is_one_line(field, tmp_path):
+    path = field[0].frame(12)
+    path.write_bytes(path.read_bytes()[:-200])
+    settings = replace(QUICK, variant="visual_only")
+    with pytest.raises(UserError) as caught:
+        train(settings, field[:1], field[1:], tmp_path, machine=Machine("cpu", 1, 1))
+    assert str(caught.value).startswith(f"{path} is damaged (")
+    assert str(caught.value).endswith("): get it again")
+    assert "\n" not in str(caught.value)
+
+
+def test_clips_that_are_left_out_are_said(field, tmp_path):
+    field[0].map(9).unlink()
+    Image.new("L", (64, 36)).save(field[1].map(13))
+    said: list[str] = []
+    with pytest.raises(StopError):
+        train(QUICK, field[:1], field[1:], tmp_path, machine=HERE, progress=stop_at(1), note=said.append)
+    assert said == [
+        "1 of 3 clips of the training part are left out: their map is missing or empty",
+        "1 of 4 clips of the test part are left out: their map is missing or empty",
+    ]
+
+
+def test_scaled_gradients_resume_to_the_same_weights(shared, tmp_path, monkeypatch):
+    """16-mixed's scaler, too high at first: its first steps are skipped, so that a save has no moments yet."""
+
+    class Scaled(MixedPrecision):
+        def __init__(self) -> None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=0.01)
+            super().__init__("16-mixed", "cpu", scaler)
+
+        def forward_context(self) -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+        def convert_input(self, data: Any) -> Any:
+            return data
+
+    monkeypatch.setattr(training, "make_fabric", lambda *_: Fabric(accelerator="cpu", devices=1, plugins=Scaled()))
+    monkeypatch.setattr(training, "SAVE_S", 0.0)
+    settings = replace(QUICK, variant="no_diffusion", epochs=1, batch=2)
+    train(settings, shared, shared, tmp_path / "whole", machine=HERE)
+    with pytest.raises(StopError):
+        train(settings, shared, shared, tmp_path / "cut", machine=HERE, progress=stop_at(3))
+    saved = training.load_state(tmp_path / "cut" / "state.safetensors")
+    assert saved.step == 2
+    assert not [name for name in saved.tensors if name.startswith("adam")]
+    train(settings, shared, shared, tmp_path / "cut", resume=True, machine=HERE)
+    assert same(tmp_path / "cut" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
+    first = weights(tmp_path / "cut" / "model.safetensors")
+    assert any(not torch.equal(value, saved.tensors[f"model.{name}"]) for name, value in first.items())
+
+
+def test_the_best_epoch_is_one_whose_metric_is_defined():
+    history = [{"epoch": epoch, "cc": cc} for epoch, cc in enumerate((math.nan, 0.1, 0.3, 0.3, math.nan), 1)]
+    best = [max(history[:n], key=training._merit)["epoch"] for n in range(1, 6)]
+    assert best == [1, 2, 3, 3, 3]
 
 
 def test_plateau_lowers_the_rate_and_remembers(shared, tmp_path):
@@ -268,7 +428,7 @@ def test_plateau_lowers_the_rate_and_remembers(shared, tmp_path):
     assert json.loads((stopped / "history.json").read_text()) == history
 
 
-def test_what_a_run_refuses(whole, shared, tmp_path):
+def test_what_a_run_refuses(whole, shared, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a run already"):
         train(QUICK, shared, shared, whole, machine=HERE)
     with pytest.raises(UserError, match="no run to resume"):
@@ -277,6 +437,14 @@ def test_what_a_run_refuses(whole, shared, tmp_path):
         train(replace(QUICK, batch=4), shared, shared, whole, resume=True, machine=HERE)
     with pytest.raises(UserError, match="other videos"):
         train(QUICK, shared[:1], shared, whole, resume=True, machine=HERE)
+    for longer in (replace(shared[0], frames=25), replace(shared[0], fps=30.0)):
+        with pytest.raises(UserError, match="other videos"):
+            train(QUICK, [longer, *shared[1:]], shared, whole, resume=True, machine=HERE)
+    names = ["Scenes/one", "Scenes/two", "Scenes/short"] * 2  # all that an earlier version's state says
+    monkeypatch.setattr(training, "load_state", lambda path: State(QUICK, names, 1, 0, 0.0, {}, []))
+    lines = [f"{v} {v.frames} {v.fps}" for v in shared] * 2
+    assert training.Run(whole, QUICK, lines).resume().videos == names
+    monkeypatch.undo()
     (tmp_path / "state.safetensors").write_bytes(b"no state")
     with pytest.raises(UserError, match="no state of a run"):
         train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)

@@ -9,7 +9,7 @@ import numpy as np
 
 from bench import timing
 from bench.results import Results, Row
-from bench.sides import CLIPS, Context, call, load
+from bench.sides import CLIPS, Context, call, load, moved_bytes
 from bench.timing import Rule
 from mubic_deploy.config import DEFAULT_STEPS
 from mubic_deploy.engines import Array, Engine
@@ -45,7 +45,8 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
         of_graph = {
             name: functools.partial(_run, e[graph], signature, tensors) for name, e in engines.items() if graph in e
         }
-        work = {"macs": float(costs.macs[graph]), "bytes": compulsory_bytes(context, signature)}
+        weights = context.artifacts.file(graph).stat().st_size  # a graph's file is little else
+        work = {"macs": float(costs.macs[graph]), "bytes": moved_bytes(signature, weights)}
         for name, timed in timing.measure(of_graph, rule, progress=context.count).items():
             results.rows.append(Row(graph, name, {"batch": 1}, timed, dict(work)))
 
@@ -68,13 +69,6 @@ def chain(context: Context, engines: Mapping[str, Engine], index: int) -> dict[s
     tensors["STEP"] = np.full((1, 1), 499, np.int32)
     tensors["ALPHA_NOW"], tensors["ALPHA_NEXT"] = (np.full((1, 1), a, np.float32) for a in (0.5, 0.8))
     return tensors
-
-
-def compulsory_bytes(context: Context, signature: Signature) -> float:
-    """What must pass through memory for one clip: the graph's file, which is its weights, inputs and outputs, once."""
-    tensors = (*signature.inputs, *signature.outputs)
-    moved = sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in tensors)
-    return float(context.artifacts.file(signature.name).stat().st_size + moved)
 
 
 def predictor_of(predictors: Mapping[str, Predictor], name: str) -> Pipeline:

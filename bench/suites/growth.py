@@ -84,11 +84,10 @@ def _streams(context: Context, engine: str, seconds: float, results: Results) ->
     """Live streams of 25 frames and 5 maps a second each, and the server's memory with them."""
     try:
         film = Loop(clip())
+        with serving(context.artifacts, context.folder, engine=engine, threads=context.threads) as server:
+            results.rows += over_streams(server, film, STREAMS, seconds, context.say)
     except UserError as error:
         results.left_out["live streams"] = str(error)
-        return
-    with serving(context.artifacts, context.folder, engine=engine, threads=context.threads) as server:
-        results.rows += over_streams(server, film, STREAMS, seconds, context.say)
 
 
 def render_minute(path: Path) -> None:

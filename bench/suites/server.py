@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from bench import perf_analyzer, timing
-from bench.load import Run, Used, in_turn, interleaved, kept_up
+from bench.load import Answers, Load, Run, Used, in_turn, interleaved, kept_up
 from bench.results import Results, Row
 from bench.serving import addresses, client, cpu_s, serving
 from bench.sides import Context, batches, call, installed_engines, on_cpu
@@ -24,7 +25,9 @@ LATENCY_CALLS, LATENCY_S = 200, 90.0  # for what the server adds, a few per cent
 CONCURRENCY = {"full": (1, 4, 16), "demo": (1, 2, 4, 8, 16)}  # 16 answers of `full` take a minute
 QUICK_CONCURRENCY = (1, 4)
 BATCHES = (1, 2, 4, 8)
-ROUNDS = {"full": 1, "demo": 8}  # each needs a few answers a client, which take `full` a minute
+# and seconds of each load in each; each needs a few answers a client, which take `full` a minute, and perf_analyzer
+# takes 3 s to start
+ROUNDS = {"full": (1, 20.0), "demo": (6, 4.0)}
 IN_PROCESS, OURS, NVIDIAS = "in process", "our clients", "perf_analyzer"
 
 
@@ -49,7 +52,6 @@ def _measure(
     pipeline = on_cpu(engine, context) if engine else None
     _latency(context, pipeline, server, rule, results)
     _throughput(context, pipeline, server, rule, results, used)
-    _perf_analyzer(context, server, rule, results)
 
 
 def _latency(
@@ -84,60 +86,95 @@ def _check(side: Predictor, context: Context) -> None:
 def _throughput(
     context: Context, pipeline: Pipeline | None, server: Mapping[str, str], rule: Rule, results: Results, used: Used
 ) -> None:
-    """Clients side by side, and in this process batches; and the CPU time that a clip takes."""
+    """Clients side by side, ours and NVIDIA's, and in this process batches; and the CPU time that a clip takes."""
     rows, runs = dict[str, Row](), dict[str, Run]()
     for batch in BATCHES if pipeline else ():
         assert pipeline is not None
         name = f"batch {batch} {IN_PROCESS}"
         runs[name] = functools.partial(in_turn, batches(context, pipeline, batch), batch)
         rows[name] = Row("batch", IN_PROCESS, {"batch": batch})
+    analyze = _analyze(context, results)
+    pairs: dict[str, str] = {}  # ours by theirs
     for protocol, where in server.items():
-        for concurrency in _concurrency(context, rule):
+        for concurrency in QUICK_CONCURRENCY if rule.quick else CONCURRENCY[context.size]:
+            axes: dict[str, int | str] = {"protocol": protocol, "concurrency": concurrency}
             name = f"{concurrency} over {protocol}"
             open_client = functools.partial(client, where, protocol)
             runs[name] = functools.partial(kept_up, open_client, functools.partial(call, context), concurrency)
-            rows[name] = Row("server", OURS, {"protocol": protocol, "concurrency": concurrency})
-    rounds = 1 if rule.quick else ROUNDS[context.size]
-    loads = interleaved(runs, rule.seconds, rounds, context.count, used=used)
-    for name, load in loads.items():
-        rows[name].timing = load.timing
-        rows[name].values["clips_per_s"] = load.clips_per_s
-        rows[name].values |= {f"cpu_s_{who}": seconds for who, seconds in load.cpu_s.items()}
+            rows[name] = Row("server", OURS, axes)
+            if analyze is not None:
+                alone = results.row("whole", protocol).timing
+                assert alone is not None
+                asked = functools.partial(analyze, where, protocol, concurrency)
+                theirs = f"{NVIDIAS}, {name}"
+                runs[theirs] = Analyzed(asked, concurrency, 1 / alone.median)
+                rows[theirs], pairs[theirs] = Row("server", NVIDIAS, axes), name
+    rounds, seconds = (1, rule.seconds) if rule.quick else ROUNDS[context.size]
+    loads = interleaved(runs, rounds * seconds, rounds, context.count, used=used)
+    for theirs in pairs:
+        run = runs[theirs]
+        assert isinstance(run, Analyzed)
+        if run.failed:
+            results.left_out[theirs] = run.failed
+            del rows[theirs], loads[theirs]
+        else:
+            rows[theirs].values |= run.values() | _over("over_ours", loads[theirs], loads[pairs[theirs]])
+    for name, row in rows.items():
+        if row.side != NVIDIAS:
+            row.timing = loads[name].timing
+            row.values |= {"clips_per_s": loads[name].clips_per_s}
+            row.values |= {f"cpu_s_{who}": s for who, s in loads[name].cpu_s.items()}
         if rounds > 1:
-            rows[name].values["spread"] = load.spread
-    results.rows += rows.values()
+            row.values["spread"] = loads[name].spread
     if pipeline is not None:
-        best = max((loads[name].rates for name, row in rows.items() if row.what == "batch"), key=np.median)
+        best = max((loads[name] for name, row in rows.items() if row.what == "batch"), key=lambda b: np.median(b.rates))
         for name, row in rows.items():
-            if row.what == "server":
-                figure = "over_in_process"
-                ratios = timing.paired_ratio(loads[name].rates, best)
-                names = (figure, f"{figure}_low", f"{figure}_high") if rounds > 1 else (figure,)
-                row.values |= dict(zip(names, ratios, strict=False))
+            if row.side == OURS:
+                row.values |= _over("over_in_process", loads[name], best)
+    results.rows += rows.values()
 
 
-def _concurrency(context: Context, rule: Rule) -> tuple[int, ...]:
-    return QUICK_CONCURRENCY if rule.quick else CONCURRENCY[context.size]
+def _over(figure: str, load: Load, other: Load) -> dict[str, float]:
+    """Its rate over the other's, by the rounds that both had; with its interval if there were several."""
+    names = (figure, f"{figure}_low", f"{figure}_high") if len(load.answers) > 1 else (figure,)
+    return dict(zip(names, timing.paired_ratio(load.rates, other.rates), strict=False))
 
 
-def _perf_analyzer(context: Context, server: Mapping[str, str], rule: Rule, results: Results) -> None:
-    """NVIDIA's own client on the same server, with the same clips."""
+@dataclass
+class Analyzed:
+    """A load by perf_analyzer, as `interleaved` takes it. ask: with so many requests a window; rate: clips a second to
+    be expected; said: what it found, by round; failed: why it was asked no more"""
+
+    ask: Callable[[int], dict[str, float]]
+    concurrency: int
+    rate: float
+    said: list[dict[str, float]] = field(default_factory=list)
+    failed: str = ""
+
+    def __call__(self, seconds: float) -> Answers:
+        """NaN clips once it failed."""
+        # its first window begins with nobody waiting: with fewer answers than twice the clients that would show
+        least = max(timing.AT_LEAST, 2 * self.concurrency)
+        try:
+            if not self.failed:
+                self.said.append(self.ask(max(least, round(self.rate * seconds / perf_analyzer.WINDOWS))))
+                self.rate = self.said[-1]["clips_per_s"]
+        except UserError as error:
+            self.failed = str(error)
+        return Answers(math.nan if self.failed else self.rate, 1.0, (), 0)
+
+    def values(self) -> dict[str, float]:
+        """The median of each figure over the rounds."""
+        return {name: float(np.median([said[name] for said in self.said])) for name in self.said[0]}
+
+
+def _analyze(context: Context, results: Results) -> Callable[[str, str, int, int], dict[str, float]] | None:
+    """NVIDIA's own client with the same clips: address, protocol, concurrency and requests as `perf_analyzer.run` takes
+    them. None, and noted, where it does not run."""
     try:
         analyzer = perf_analyzer.find(context.folder)
     except UserError as error:
         results.left_out[NVIDIAS] = str(error)
-        return
+        return None
     data = perf_analyzer.write_inputs(context.folder / "inputs.json", context.clips, DEFAULT_STEPS)
-    for protocol, where in server.items():
-        for concurrency in _concurrency(context, rule):
-            context.say(f"perf_analyzer, {concurrency} over {protocol}")
-            ours = results.row("server", OURS, protocol=protocol, concurrency=concurrency).values["clips_per_s"]
-            requests = max(timing.AT_LEAST, concurrency, round(ours * rule.seconds / perf_analyzer.WINDOWS))
-            try:
-                values = perf_analyzer.run(analyzer, where, protocol, concurrency, requests, data)
-            except UserError as error:
-                results.left_out[f"{NVIDIAS}, {concurrency} over {protocol}"] = str(error)
-                continue
-            axes: dict[str, int | str] = {"protocol": protocol, "concurrency": concurrency}
-            values["over_ours"] = values["clips_per_s"] / ours
-            results.rows.append(Row("server", NVIDIAS, axes, values=values))
+    return functools.partial(perf_analyzer.run, analyzer, inputs=data)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from statistics import median
+from dataclasses import replace
+
+import numpy as np
 
 from bench import timing
 from bench.results import Results, Row
 from bench.sides import CLIPS, Context, call, load
-from bench.suites.engines import predictor_of
-from bench.timing import Rule
+from bench.suites.engines import chain, predictor_of
+from bench.timing import Rule, Timing
 from mubic_deploy.config import ADAPTIVE, MAX_STEPS
-from mubic_deploy.engines import Arrays
-from mubic_deploy.pipeline import Pipeline, request, sample
+from mubic_deploy.graphs import signatures
+from mubic_deploy.pipeline import Pipeline, sample
 
 SIDES = ("onnxruntime", "openvino")
+LOOP_CALLS, LOOP_S = 60, 40.0  # for the difference of two loops, which is half of either
 
 
 def measure(context: Context, rule: Rule, results: Results) -> None:
@@ -26,43 +28,35 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
         for n, timed in timing.measure(sides, rule, progress=context.count).items():
             axes: dict[str, int | str] = {"steps": "adaptive" if n == str(ADAPTIVE) else int(n)}
             results.rows.append(Row("steps", name, axes, timed))
-        results.rows.append(Row("8 steps over 4", name, values=_calls(context, pipeline, rule)))
+        results.rows += _loop(context, name, pipeline, rule)
 
 
-def _calls(context: Context, pipeline: Pipeline, rule: Rule) -> dict[str, float]:
-    """8 steps minus 4 steps against the four denoiser calls between them, all timed inside the same runs: of the loop
-    alone, and of the whole inference, whose encoders wander by more than a call takes: its figure says little on a
-    machine that is not still."""
-    parts: dict[str, list[float]] = {f"{part} {n}": [] for part in ("loop", "calls", "whole") for n in (4, 8)}
-    denoiser, calls = pipeline.engines["denoiser"], list[float]()
+def _loop(context: Context, name: str, pipeline: Pipeline, rule: Rule) -> list[Row]:
+    """The loop of 8 and of 4 steps, after encoders and fusion, and one call of the denoiser by itself, in turn."""
+    tensors = [chain(context, pipeline.engines, i) for i in range(CLIPS)]
+    denoiser, inputs = pipeline.engines["denoiser"], signatures(context.config)["denoiser"].inputs
 
-    def timed(inputs: Arrays) -> Arrays:
-        began = time.perf_counter()
-        outputs = denoiser(inputs)
-        calls.append(time.perf_counter() - began)
-        return outputs
+    def loop(n: int) -> timing.Side:
+        def run(i: int) -> None:
+            sample(context.config, denoiser, tensors[i % CLIPS], np.array([[i]], np.int64), np.array([[n]], np.int32))
 
-    def run(n: int) -> timing.Side:
-        def predict(i: int) -> None:  # what Pipeline.predict does, in two parts
-            calls.clear()
-            clip = context.clips[i % CLIPS]
-            began = time.perf_counter()
-            arrays = request(pipeline.config, clip["VIDEO"], clip["AUDIO"], i, n)
-            cond = pipeline.condition(arrays)
-            middle = time.perf_counter()
-            sample(pipeline.config, timed, cond, arrays["SEED"], arrays["STEPS"])  # type: ignore[arg-type]
-            end = time.perf_counter()
-            for part, seconds in (("loop", end - middle), ("calls", sum(calls)), ("whole", end - began)):
-                parts[f"{part} {n}"].append(seconds)
+        return run
 
-        return predict
+    def alone(i: int) -> None:
+        denoiser({t.name: tensors[i % CLIPS][t.name] for t in inputs})
 
-    timing.measure({"4": run(4), "8": run(8)}, rule, progress=context.count)
-    more = {part: median(parts[f"{part} 8"]) - median(parts[f"{part} 4"]) for part in ("loop", "calls", "whole")}
-    return {
-        "loop_s": more["loop"],
-        "calls_s": more["calls"],
-        "whole_s": more["whole"],
-        "loop_over_calls": more["loop"] / more["calls"],
-        "whole_over_calls": more["whole"] / more["calls"],
-    }
+    longer = rule if rule.quick else replace(rule, repeats=LOOP_CALLS, seconds=LOOP_S)
+    timings = timing.measure({"8": loop(8), "4": loop(4), "1": alone}, longer, progress=context.count)
+    rows = [Row("loop", name, {"steps": n}, timings[str(n)]) for n in (4, 8)]
+    rows.append(Row("denoiser alone", name, {}, timings["1"]))
+    rows.append(Row("8 steps over 4", name, values=over_calls(timings["8"], timings["4"], timings["1"])))
+    return rows
+
+
+def over_calls(eight: Timing, four: Timing, one: Timing) -> dict[str, float]:
+    """Loops of 8 minus 4 steps over four calls of the denoiser, by medians, with the bootstrap interval."""
+    low, high = timing.interval((eight.resampled(0) - four.resampled(1)) / (4 * one.resampled(2)))
+    loop_s, calls_s = eight.median - four.median, 4 * one.median
+    figure = "loop_over_lone_calls"
+    values = {"loop_s": loop_s, "calls_s": calls_s}
+    return values | {figure: loop_s / calls_s, f"{figure}_low": low, f"{figure}_high": high}

@@ -111,14 +111,19 @@ class BoundEngine:
         return self._bindings[batch]
 
 
-def load_cuda_engines(artifacts: Artifacts, cuda_graphs: bool = True) -> dict[str, Engine]:
-    """An engine on the first NVIDIA GPU for each graph. UserError if this ONNX Runtime cannot use one, or would run a
-    part of a graph elsewhere."""
+def require_cuda() -> None:
+    """UserError if this ONNX Runtime was built without CUDA."""
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise UserError(
             "this ONNX Runtime has no CUDA: install it with pip install 'mubic-deploy[cuda]', without onnxruntime "
             "beside it, or use --engine onnxruntime"
         )
+
+
+def load_cuda_engines(artifacts: Artifacts, cuda_graphs: bool = True) -> dict[str, Engine]:
+    """An engine on the first NVIDIA GPU for each graph. UserError if this ONNX Runtime cannot use one, or would run a
+    part of a graph elsewhere."""
+    require_cuda()
     ort.preload_dlls()
     places = Places("cuda")
     return {

@@ -83,7 +83,8 @@ def _loss(predicted: Tensor, needed: Tensor) -> Tensor:
 
 
 def fit_steps(model: MUBiC, clips: Clips, indices: Sequence[int], tolerance: float = TOLERANCE) -> np.ndarray:
-    """Measures what the clips need and fits the head to it -> the steps needed, int64 [n]."""
+    """Measures what the clips need and fits the head to it -> the steps needed, int64 [n]. Leaves the model on the
+    CPU."""
     entropies, needed = smallest_steps(model, clips, indices, tolerance)
-    fit_head(model, entropies, needed)
+    fit_head(model.cpu(), entropies, needed)
     return needed

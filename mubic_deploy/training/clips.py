@@ -24,6 +24,7 @@ from mubic_deploy.training.layout import (
     read_density,
     read_fixations,
     read_sound,
+    require_shape,
 )
 
 INT16 = 32_768.0
@@ -113,7 +114,7 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         small = {i: fit.place(_read_small(video.frame(i), fit)) for i in sorted(set(shown))}
         clip = np.stack([small[i] for i in shown])
         label = self._label(number, start)
-        target = place_density(read_density(video.map(label)), fit, self.config)
+        target = place_density(self._density(number, label), fit, self.config)
         if mirrored:
             clip, target = np.flip(clip, 2).copy(), np.flip(target, 1).copy()
         return {
@@ -132,7 +133,7 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         """The label at its own size, never mirrored."""
         number, start = self._window(index)
         video, label = self.videos[number], self._label(number, start)
-        density, fixations = read_density(video.map(label)), read_fixations(video.fixations(label))
+        density, fixations = self._density(number, label), read_fixations(video.fixations(label))
         if density.shape != fixations.shape:
             raise UserError(
                 f"{video.fixations(label)} is not of its density map's size: get the data set's annotations again"
@@ -151,6 +152,13 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
 
     def _label(self, number: int, start: int) -> int:
         return min(start + self.config.middle, self.videos[number].frames)
+
+    def _density(self, number: int, label: int) -> np.ndarray:
+        """float32 [H, W] in [0, 1]. UserError if it is not of the frames' shape: it would be squeezed."""
+        path = self.videos[number].map(label)
+        density = read_density(path)
+        require_shape(path, density.shape, self._fits[number].display)
+        return density
 
     def _labelled_starts(self, number: int, stride: int) -> list[int]:
         """The first frames of the windows whose label has a map that is not empty; counts the others."""

@@ -47,17 +47,20 @@ def train(arguments: Namespace) -> int:
     """A model from a data folder, or with --check only what is wrong with the folder."""
     training = _videos(arguments, "train")
     validation = _videos(arguments, "test")
-    report = _check(training + validation, arguments.deep)
     if arguments.check:
-        return _print_check(report, arguments.json)
-    report.require()
+        return _print_check(_check(training + validation, arguments.deep), arguments.json)
     if arguments.out is None:
         raise UserError("there is nowhere to write to: give --out RUN, or --check to look at the data only")
     settings = _settings(arguments)
 
-    from mubic_deploy.training.train import Machine
+    from mubic_deploy.training.train import Machine, make_fabric
     from mubic_deploy.training.train import train as run
 
+    machine = Machine(arguments.accelerator, arguments.devices, arguments.workers)
+    if make_fabric(machine, settings.precision).is_global_zero:
+        _check(training + validation, arguments.deep).require()
+    else:  # Fabric runs the whole command once a device: one of them speaks
+        messages.quiet = True
     began = time.monotonic()
     with bar("training") as watched:
         progress = watched if messages.is_terminal else _lines()
@@ -68,9 +71,12 @@ def train(arguments: Namespace) -> int:
             arguments.out,
             resume=arguments.resume,
             prepare=lambda model: _prepare(model, arguments, settings),
-            machine=Machine(arguments.accelerator, arguments.devices, arguments.workers),
+            machine=machine,
             progress=progress,
+            note=lambda text: warn([text]),
         )
+    if finished is None:
+        return 0
     from mubic_deploy.training.state import load_state
 
     last = load_state(arguments.out / "state.safetensors").history[-1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from mubic_deploy.training.settings import DATASETS, PARTS, SPLITS
 
 FIXATIONS = "eyeMap"  # the variable in the .mat files
 ASPECT_TOLERANCE = 0.02
+JPEG_END, JPEG_TAIL = b"\xff\xd9", 32  # the end marker, in the last bytes of the file
 
 Progress = Callable[[int, int], None]  # (videos done, of how many)
 
@@ -169,6 +170,18 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path} is not a picture that Pillow can read: get it again") from error
 
 
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) by the picture's header, at a fraction of decoding it; but a JPEG without its end is decoded, to
+    see whether anything is missing. UserError names the file."""
+    with open_image(path) as image:
+        if image.format == "JPEG":
+            with path.open("rb") as file:
+                file.seek(-JPEG_TAIL, os.SEEK_END)
+                if JPEG_END not in file.read():
+                    decode(image, path, "RGB")
+        return image.height, image.width
+
+
 def decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
     """The pixels of an opened picture as Pillow's `mode`. UserError names the file."""
     try:
@@ -219,8 +232,9 @@ class CheckReport:
 def check(videos: Sequence[Video], progress: Progress = lambda done, total: None, deep: bool = False) -> CheckReport:
     """Looks for what would stop a training hours later: files that are missing or damaged, sizes that do not fit.
 
-    All files must be there, but for up to half of a video's maps. The first, middle and last picture of each kind are
-    decoded, and every sound; with `deep` every picture."""
+    All files must be there, but for up to half of a video's maps; not all maps of a video may be empty. Every picture's
+    header and end are read, about 0.1 ms each; every sound and the first, middle and last picture and fixations are
+    decoded, with `deep` all of them."""
     report = CheckReport()
     for done, video in enumerate(videos, 1):
         problems, skipped = _check_video(video, deep)
@@ -244,9 +258,11 @@ def _check_video(video: Video, deep: bool) -> tuple[list[str], int]:
         read_sound(video.sound)
     except UserError as error:
         problems.append(str(error))
-    frame_sizes = _sizes(read_frame, video.frame, _sample(frames, deep), problems)
-    map_sizes = _sizes(read_density, video.map, _sample(both or maps, deep), problems)
-    fixation_sizes = _sizes(read_fixations, video.fixations, _sample(both or fixations, deep), problems)
+    maps, fixations = both or maps, both or fixations
+    frame_sizes = _sizes(read_frame, video.frame, frames, _sample(frames, deep), problems)
+    map_sizes = _sizes(read_density, video.map, maps, _sample(maps, deep), problems)
+    read = _sample(fixations, deep)
+    fixation_sizes = _sizes(read_fixations, video.fixations, sorted(read), read, problems)
     problems += _one_size(video.frame, frame_sizes, "frames")
     problems += _one_size(video.map, map_sizes, "maps")
     for i in map_sizes.keys() & fixation_sizes.keys():
@@ -258,6 +274,8 @@ def _check_video(video: Video, deep: bool) -> tuple[list[str], int]:
             break
     if frame_sizes and map_sizes:
         problems += _one_shape(video, frame_sizes, map_sizes)
+    if map_sizes:
+        problems += _all_empty(video, map_sizes)
     return problems, video.frames - len(both)
 
 
@@ -279,13 +297,17 @@ def _present(
 
 
 def _sizes(
-    read: Callable[[Path], np.ndarray], file: Callable[[int], Path], numbers: Iterable[int], problems: list[str]
+    read: Callable[[Path], np.ndarray],
+    file: Callable[[int], Path],
+    numbers: Iterable[int],
+    decoded: Collection[int],
+    problems: list[str],
 ) -> dict[int, tuple[int, int]]:
-    """(height, width) by frame of what can be decoded."""
+    """(height, width) by frame of what is not damaged: as `read` where it is to be decoded, else by the header."""
     sizes: dict[int, tuple[int, int]] = {}
     for i in numbers:
         try:
-            height, width = read(file(i)).shape[:2]
+            height, width = read(file(i)).shape[:2] if i in decoded else read_size(file(i))
         except UserError as error:
             problems.append(str(error))
         else:
@@ -302,18 +324,36 @@ def _one_size(file: Callable[[int], Path], sizes: dict[int, tuple[int, int]], ki
 
 
 def _one_shape(video: Video, frames: dict[int, tuple[int, int]], maps: dict[int, tuple[int, int]]) -> list[str]:
-    i, (height, width) = next(iter(maps.items()))
+    i, size = next(iter(maps.items()))
     frame = next(iter(frames.values()))
-    if abs(width / height * frame[0] / frame[1] - 1) <= ASPECT_TOLERANCE:
-        return []
-    return [
-        f"{video.map(i)} is {_size((height, width))}, another shape than the frames' {_size(frame)}: "
-        f"make the maps for the frames that were shown"
-    ]
+    try:
+        require_shape(video.map(i), size, frame)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
-def _sample(numbers: list[int], deep: bool) -> list[int]:
-    return numbers if deep else sorted({*numbers[:1], *numbers[len(numbers) // 2 :][:1], *numbers[-1:]})
+def require_shape(path: Path, size: tuple[int, ...], frame: tuple[int, int]) -> None:
+    """UserError if a map's (height, width) is not of the frames' shape, at whatever size."""
+    if abs(size[1] / size[0] * frame[0] / frame[1] - 1) > ASPECT_TOLERANCE:
+        raise UserError(
+            f"{path} is {_size(size)}, another shape than the frames' {_size(frame)}: "
+            f"make the maps for the frames that were shown"
+        )
+
+
+def _all_empty(video: Video, maps: Iterable[int]) -> list[str]:
+    """A problem if no map shows anything. As a rule the first one does, and no other is read."""
+    try:
+        if any(read_density(video.map(i)).any() for i in maps):
+            return []
+    except UserError as error:
+        return [str(error)]
+    return [f"all maps in {video.map(1).parent} are empty: get the data set's annotations again"]
+
+
+def _sample(numbers: list[int], deep: bool) -> set[int]:
+    return set(numbers) if deep else {*numbers[:1], *numbers[len(numbers) // 2 :][:1], *numbers[-1:]}
 
 
 def _names(folder: Path) -> set[str]:
@@ -325,7 +365,7 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
-def _size(shape: tuple[int, int]) -> str:
+def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 

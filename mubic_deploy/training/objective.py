@@ -16,17 +16,12 @@ class Draw(NamedTuple):
     """Where on the diffusion the samples of a batch are, `noises` for each clip, one clip's after the other.
 
     step     int32 [B noises, 1], 0 to T - 1
-    alpha    float32 [B noises, 1], alpha-bar of it
     noise    float32 [B noises, 1, h, w], N(0, 1)
     guessed  bool [B noises, 1]: noise is added to the model's own first guess instead of to the truth"""
 
     step: Tensor
-    alpha: Tensor
     noise: Tensor
     guessed: Tensor
-
-
-ALPHAS = torch.tensor([alpha_bar(t) for t in range(DIFFUSION_STEPS)], dtype=torch.float32)
 
 
 def draw(
@@ -43,18 +38,23 @@ def draw(
     step = ((1 - u**power) * DIFFUSION_STEPS).to(torch.int32).clamp(0, DIFFUSION_STEPS - 1)
     noise = torch.randn(n, 1, *config.map_size, generator=generator)
     guessed = torch.rand(n, 1, generator=generator) < rollout
-    return Draw(step, ALPHAS[step.long()], noise, guessed)
+    return Draw(step, noise, guessed)
 
 
 class Objective(nn.Module):
     """VIDEO, AUDIO and TARGET of a batch and a `Draw` -> the loss of eq. 3.53 and 3.57, a scalar: squared error summed
     over the pixels of a map, mean over the batch (lambda = 1).
 
-    A module of its own because that is what DistributedDataParallel wraps."""
+    A module of its own because that is what DistributedDataParallel wraps. alpha: float32 [T], alpha-bar of each step;
+    here, because in mixed precision Fabric casts what is handed in to 16 bits."""
+
+    alpha: Tensor
 
     def __init__(self, model: MUBiC) -> None:
         super().__init__()
         self.model = model
+        alphas = torch.tensor([alpha_bar(t) for t in range(DIFFUSION_STEPS)], dtype=torch.float32)
+        self.register_buffer("alpha", alphas, persistent=False)
 
     def forward(self, batch: dict[str, Tensor], drawn: Draw) -> Tensor:
         predicted = self.predict(batch, drawn)
@@ -83,6 +83,6 @@ class Objective(nn.Module):
                 guess = model.denoiser.predict(cond, drawn.noise, last).float()
             clean = torch.where(drawn.guessed[..., None, None], guess, clean)
         clean = 2 * clean - 1
-        alpha = drawn.alpha[..., None, None]
+        alpha = self.alpha[drawn.step.long()][..., None, None]
         s_t = alpha.sqrt() * clean + (1 - alpha).sqrt() * drawn.noise
         return model.denoiser.predict(cond, s_t, drawn.step)

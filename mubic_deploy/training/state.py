@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from mubic_deploy.checkpoint import write_tensors
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.training.settings import Settings
@@ -19,7 +19,8 @@ from mubic_deploy.training.settings import Settings
 @dataclass
 class State:
     """The run goes on at `step` of `epoch` (both from 0); `total` is the loss summed over the epoch's steps so far;
-    `plateau` what ReduceLROnPlateau remembers."""
+    `videos` a line each, name, frames and rate; `plateau` what ReduceLROnPlateau remembers, `scaler` what the scaler of
+    16-mixed's gradients does."""
 
     settings: Settings
     videos: list[str]
@@ -28,14 +29,17 @@ class State:
     total: float
     plateau: dict[str, float]
     history: list[dict[str, Any]]
+    scaler: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def into(self, model: MUBiC, adam: torch.optim.Adam) -> None:
-        """Puts weights and moments back."""
+        """Puts weights and moments back. There are no moments before a first step that was not skipped."""
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 value.copy_(self.tensors[f"model.{name}"])
         for name, p in trained(model):
+            if f"adam.step.{name}" not in self.tensors:
+                continue
             moments = {k: self.tensors[f"adam.{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
             # as Adam has it: on the host
             adam.state[p] = {"step": self.tensors[f"adam.step.{name}"], **moments}
@@ -46,10 +50,10 @@ def trained(model: MUBiC) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -> None:
-    """Beside, then renamed, so that the last good one stays until the new one is whole."""
-    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
+    """The last good one stays until the new one is whole. OSError if it cannot be written."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for name, p in trained(model):
-        tensors |= {f"adam.{k}.{name}": v.contiguous() for k, v in adam.state[p].items()}
+        tensors |= {f"adam.{k}.{name}": v for k, v in adam.state[p].items()}
     facts = {
         "settings": state.settings.to_json(),
         "videos": state.videos,
@@ -58,15 +62,9 @@ def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -
         "total": state.total,
         "plateau": state.plateau,
         "history": state.history,
+        "scaler": state.scaler,
     }
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, part, metadata={"state": json.dumps(facts)})
-        part.replace(path)
-    except SafetensorError as error:  # its own kind for a full disk
-        raise OSError(str(error)) from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(path, tensors, {"state": json.dumps(facts)})
 
 
 def load_state(path: Path) -> State:

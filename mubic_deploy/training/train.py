@@ -17,14 +17,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -34,6 +36,7 @@ from mubic_deploy import checkpoint
 from mubic_deploy.config import get_config
 from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing_file
 from mubic_deploy.model.mubic import MUBiC, random_model
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.training import curves, samples
@@ -48,6 +51,7 @@ from mubic_deploy.training.state import State, load_state, save_state
 SAVE_S = 300  # at most this many seconds of work are lost when a run is killed
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 1  # epochs
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # what goes on, steps done, steps in all
 
 
@@ -60,6 +64,20 @@ class Machine:
     workers: int = 2
 
 
+def make_fabric(machine: Machine, precision: str) -> Fabric:
+    """Lightning Fabric, not launched yet. UserError if the machine has no such accelerator, or fewer devices."""
+    try:
+        return Fabric(
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            precision=precision,  # type: ignore[arg-type]
+        )
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        asked = f"--accelerator {machine.accelerator} --devices {machine.devices}"
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{asked} is more than this machine has ({reason}): ask for less, or cpu") from None
+
+
 def train(
     settings: Settings,
     training: Sequence[Video],
@@ -70,42 +88,59 @@ def train(
     prepare: Callable[[MUBiC], None] = lambda model: None,
     machine: Machine = Machine(),
     progress: Progress = lambda *_: None,
-) -> Path:
-    """Trains a model and returns the finished checkpoint, `out`/model.safetensors.
+    note: Callable[[str], None] = lambda text: None,
+) -> Path | None:
+    """Trains a model and returns the finished checkpoint, `out`/model.safetensors; None in a process that Fabric
+    started for a further device.
 
-    prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming.
-    UserError if `out` holds another run, or none to resume, if data or settings are not the run's, if there is no clip,
-    or if the run cannot be written."""
-    run = Run(Path(out), settings, [str(v) for v in (*training, *validation)])
+    prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming. note: is
+    told how many clips are left out. UserError if `out` holds another run, or none to resume, if data or settings are
+    not the run's, if there is no clip, if the machine has no such devices, or if the run cannot be written."""
+    run = Run(Path(out), settings, [f"{v} {v.frames} {v.fps}" for v in (*training, *validation)])
     state = run.resume() if resume else None
     if state is None:
         run.require_new()
-    fabric = Fabric(
-        accelerator=machine.accelerator,
-        devices=machine.devices,
-        precision=settings.precision,  # type: ignore[arg-type]
-    )
-    fabric.launch()
-    if settings.batch % fabric.world_size:
-        raise UserError(f"batch {settings.batch} cannot be shared by {fabric.world_size} devices: use a multiple")
-    config = get_config(settings.config, settings.variant)
-    options: dict[str, Any] = {"fit": settings.fit, "stride": settings.stride}
-    train_clips = Clips(training, config, flip=settings.flip, jitter=settings.jitter, seed=settings.seed, **options)
-    held_clips = Clips(validation, config, **options)
-    for part, clips in (("training", train_clips), ("test", held_clips)):
-        if not len(clips):
-            raise UserError(f"there is no clip with a map in the {part} part: check the data folder with --check")
-    model = random_model(config, settings.seed)
-    if state is None:
-        prepare(model)
-        if fabric.is_global_zero:
-            run.start()
-    trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress)
-    with torch.random.fork_rng():
-        trainer.fit(state)
-        finished = trainer.finish() if fabric.is_global_zero else run.model
-    fabric.barrier()
-    return finished
+    fabric = make_fabric(machine, settings.precision)
+    with _ending_together(fabric):
+        fabric.launch()
+        if settings.batch % fabric.world_size:
+            raise UserError(f"batch {settings.batch} cannot be shared by {fabric.world_size} devices: use a multiple")
+        config = get_config(settings.config, settings.variant)
+        options: dict[str, Any] = {"fit": settings.fit, "stride": settings.stride}
+        train_clips = Clips(training, config, flip=settings.flip, jitter=settings.jitter, seed=settings.seed, **options)
+        held_clips = Clips(validation, config, **options)
+        for part, clips in (("training", train_clips), ("test", held_clips)):
+            if not len(clips):
+                raise UserError(f"there is no clip with a map in the {part} part: check the data folder with --check")
+            if skipped := sum(clips.skipped.values()):
+                clips_in_all = skipped + len(clips)
+                note(
+                    f"{skipped} of {clips_in_all} clips of the {part} part are left out: their map is missing or empty"
+                )
+        model = random_model(config, settings.seed)
+        if state is None:
+            prepare(model)
+            if fabric.is_global_zero:
+                run.start()
+        trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress)
+        with torch.random.fork_rng():
+            trainer.fit(state)
+            return trainer.finish() if fabric.is_global_zero else None
+
+
+@contextmanager
+def _ending_together(fabric: Fabric) -> Iterator[None]:
+    """Ends the processes that Fabric started if this one fails: they would wait for it. The other way round Fabric sees
+    to it."""
+    try:
+        yield
+    except BaseException:
+        started = getattr(fabric.strategy.launcher, "procs", [])
+        others = started.copy()
+        started.clear()  # Fabric watches them, and kills this process too when they end
+        for process in others:
+            process.kill()
+        raise
 
 
 class Run:
@@ -134,7 +169,8 @@ class Run:
         different = self.settings.differences(state.settings)
         if different:
             raise UserError(f"{self.folder} was begun with other settings ({different}): resume with the same")
-        if state.videos != self.videos:
+        names = [line.split()[0] for line in self.videos]  # all that earlier versions remembered
+        if state.videos not in (self.videos, names):
             raise UserError(f"{self.folder} was begun with other videos: resume with the same data, or start a new run")
         return state
 
@@ -170,10 +206,11 @@ class Trainer:
         if self.lead:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run.folder / "tensorboard"))
+            folder = run.folder / "tensorboard"
+            self.writer = _write(lambda: SummaryWriter(str(folder)), folder)
 
     def fit(self, state: State | None) -> None:
-        """All epochs that are left."""
+        """All epochs that are left. The lead saves, by its own clock; the others wait for it where they next meet."""
         begin, first, total = (state.epoch, state.step, state.total) if state is not None else (0, 0, 0.0)
         if state is not None:
             self._restore(state)
@@ -183,7 +220,7 @@ class Trainer:
                 loss = self._step(epoch, step, batch)
                 total += loss
                 self._report(epoch, step, loss, total)
-                if time.monotonic() - saved > SAVE_S and step + 1 < self.steps:
+                if self.lead and time.monotonic() - saved > SAVE_S and step + 1 < self.steps:
                     self._save(epoch, step + 1, total)
                     saved = time.monotonic()
             if self.lead:
@@ -191,12 +228,13 @@ class Trainer:
             if self.settings.schedule == "plateau":
                 self.plateau.step(total / self.steps)
             first, total = 0, 0.0
-            self._save(epoch + 1, 0, 0.0)
-            saved = time.monotonic()
+            if self.lead:
+                self._save(epoch + 1, 0, 0.0)
+                saved = time.monotonic()
 
     def finish(self) -> Path:
         """Fits the adaptive steps on validation clips and writes the finished model."""
-        model = self.model.to("cpu").eval()
+        model = self.model.eval()
         if model.config.max_steps > 1:
             chosen = _spread(len(self.held_clips), self.settings.validate)
             self.progress("fitting adaptive steps", 0, 1)
@@ -204,7 +242,7 @@ class Trainer:
         _write(lambda: checkpoint.save(model, self.run.model), self.run.model)
         return self.run.model
 
-    def _batches(self, epoch: int, first: int) -> Any:
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """(step, batch on the device) from step `first` of an epoch on: this device's share of each."""
         self.train_clips.set_epoch(epoch)
         order = torch.randperm(len(self.train_clips), generator=generator(self.settings.seed, epoch)).tolist()
@@ -213,7 +251,11 @@ class Trainer:
         # devices must have equally many clips, also of the last batch
         batches = [(b + order[: -len(b) % world])[rank::world] for b in batches]
         loader = DataLoader(self.train_clips, batch_sampler=batches[first:], num_workers=self.workers)
-        return enumerate(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False), first)
+        try:
+            yield from enumerate(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False), first)
+        except UserError as error:  # a worker process's comes as the last line of its traceback
+            line = str(error).rstrip().splitlines()[-1]
+            raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
 
     def _step(self, epoch: int, step: int, batch: dict[str, torch.Tensor]) -> float:
         settings = self.settings
@@ -241,8 +283,7 @@ class Trainer:
     def _report(self, epoch: int, step: int, loss: float, total: float) -> None:
         done, rate = epoch * self.steps + step + 1, self.adam.param_groups[0]["lr"]
         if self.lead:
-            self.writer.add_scalar("loss/step", loss, done)
-            self.writer.add_scalar("learning rate", rate, done)
+            self._plot({"loss/step": loss, "learning rate": rate}, done)
         text = f"epoch {epoch + 1}/{self.settings.epochs}, loss {loss:.1f}, learning rate {rate:.1e}"
         self.progress(text, done, self.settings.epochs * self.steps)
 
@@ -255,33 +296,40 @@ class Trainer:
         means = result.means()
         entry = {"epoch": epoch + 1, "loss": loss, "learning_rate": self.adam.param_groups[0]["lr"], **means}
         self.history.append(entry)
-        for name, value in {"loss/epoch": loss, **{f"validation/{k}": v for k, v in means.items()}}.items():
-            self.writer.add_scalar(name, value, epoch + 1)
+        self._plot({"loss/epoch": loss, **{f"validation/{k}": v for k, v in means.items()}}, epoch + 1)
         picture = samples.draw(predictor, self.held_clips, chosen[:: max(1, len(chosen) // 6)][:6])
-        self.writer.add_image("samples", picture, epoch + 1, dataformats="HWC")
-        self.writer.flush()
 
         def write() -> None:
+            self.writer.add_image("samples", picture, epoch + 1, dataformats="HWC")
+            self.writer.flush()
             samples.save(picture, self.run.folder / "samples" / f"epoch_{epoch + 1:03d}.png")
             write_json(self.run.folder / "history.json", self.history)
             curves.draw(self.history, self.run.folder / "curves.png")
-            if max(self.history, key=lambda e: (e["cc"], -e["epoch"])) is entry:
+            if max(self.history, key=_merit) is entry:
                 checkpoint.save(self.model, self.run.best)
+
+        _write(write, self.run.folder)
+
+    def _plot(self, values: dict[str, float], at: int) -> None:
+        def write() -> None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, at)
 
         _write(write, self.run.folder)
 
     def _save(self, epoch: int, step: int, total: float) -> None:
         """The state, so that the run goes on at `step` of `epoch`."""
-        if self.lead:
-            rule = {"best": float(self.plateau.best), "bad": self.plateau.num_bad_epochs}
-            rule["factor"] = self.plateau.optimizer.param_groups[0]["lr"]
-            state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history)
-            _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
-        self.fabric.barrier()
+        rule = {"best": float(self.plateau.best), "bad": self.plateau.num_bad_epochs}
+        rule["factor"] = self.plateau.optimizer.param_groups[0]["lr"]
+        scaler = self.fabric.strategy.precision.state_dict()
+        state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history, scaler)
+        _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
 
     def _restore(self, state: State) -> None:
         state.into(self.model, self.adam)
         self.history = state.history
+        if state.scaler:
+            self.fabric.strategy.precision.load_state_dict(state.scaler)
         self.plateau.best, self.plateau.num_bad_epochs = state.plateau["best"], int(state.plateau["bad"])
         self.plateau.optimizer.param_groups[0]["lr"] = state.plateau["factor"]
 
@@ -307,21 +355,25 @@ def _prepare_modules(model: MUBiC, settings: Settings) -> None:
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
 
 
+def _merit(entry: dict[str, Any]) -> tuple[float, int]:
+    """What the best epoch has most of: validation CC, none where it is undefined; of equal ones the earlier."""
+    return (-math.inf if math.isnan(entry["cc"]) else entry["cc"], -entry["epoch"])
+
+
 def _spread(n: int, wanted: int) -> list[int]:
     """`wanted` indices (or all) evenly over 0..n-1."""
     return sorted({int(i) for i in np.linspace(0, n - 1, min(n, wanted))})
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Beside, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
+    """Whole or not at all. OSError if it cannot be written."""
+    with replacing_file(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write(write: Callable[[], object], path: Path) -> None:
+def _write(write: Callable[[], T], path: Path) -> T:
     try:
-        write()
+        return write()
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
