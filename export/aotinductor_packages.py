@@ -76,7 +76,7 @@ def build(
         model.config.check_fixed_steps(options.fixed_steps)
     out = Path(out)
     try:
-        require_replaceable(out, MANIFEST, "holds no earlier packages")
+        require_replaceable(out, MANIFEST, Packages.LAYOUT.files, "holds no earlier packages")
         with replacing(out) as folder:
             _build_into(folder, model, source, options, facts, progress)
     except OSError as error:

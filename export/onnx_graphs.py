@@ -95,7 +95,7 @@ def export(
         model.config.check_fixed_steps(fixed_steps)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        require_replaceable(out, MANIFEST, "is not an earlier export")
+        require_replaceable(out, MANIFEST, Artifacts.LAYOUT.files, "is not an earlier export")
         with replacing(out) as folder:
             parity = _export_into(folder, model, source, progress, precision, fixed_steps, optimisations)
     except OSError as error:

@@ -70,7 +70,7 @@ def build(
     _require_writable(options.timing_cache)
     out = Path(out)
     try:
-        require_replaceable(out, MANIFEST, "holds no earlier engines")
+        require_replaceable(out, MANIFEST, Plans.LAYOUT.files, "holds no earlier engines")
         with replacing(out) as folder:
             _build_into(folder, trt, gpu, artifacts, options, progress, cuda_graphs)
     except OSError as error:

@@ -370,6 +370,9 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         print(f"mubic-deploy: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"mubic-deploy: {error.filename} may not be read or entered: see its permissions", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:  # importlib.metadata's error too
         package = (error.name or "").split(".")[0]
         if package == "mubic_deploy":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
+from mubic_deploy.artifacts import Artifacts, sha256
 from mubic_deploy.config import DEMO_CHECKPOINT, DEMO_FILE
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
@@ -44,26 +47,44 @@ def export(
 def cached(
     checkpoint: str, variant: str | None = None, seed: int = 0, progress: Progress = lambda *_: None
 ) -> Artifacts:
-    """The exported graphs of a checkpoint from the cache, exported first where they are not there or not whole."""
+    """The exported graphs of a checkpoint from the cache, exported first where they are not there or not whole. One
+    process at a time exports; those that want the same wait for it."""
     out = cache_dir() / _key(checkpoint, variant, seed)
-    if (out / MANIFEST).is_file():
+    with contextlib.suppress(UserError):
+        return Artifacts.open(out)
+    with _locked(out):
         try:
-            return Artifacts.open(out)
+            return Artifacts.open(out)  # another process was faster
         except UserError:
-            progress("the cached export is damaged, exporting again", 0, 1)
-    try:
+            if out.exists():
+                progress("the cached export is damaged, exporting again", 0, 1)
+                shutil.rmtree(out, ignore_errors=True)
         return export(checkpoint, out, variant, seed, progress)
-    except UserError:
-        if not (out / MANIFEST).is_file():
-            raise
-        return Artifacts.open(out)  # another process was faster
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Waits until no other process exports to `out`. UserError if the cache cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = out.with_name(f".{out.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"the cache {out.parent} cannot be written ({error.strerror}): set MUBIC_CACHE to a folder that can be"
+        ) from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cache_dir() -> Path:
-    """MUBIC_CACHE, else mubic-deploy in the user's cache folder."""
+    """MUBIC_CACHE, else mubic-deploy in the user's cache folder. UserError if there is none."""
     if "MUBIC_CACHE" in os.environ:
         return Path(os.environ["MUBIC_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mubic-deploy"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mubic-deploy"
+    except RuntimeError:
+        raise UserError("there is no home folder to keep exported graphs in: set MUBIC_CACHE to a folder") from None
 
 
 def _key(checkpoint: str, variant: str | None, seed: int) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
+import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,24 +42,73 @@ def _sync(path: Path) -> None:
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out`. At the end of the block it takes the place of `out`, which may exist; if the block is
-    left by an exception it is removed and `out` stays as it was. OSError if that cannot be written."""
+    left by an exception it is removed and `out` stays as it was. What a run that was killed left beside `out` goes too.
+    OSError if that cannot be written."""
     out = out.resolve()
-    fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     out.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = _beside(out, secrets.token_hex(4))
+    with contextlib.ExitStack() as held:
+        with _locked(out.parent, wait=True):  # nobody sweeps what is made and not yet locked
+            _sweep(out)
+            fresh.mkdir()
+            held.enter_context(_locked(fresh))
+        try:
+            yield fresh
+            if out.exists():
+                out.rename(old)
+            fresh.rename(out)
+        finally:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            for folder in (fresh, old):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(out: Path, token: str) -> tuple[Path, Path]:
+    """Where the new folder is made, and where the old one waits for it."""
+    return out.with_name(f".{out.name}.{token}.new"), out.with_name(f".{out.name}.{token}.old")
+
+
+def _sweep(out: Path) -> None:
+    """Removes what runs that are no more left; an `out` that one of them had put aside comes back."""
+    for fresh in out.parent.glob(f".{glob.escape(out.name)}.*.new"):
+        _, old = _beside(out, fresh.name.split(".")[-2])
+        with contextlib.suppress(OSError), _locked(fresh) as locked:  # or its run goes on
+            if not locked:
+                return
+            if old.exists() and not out.exists():
+                old.rename(out)
+            for folder in (old, fresh):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """For this process, until it ends at most: True, or False on a file system without locks. BlockingIOError if
+    another one has it and it is not waited for."""
+    number = os.open(folder, os.O_RDONLY)
     try:
-        fresh.mkdir()
-        yield fresh
-        if out.exists():
-            out.rename(old)
-        fresh.rename(out)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        os.close(number)
 
 
-def require_replaceable(out: Path, manifest: str, what: str) -> None:
-    """UserError, which says `what` it is not, unless `out` is new, an empty folder, or one of ours by its manifest."""
-    if out.exists() and not (out / manifest).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and {what}: choose another --out")
+def require_replaceable(out: Path, manifest: str, files: str, what: str) -> None:
+    """UserError, which says `what` it is not, unless `out` is new, an empty folder, or one of ours: a manifest and
+    nothing but the files that are named under `files` in it."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        named = json.loads((out / manifest).read_text())[files].values()
+        ours = {manifest, *(entry["file"] for entry in named)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{out} exists and {what}: choose another --out") from None
+    if strange := sorted(entry.name for entry in out.iterdir() if entry.name not in ours):
+        raise UserError(f"{out} would be replaced, but holds {strange[0]} too: move that, or choose another --out")

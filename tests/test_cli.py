@@ -19,6 +19,7 @@ from triton_serving import processes, serving
 
 from mubic_deploy import checkpoint
 from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.cli import guarded
 from mubic_deploy.config import DEMO, VARIANTS
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.triton.server import TritonServer
@@ -292,3 +293,13 @@ sys.exit(main(sys.argv[1:]))
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert np.load(tmp_path / "m.npz")["maps"].shape == (2, 216, 384)
+
+
+def test_a_file_that_may_not_be_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> int:
+        raise PermissionError(13, "Permission denied", "/somebody/checkpoint")
+
+    assert guarded(work) == 2
+    assert capsys.readouterr().err == (
+        "mubic-deploy: /somebody/checkpoint may not be read or entered: see its permissions\n"
+    )

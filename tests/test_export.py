@@ -206,6 +206,16 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "an app"}', "[]", '{"graphs": {"a": {"file": "a.onnx"}}}'])
+def test_a_manifest_is_not_enough(tmp_path: Path, manifest: str) -> None:
+    """Many programs call a file so; and a folder of ours may have got something else since."""
+    (tmp_path / MANIFEST).write_text(manifest)
+    (tmp_path / "app.js").write_text("mine")
+    with pytest.raises(UserError, match=r"is not an earlier export|would be replaced, but holds app\.js too"):
+        onnx_graphs.export(random_model(DEMO), checkpoint.Source("test", 0), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["app.js", MANIFEST]
+
+
 def damage(folder: Path, what: str) -> None:
     manifest = folder / MANIFEST
     data = json.loads(manifest.read_text())

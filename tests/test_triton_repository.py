@@ -127,6 +127,16 @@ def test_other_folders_are_left_alone(toy_artifacts: Artifacts, tmp_path: Path) 
     assert files(tmp_path) == {"letters/one.txt": b"dear"}
 
 
+def test_another_model_in_the_repository_is_left_alone(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    write_repository(toy_artifacts, tmp_path / "models")
+    write_repository(toy_artifacts, tmp_path / "models")  # ours alone is replaced
+    (tmp_path / "models" / "resnet").mkdir()
+    with pytest.raises(UserError, match="models would be replaced, but holds resnet too"):
+        write_repository(toy_artifacts, tmp_path / "models")
+    assert (tmp_path / "models" / "resnet").is_dir()
+    assert (tmp_path / "models" / "mubic" / "config.pbtxt").is_file()
+
+
 def test_nothing_half_written(toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -161,6 +161,15 @@ def test_missing_repository(tmp_path: Path) -> None:
         TritonServer(tmp_path / "none").start()
 
 
+def test_a_python_without_its_library(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: None)
+    monkeypatch.setattr("mubic_deploy.triton.server.find_library", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"needs libpython3\.\d+\.so\.1\.0, which this Python lacks: install the package"
+    ):
+        TritonServer(repository, **FREE_PORTS).start()
+
+
 def failed_start(repository: Path, tmp_path: Path) -> str:
     server = TritonServer(repository, **FREE_PORTS, log=tmp_path / "log")
     with pytest.raises(UserError) as error:

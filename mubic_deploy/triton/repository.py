@@ -290,10 +290,16 @@ def _write(configs: list[ModelConfig], out: Path, plans: Mapping[str, Path] = Ma
 
 
 def require_repository(out: Path) -> None:
-    """UserError unless a repository may be written to `out`: it is new, an empty folder, or a repository of ours."""
+    """UserError unless a repository may be written to `out`: it is new, an empty folder, or a repository of ours and
+    nothing else."""
     try:
-        if out.exists() and not (out.is_dir() and (_is_repository(out) or not any(out.iterdir()))):
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        if not _is_repository(out):
             raise UserError(f"{out} exists and is no model repository: give another folder or remove it")
+        ours = {graphs.ENSEMBLE, graphs.FIXED_ENSEMBLE, *(p.name for p in source_dir("triton_models").iterdir())}
+        if strange := sorted(entry.name for entry in out.iterdir() if entry.name not in ours):
+            raise UserError(f"{out} would be replaced, but holds {strange[0]} too: give another folder, or move that")
     except OSError as error:
         raise UserError(f"the model repository {out} cannot be written: {error}") from None
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copy2, copytree, rmtree
@@ -243,6 +244,13 @@ def _backends(package: Path, folder: Path) -> Path:
     if not stub.is_file():
         known = ", ".join(sorted(p.name for p in stubs.iterdir()))
         raise UserError(f"the Triton server of the wheel has no stub for Python {version}: use one of {known}")
+    library = f"libpython{version}.so.1.0"  # the stub is linked to it, but a Python may do without
+    beside = Path(sysconfig.get_config_var("LIBDIR") or "") / library
+    if not beside.is_file() and find_library(f"python{version}") is None:
+        raise UserError(
+            f"the Triton server needs {library}, which this Python lacks: install the package libpython{version} (on "
+            f"Debian and Ubuntu), or use a Python that was built with --enable-shared"
+        )
     backends = folder / "backends"
     copytree(package / "tritonserver" / "backends", backends)
     copy2(stub, backends / "python" / stub.name)
