@@ -315,6 +315,13 @@ def test_contact_sheet_picture(tmp_path):
     assert red > 0.08  # half of the pictures are plain frames, a quarter of each is red
 
 
+def test_contact_sheet_of_a_name_with_dollars(tmp_path):
+    """matplotlib would read the name as a formula, and this one as a broken one."""
+    path = write_film(tmp_path / "a$b_$c.mkv", frame_times(25, 20), GREY)
+    predict_film(Brightness(), path, maps=tmp_path / "m.npz", contact_sheet=tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("source", "codec", "target", "within"),
     [
