@@ -199,4 +199,5 @@ def naming(kind: str, target: Path) -> Iterator[None]:
         yield
     except (OSError, av.FFmpegError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise UserError(f"{kind} {target} cannot be written ({reason}): check the disk") from error
+        remedy = "check the disk" if isinstance(error, OSError) else "write it as .mkv, or convert the film to MP4 first"
+        raise UserError(f"{kind} {target} cannot be written ({reason}): {remedy}") from error

@@ -67,6 +67,9 @@ def test_matroska_is_within_its_rounding(tmp_path):
         ("film.mkv", "aac", "out.mov", True),
         ("film.mkv", "pcm_s16le", "out.mp4", True),  # unnamed channels, which MP4 wants named
         ("film.mkv", "wavpack", "out.mp4", False),
+        ("film.mkv", "flac", "out.mp4", True),
+        ("film.mkv", "flac", "out.mov", False),
+        ("film.mkv", "libopus", "out.mov", False),
     ],
 )
 def test_sound_is_copied_or_encoded(tmp_path, source, codec, target, copied):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from contextlib import suppress
 
 import av
 
@@ -21,7 +23,7 @@ class SoundTrack:
         self._template = self._container.streams.audio[0]
         context = self._template.codec_context
         named, count = is_named(context.layout), context.layout.nb_channels
-        self.copied = context.codec.canonical_name in output.supported_codecs and (named or count in LAYOUTS)
+        self.copied = (named or count in LAYOUTS) and takes(output, self._template)
         if self.copied:
             self._stream = output.add_stream_from_template(self._template)
             if not named:  # MP4 refuses PCM without a layout
@@ -72,3 +74,18 @@ class SoundTrack:
             for frame in frames:
                 yield from self._stream.encode(known_layout(frame))
         yield from self._stream.encode(None)
+
+
+def takes(output: av.container.OutputContainer, template: av.AudioStream) -> bool:
+    """Whether `output` holds the stream's packets as they are. Its list of codecs is not enough: MOV's names some that
+    only MP4 takes, so that a header is written, in memory."""
+    trial = av.open(io.BytesIO(), "w", format=output.format.name)
+    try:
+        trial.add_stream_from_template(template)
+        trial.start_encoding()
+    except (av.FFmpegError, ValueError):
+        return False
+    finally:
+        with suppress(av.FFmpegError):
+            trial.close()
+    return True
