@@ -202,6 +202,7 @@ class LiveSource:
             yield Frame(index, float(image.pts * self.time_base), image)
             index += 1
         yield from (Heard(*piece) for piece in placer.flush())
+        self._damaged += placer.damaged
 
     def _decode(self) -> Iterator[av.VideoFrame | av.AudioFrame]:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]

@@ -85,6 +85,7 @@ class Placer:
 
     def __init__(self) -> None:
         self.position = 0  # where the next resampled sample belongs
+        self.damaged = 0  # frames that FFmpeg cannot mix
         self.start_s: float | None = None
         self.end_s = 0.0
         self._resampler: av.AudioResampler | None = None
@@ -109,7 +110,12 @@ class Placer:
         self.end_s = max(self.end_s, self._next_s)
         frame.pts = None  # placed here; the resampler must not compensate
         assert self._resampler is not None
-        return out + self._placed(self._resampler.resample(known_layout(frame)))
+        try:
+            return out + self._placed(self._resampler.resample(known_layout(frame)))
+        except av.FFmpegError:
+            self.damaged += 1
+            self._kind = self._resampler = None  # the next frame is where its own time stamp says
+            return out
 
     def flush(self) -> list[tuple[int, np.ndarray]]:
         """What the resampler still holds, at the end or before a jump."""
@@ -186,7 +192,7 @@ class Sound:
             found.append(f"the sound of {name} starts at {start_s:.2f} s: silence is used before")
         if self.finished and end_s < last_s - NOTABLE_S:
             found.append(f"the sound of {name} ends at {end_s:.2f} s of {last_s:.2f} s: silence is used after")
-        elif self._damaged:
+        elif self._damaged or self._placer.damaged:
             found.append(f"the sound of {name} is damaged: silence is used where it cannot be decoded")
         return found
 
@@ -215,11 +221,18 @@ def is_named(layout: av.AudioLayout) -> bool:
     return not layout.name.endswith(" channels")
 
 
+def is_ambisonic(layout: av.AudioLayout) -> bool:
+    return layout.name.startswith("ambisonic")
+
+
 def known_layout(frame: av.AudioFrame) -> av.AudioFrame:
-    """FFmpeg mixes only channels that it can name: unnamed ones ("6 channels") are averaged here, to mono."""
-    if is_named(frame.layout):
+    """FFmpeg mixes only channels of loudspeakers: unnamed ones ("6 channels") are averaged here, to mono, and of
+    ambisonic sound the first counts, which hears all directions alike (W)."""
+    ambisonic = is_ambisonic(frame.layout)
+    if is_named(frame.layout) and not ambisonic:
         return frame
     planar = av.AudioResampler(frame.format.planar).resample(frame)[0].to_ndarray()
+    planar = planar[:1] if ambisonic else planar
     full = 1.0 if planar.dtype.kind == "f" else 2.0 ** (8 * planar.itemsize - 1)
     zero = 128 if planar.dtype == np.uint8 else 0
     mono = ((planar.astype(np.float64) - zero) / full).mean(axis=0, keepdims=True)

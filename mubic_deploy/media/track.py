@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import av
 
-from mubic_deploy.media.sound import is_named, known_layout
+from mubic_deploy.media.sound import is_ambisonic, is_named, known_layout
 
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # what unnamed channels are taken for
 AAC_RATES = (32_000, 44_100, 48_000)
@@ -32,7 +32,8 @@ class SoundTrack:
         else:
             rate = context.sample_rate if context.sample_rate in AAC_RATES else 48_000
             self._stream = output.add_stream("aac", rate=rate, bit_rate=160_000)
-            self._stream.layout = "stereo" if named and count > 1 else "mono"
+            mixed = named and count > 1 and not is_ambisonic(context.layout)
+            self._stream.layout = "stereo" if mixed else "mono"
             self._packets = self._encode()
         self._next: av.Packet | None = None
         self._last_dts: int | None = None
