@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Protocol
 
 import av
@@ -15,9 +14,10 @@ import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
 from mubic_deploy.errors import UserError
-from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video, is_file
+from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
+from mubic_deploy.media.source import comes_once, is_file
 
 STDIN = "-"
 STRAY_S = 1.0  # by which time stamps may go back
@@ -223,7 +223,7 @@ class LiveSource:
 def open_source(source: str, realtime: bool = False) -> FileSource | LiveSource:
     """A file as such, everything else as live. UserError if there is nothing in it, or realtime asked of what is."""
     device = source.startswith("/dev/")
-    if source != STDIN and is_file(source) and not device and not Path(source).is_fifo():
+    if source != STDIN and is_file(source) and not device and not comes_once(source):
         return FileSource(source, realtime)
     if realtime:
         raise UserError(f"--realtime is for files: {source} comes in its own time already")

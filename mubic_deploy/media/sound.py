@@ -8,6 +8,7 @@ import av
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
+from mubic_deploy.media.source import demux, open_container
 
 SHORTEST = SAMPLE_RATE // 80  # samples that a block has on average, at least
 JOINED = SAMPLE_RATE // 10  # samples of a block up to which what goes on from it is joined to it
@@ -139,8 +140,8 @@ class Sound:
     """The first sound track of `source`, in bounded memory: excerpts must be asked for in increasing time."""
 
     def __init__(self, source: str, name: str) -> None:
-        self._name = name
-        self._container = av.open(source)
+        self._source, self._name = source, name
+        self._container = open_container(source)
         self._stream = self._container.streams.audio[0]
         self._frames = self._decode()
         self._blocks = Blocks()
@@ -197,7 +198,7 @@ class Sound:
         return found
 
     def _decode(self) -> Iterator[av.AudioFrame]:
-        packets = self._container.demux(self._stream)
+        packets = demux(self._container, self._stream, self._source)
         while True:
             try:
                 packet = next(packets)

@@ -9,6 +9,7 @@ from contextlib import suppress
 import av
 
 from mubic_deploy.media.sound import is_ambisonic, is_named, known_layout
+from mubic_deploy.media.source import demux, open_container
 
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # what unnamed channels are taken for
 AAC_RATES = (32_000, 44_100, 48_000)
@@ -18,8 +19,8 @@ class SoundTrack:
     """The first sound track of `source`, muxed into `output` step by step beside the pictures."""
 
     def __init__(self, source: str, output: av.container.OutputContainer) -> None:
-        self._output = output
-        self._container = av.open(source)
+        self._source, self._output = source, output
+        self._container = open_container(source)
         self._template = self._container.streams.audio[0]
         context = self._template.codec_context
         named, count = is_named(context.layout), context.layout.nb_channels
@@ -53,7 +54,7 @@ class SoundTrack:
 
     def _demux(self) -> Iterator[av.Packet[av.AudioStream]]:
         try:
-            yield from self._container.demux(self._template)
+            yield from demux(self._container, self._template, self._source)
         except av.FFmpegError:  # the file is damaged from here on; the prediction warns of it
             return
 
