@@ -18,9 +18,11 @@ from films import COLOURS, bunny, corners, frame_times, quadrants, write_film
 
 from mubic_deploy.config import DEMO, FULL
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.source import FileSource
 from mubic_deploy.media.clips import read_clips
 from mubic_deploy.media.film import Film, Resizer
 from mubic_deploy.media.fit import BAR
+from mubic_deploy.media.sound import Sound
 
 TIMES = frame_times(25, 20)
 UPRIGHT = [["red", "green"], ["blue", "yellow"]]
@@ -213,6 +215,26 @@ def test_damage_inside_a_film_is_said(tmp_path):
     assert film.warnings == [
         "film.mp4 is damaged: 1 part(s) of its pictures could not be decoded; the last frame read is at 2.36 s"
     ]
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_films_that_were_joined_byte_by_byte_are_refused(tmp_path, heard):
+    """The second one's clock begins anew: to go on by ticks would give all its clips one excerpt of sound. `stream`
+    says the same, and so does the sound alone, whose clock goes back elsewhere in the file."""
+    sound = np.zeros((1, 48_000 * 2), np.float32) if heard else None
+    part = write_film(tmp_path / "a.ts", frame_times(25, 50), quadrants(48, 80), sound=sound, codec="aac")
+    path = tmp_path / "joined.ts"
+    path.write_bytes(part.read_bytes() * 2)
+    said = r"joined\.ts: its time stamps go back from \d\.\d\d s to -?0\.\d\d s, .*ffmpeg -i \S*joined\.ts -c copy"
+    with pytest.raises(UserError, match=said), Film(path) as film:
+        list(read_clips(film, DEMO))
+    with pytest.raises(UserError, match=said), Film(path) as film:
+        list(film.frames())
+    with pytest.raises(UserError, match=said), FileSource(str(path)) as source:
+        list(source.items())
+    if heard:
+        with pytest.raises(UserError, match=said):
+            Sound(str(path), "joined.ts").excerpt(10.0)
 
 
 def test_memory_does_not_grow(tmp_path, monkeypatch):

@@ -17,10 +17,9 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
-from mubic_deploy.media.source import comes_once, is_file
+from mubic_deploy.media.source import STRAY_S, comes_once, is_file
 
 STDIN = "-"
-STRAY_S = 1.0  # by which time stamps may go back
 _PAUSE_S = 1.0  # before an address is opened again
 _LIVE = ("rtsp://", "rtmp://", "udp://", "rtp://", "srt://")  # these come back after they broke off
 

@@ -16,7 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Sound
-from mubic_deploy.media.source import Source, comes_once, demux, open_container
+from mubic_deploy.media.source import STRAY_S, Source, comes_once, demux, open_container, went_back
 
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
 MISSING_S = 0.25  # an end this much too early is worth a warning
@@ -79,13 +79,15 @@ class Film:
     def frames(self) -> Iterator[Frame]:
         """All frames in display order, once. Times are seconds of the film's own clock, strictly increasing.
 
-        UserError after the last one if the container promises more."""
+        UserError where that clock goes back, and after the last frame if the container promises more."""
         previous: Frame | None = None
         for index, image in enumerate(self._images()):
             pts = image.pts
             if previous is not None:
                 last = previous.image.pts
                 assert last is not None
+                if pts is not None and (last - pts) * self.time_base > STRAY_S:
+                    raise went_back(self.source, previous.time_s, float(pts * self.time_base))
                 step = max(1, round(1 / (self.rate * self.time_base)))
                 pts = last + step if pts is None else max(pts, last + 1)
             image.pts, image.time_base = pts or 0, self.time_base

@@ -8,7 +8,7 @@ import av
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
-from mubic_deploy.media.source import demux, open_container
+from mubic_deploy.media.source import STRAY_S, demux, open_container, went_back
 
 SHORTEST = SAMPLE_RATE // 80  # samples that a block has on average, at least
 JOINED = SAMPLE_RATE // 10  # samples of a block up to which what goes on from it is joined to it
@@ -91,24 +91,24 @@ class Placer:
         self.end_s = 0.0
         self._resampler: av.AudioResampler | None = None
         self._kind: tuple[str, str, int] | None = None
-        self._next_s = 0.0  # when the next decoded frame should start
+        self.next_s = 0.0  # when the next decoded frame should start
 
     def push(self, frame: av.AudioFrame) -> list[tuple[int, np.ndarray]]:
         """The next decoded frame -> (first sample, float32 [n]) of what came out of the resampler."""
         if not frame.samples or not frame.sample_rate:
             return []
         out = []
-        time_s = self._next_s if frame.time is None else frame.time
+        time_s = self.next_s if frame.time is None else frame.time
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if kind != self._kind or abs(time_s - self._next_s) > JUMP_S:
+        if kind != self._kind or abs(time_s - self.next_s) > JUMP_S:
             out = self.flush()
-            self._kind, self._next_s = kind, time_s
+            self._kind, self.next_s = kind, time_s
             self.position = round(time_s * SAMPLE_RATE)
             self._resampler = resampler()
         if self.start_s is None:
             self.start_s = time_s
-        self._next_s += frame.samples / frame.sample_rate
-        self.end_s = max(self.end_s, self._next_s)
+        self.next_s += frame.samples / frame.sample_rate
+        self.end_s = max(self.end_s, self.next_s)
         frame.pts = None  # placed here; the resampler must not compensate
         assert self._resampler is not None
         try:
@@ -165,11 +165,17 @@ class Sound:
 
     def read(self) -> list[tuple[int, np.ndarray]]:
         """What is decoded next: (first sample, float32 [n]) of each piece. Where time stamps go back, what is known
-        already counts, and only what is new comes. `finished` is set at the end."""
+        already counts, and only what is new comes. `finished` is set at the end. UserError if they go back further
+        than STRAY_S."""
         frame = next(self._frames, None)
         if frame is None:
             self.finished = True
-        pieces = self._placer.flush() if frame is None else self._placer.push(frame)
+            pieces = self._placer.flush()
+        else:
+            last_s = None if self._placer.start_s is None else self._placer.next_s
+            if last_s is not None and frame.time is not None and frame.time < last_s - STRAY_S:
+                raise went_back(self._source, last_s, frame.time)
+            pieces = self._placer.push(frame)
         new = []
         for at, samples in pieces:
             known = 0 if self._end is None else max(0, self._end - at)

@@ -13,6 +13,7 @@ from mubic_deploy.errors import UserError
 
 Source = str | os.PathLike[str]
 PATIENCE_S = 30.0  # that an address may take to open, and for each packet
+STRAY_S = 1.0  # by which time stamps may go back; more is another clock
 Stream = TypeVar("Stream", av.VideoStream, av.AudioStream)
 
 
@@ -41,6 +42,15 @@ def demux(container: av.container.InputContainer, stream: Stream, source: str) -
         yield from container.demux(stream)
     except av.error.ExitError as error:
         raise _silent(source) from error
+
+
+def went_back(source: str, at_s: float, to_s: float) -> UserError:
+    """For a film with a clock that begins anew: pictures and sound do it at different places, so that what belongs
+    together after it is not known here."""
+    return UserError(
+        f"{source}: its time stamps go back from {at_s:.2f} s to {to_s:.2f} s, as where films were joined: give it one "
+        f"clock with ffmpeg -i {source} -c copy JOINED.mkv"
+    )
 
 
 def _silent(source: str) -> UserError:
