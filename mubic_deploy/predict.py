@@ -16,12 +16,13 @@ import av
 from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.clips import Clip, Clipper
-from mubic_deploy.media.film import Film, Frame, Source, is_file
+from mubic_deploy.media.film import Film, Frame
 from mubic_deploy.media.fit import FITS
 from mubic_deploy.media.maps import FilmMap, MapsWriter
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
 from mubic_deploy.media.sheet import ContactSheet
+from mubic_deploy.media.source import Source, is_file
 from mubic_deploy.pipeline import Predictor
 
 Target = str | os.PathLike[str]
@@ -199,4 +200,5 @@ def naming(kind: str, target: Path) -> Iterator[None]:
         yield
     except (OSError, av.FFmpegError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise UserError(f"{kind} {target} cannot be written ({reason}): check the disk") from error
+        remedy = "check the disk" if isinstance(error, OSError) else "write it as .mkv, or convert the film first"
+        raise UserError(f"{kind} {target} cannot be written ({reason}): {remedy}") from error

@@ -70,6 +70,7 @@ def write_film(
     rate: int = 48_000,
     layout: str | None = None,
     codec: str = "pcm_s16le",
+    codec_options: dict[str, str] | None = None,
     rotation: int = 0,
     hflip: bool = False,
     sar: Fraction | None = None,
@@ -94,7 +95,7 @@ def write_film(
             stream.set_display_rotation(rotation, hflip=hflip)
         track: Any = None
         if sound is not None:
-            track = output.add_stream(codec, rate=rate)
+            track = output.add_stream(codec, rate=rate, options=codec_options)
             track.layout = layout or {1: "mono", 2: "stereo", 6: "5.1"}[len(sound)]
             track.time_base = Fraction(1, rate)
         for i, time in enumerate(times):

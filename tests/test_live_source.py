@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import subprocess
 import sys
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -141,6 +143,21 @@ def test_an_address_that_breaks_off_and_comes_back(tmp_path: Path) -> None:
     times = [i.time_s for i in items if isinstance(i, Frame)]
     assert sum(b <= a for a, b in itertools.pairwise(times)) == 1
     assert f"{address} broke off and did not come back within 8 s" in source.warnings
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.ts", frame_times(25, 40), DARK, sound=click(0.5, 2), codec="aac")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(path.read_bytes()))
+    writer.start()
+    source = open_source(str(pipe))
+    assert isinstance(source, LiveSource)
+    frames, pieces, _ = kinds(list(source.items()))
+    source.close()
+    writer.join()
+    assert frames == 40
+    assert pieces > 50
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,9 +18,11 @@ from films import COLOURS, bunny, corners, frame_times, quadrants, write_film
 
 from mubic_deploy.config import DEMO, FULL
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.source import FileSource
 from mubic_deploy.media.clips import read_clips
 from mubic_deploy.media.film import Film, Resizer
 from mubic_deploy.media.fit import BAR
+from mubic_deploy.media.sound import Sound
 
 TIMES = frame_times(25, 20)
 UPRIGHT = [["red", "green"], ["blue", "yellow"]]
@@ -210,6 +217,26 @@ def test_damage_inside_a_film_is_said(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("heard", [True, False])
+def test_films_that_were_joined_byte_by_byte_are_refused(tmp_path, heard):
+    """The second one's clock begins anew: to go on by ticks would give all its clips one excerpt of sound. `stream`
+    says the same, and so does the sound alone, whose clock goes back elsewhere in the file."""
+    sound = np.zeros((1, 48_000 * 2), np.float32) if heard else None
+    part = write_film(tmp_path / "a.ts", frame_times(25, 50), quadrants(48, 80), sound=sound, codec="aac")
+    path = tmp_path / "joined.ts"
+    path.write_bytes(part.read_bytes() * 2)
+    said = r"joined\.ts: its time stamps go back from \d\.\d\d s to -?0\.\d\d s, .*ffmpeg -i \S*joined\.ts -c copy"
+    with pytest.raises(UserError, match=said), Film(path) as film:
+        list(read_clips(film, DEMO))
+    with pytest.raises(UserError, match=said), Film(path) as film:
+        list(film.frames())
+    with pytest.raises(UserError, match=said), FileSource(str(path)) as source:
+        list(source.items())
+    if heard:
+        with pytest.raises(UserError, match=said):
+            Sound(str(path), "joined.ts").excerpt(10.0)
+
+
 def test_memory_does_not_grow(tmp_path, monkeypatch):
     """What a reader holds after 600 frames is what it held after 100: windows of small frames and a second of sound."""
     from mubic_deploy.media.clips import Clipper
@@ -246,6 +273,50 @@ def test_the_real_clip():
     start = round(2.0 * 16_000) - 8304
     clip = next(c for c in clips if c.time_s == 2.08)
     np.testing.assert_allclose(clip.audio, whole[start + 1280 : start + 1280 + 16_608], atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["pipe", "link", "/dev/null", "pipe:0"])
+def test_what_comes_once_is_refused(tmp_path, source):
+    """A film is opened for its pictures, its sound and the overlay's sound: each would take a part of a pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    path = str(tmp_path / source) if source in ("pipe", "link") else source
+    with pytest.raises(UserError) as caught:
+        Film(path)
+    refusal = "is a pipe or a device, which can be read only once: save it to a file, or use mubic-deploy stream"
+    assert str(caught.value) == f"{path} {refusal}"
+
+
+@contextmanager
+def falling_silent(*parts: bytes) -> Iterator[str]:
+    """An address that sends the first of `parts` to whoever comes first, and so on, and stays silent then."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for part in parts:
+                connections.append(server.accept()[0])
+                connections[-1].sendall(part)
+
+        connections: list[socket.socket] = []
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/film.mkv"
+        for connection in connections:
+            connection.close()
+
+
+@pytest.mark.parametrize("silent", ["at once", "in the middle", "sound", "sound in the middle"])
+def test_an_address_that_falls_silent(tmp_path, monkeypatch, silent):
+    monkeypatch.setattr("mubic_deploy.media.source.PATIENCE_S", 0.5)
+    noise = np.random.default_rng(0).integers(0, 255, (100, 48, 80, 3), np.uint8)
+    sound = np.zeros((1, 48_000 * 4), np.float32)
+    data = write_film(tmp_path / "film.mkv", frame_times(25, 100), lambda i: noise[i], sound=sound).read_bytes()
+    whole = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    half = whole[: len(whole) // 2]
+    parts = {"at once": [b""], "in the middle": [half, whole], "sound": [whole, b""]}
+    with falling_silent(*parts.get(silent, [whole, half])) as address:
+        with pytest.raises(UserError) as caught, Film(address) as film:
+            list(read_clips(film, DEMO))
+        assert str(caught.value) == f"{address} sent too little for 0.5 s: check it, or save it to a file first"
 
 
 def nothing(path: Path) -> None:

@@ -67,6 +67,9 @@ def test_matroska_is_within_its_rounding(tmp_path):
         ("film.mkv", "aac", "out.mov", True),
         ("film.mkv", "pcm_s16le", "out.mp4", True),  # unnamed channels, which MP4 wants named
         ("film.mkv", "wavpack", "out.mp4", False),
+        ("film.mkv", "flac", "out.mp4", True),
+        ("film.mkv", "flac", "out.mov", False),
+        ("film.mkv", "libopus", "out.mov", False),
     ],
 )
 def test_sound_is_copied_or_encoded(tmp_path, source, codec, target, copied):
@@ -313,6 +316,13 @@ def test_contact_sheet_picture(tmp_path):
     assert 0.4 < image.shape[0] / image.shape[1] < 0.9
     red = (np.abs(image.astype(int) - (220, 20, 20)).sum(-1) < 30).mean()
     assert red > 0.08  # half of the pictures are plain frames, a quarter of each is red
+
+
+def test_contact_sheet_of_a_name_with_dollars(tmp_path):
+    """matplotlib would read the name as a formula, and this one as a broken one."""
+    path = write_film(tmp_path / "a$b_$c.mkv", frame_times(25, 20), GREY)
+    predict_film(Brightness(), path, maps=tmp_path / "m.npz", contact_sheet=tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(

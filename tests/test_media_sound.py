@@ -7,12 +7,14 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from films import check_flash_and_click, click, flash_and_click, frame_times, write_film
+from films import Brightness, check_flash_and_click, click, flash_and_click, frame_times, write_film
 
 from mubic_deploy.config import AUDIO_SAMPLES, DEMO
+from mubic_deploy.live.source import Heard, LiveSource
 from mubic_deploy.media.clips import read_clips
 from mubic_deploy.media.film import Film
 from mubic_deploy.media.sound import Placer, Sound, excerpt_start
+from mubic_deploy.predict import predict_film
 
 MIDDLE = AUDIO_SAMPLES // 2
 BLACK = np.zeros((36, 64, 3), np.uint8)
@@ -137,6 +139,43 @@ def test_unnamed_channels_are_averaged(tmp_path):
     sound = np.stack([np.full(96_000, v, np.float32) for v in (0.9, 0.3, 0.0)])
     path = write_film(tmp_path / "film.mkv", frame_times(25, 50), BLACK, sound=sound, layout="3 channels")
     assert Sound(str(path), "film.mkv").excerpt(1.0)[MIDDLE] == pytest.approx(0.4, abs=0.01)
+
+
+def ambisonic(path):
+    """Opus of first order: the omnidirectional channel is a sine of 0.5, the directions are -0.4 of that."""
+    tone = (0.5 * np.sin(np.arange(96_000) * 0.06)).astype(np.float32)
+    sound = np.stack([tone, *[-0.4 * tone] * 3])
+    options = {"layout": "ambisonic 1", "codec": "libopus", "codec_options": {"mapping_family": "2"}}
+    return write_film(path, frame_times(25, 50), BLACK, sound=sound, **options)
+
+
+def test_ambisonic_sound_is_its_omnidirectional_channel(tmp_path):
+    audio = Sound(str(ambisonic(tmp_path / "film.mkv")), "film.mkv").excerpt(1.0)
+    assert np.abs(audio[1000:-1000]).max() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(("target", "codec", "layout"), [("o.mkv", "opus", "ambisonic 1"), ("o.mov", "aac", "mono")])
+def test_ambisonic_sound_in_the_overlay(tmp_path, target, codec, layout):
+    predict_film(Brightness(), ambisonic(tmp_path / "film.mkv"), overlay=tmp_path / target)
+    with av.open(tmp_path / target) as container:
+        stream = container.streams.audio[0]
+        assert (stream.codec_context.name, stream.layout.name) == (codec, layout)
+        heard = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
+    assert np.abs(heard[24_000:72_000]).max() == pytest.approx(0.5, abs=0.03)
+
+
+def test_sound_that_cannot_be_mixed_is_silence(tmp_path, monkeypatch):
+    """Left to FFmpeg, ambisonic sound is such."""
+    path = ambisonic(tmp_path / "film.mkv")
+    monkeypatch.setattr("mubic_deploy.media.sound.known_layout", lambda frame: frame)
+    with Film(path) as film:
+        clips = list(read_clips(film, DEMO))
+    assert not np.any([clip.audio for clip in clips])
+    assert film.warnings == ["the sound of film.mkv is damaged: silence is used where it cannot be decoded"]
+    live = LiveSource(str(path))
+    assert not any(isinstance(item, Heard) for item in live.items())
+    live.close()
+    assert live.warnings == [f"{path}: 101 part(s) could not be decoded"]
 
 
 def test_click_helper_is_where_it_says():

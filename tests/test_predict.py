@@ -175,6 +175,16 @@ def test_a_disk_that_fills_up(film, out, monkeypatch):
     assert names(out) == []
 
 
+def test_what_the_container_refuses_is_no_fault_of_the_disk(film, out, monkeypatch):
+    def refused(*_):
+        raise av.error.ArgumentError(22, "Invalid argument")
+
+    monkeypatch.setattr("mubic_deploy.media.overlay.OverlayWriter.add_map", refused)
+    with pytest.raises(UserError, match=r"o\.mov cannot be written \(Invalid argument\): write it as \.mkv"):
+        predict_film(Brightness(), film, overlay=out / "o.mov")
+    assert names(out) == []
+
+
 def test_needs_no_torch():
     """A client has neither PyTorch nor picture libraries; matplotlib is loaded only to draw."""
     code = "import sys, mubic_deploy.predict; print(sorted({'torch', 'cv2', 'PIL', 'matplotlib'} & set(sys.modules)))"

@@ -23,10 +23,11 @@ from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.settings import DROP, QUEUE
 from mubic_deploy.live.source import FileSource, Heard, LiveSource, open_source
 from mubic_deploy.live.window import Window
-from mubic_deploy.media.film import Frame, is_file
+from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import MapsWriter
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
+from mubic_deploy.media.source import is_file
 from mubic_deploy.predict import naming
 
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}

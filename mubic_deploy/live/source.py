@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Protocol
 
 import av
@@ -15,12 +14,12 @@ import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
 from mubic_deploy.errors import UserError
-from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video, is_file
+from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
+from mubic_deploy.media.source import STRAY_S, comes_once, is_file
 
 STDIN = "-"
-STRAY_S = 1.0  # by which time stamps may go back
 _PAUSE_S = 1.0  # before an address is opened again
 _LIVE = ("rtsp://", "rtmp://", "udp://", "rtp://", "srt://")  # these come back after they broke off
 
@@ -202,6 +201,7 @@ class LiveSource:
             yield Frame(index, float(image.pts * self.time_base), image)
             index += 1
         yield from (Heard(*piece) for piece in placer.flush())
+        self._damaged += placer.damaged
 
     def _decode(self) -> Iterator[av.VideoFrame | av.AudioFrame]:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]
@@ -222,7 +222,7 @@ class LiveSource:
 def open_source(source: str, realtime: bool = False) -> FileSource | LiveSource:
     """A file as such, everything else as live. UserError if there is nothing in it, or realtime asked of what is."""
     device = source.startswith("/dev/")
-    if source != STDIN and is_file(source) and not device and not Path(source).is_fifo():
+    if source != STDIN and is_file(source) and not device and not comes_once(source):
         return FileSource(source, realtime)
     if realtime:
         raise UserError(f"--realtime is for files: {source} comes in its own time already")

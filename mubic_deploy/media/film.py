@@ -16,8 +16,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Sound
+from mubic_deploy.media.source import STRAY_S, Source, comes_once, demux, open_container, went_back
 
-Source = str | os.PathLike[str]
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
 MISSING_S = 0.25  # an end this much too early is worth a warning
 
@@ -79,13 +79,15 @@ class Film:
     def frames(self) -> Iterator[Frame]:
         """All frames in display order, once. Times are seconds of the film's own clock, strictly increasing.
 
-        UserError after the last one if the container promises more."""
+        UserError where that clock goes back, and after the last frame if the container promises more."""
         previous: Frame | None = None
         for index, image in enumerate(self._images()):
             pts = image.pts
             if previous is not None:
                 last = previous.image.pts
                 assert last is not None
+                if pts is not None and (last - pts) * self.time_base > STRAY_S:
+                    raise went_back(self.source, previous.time_s, float(pts * self.time_base))
                 step = max(1, round(1 / (self.rate * self.time_base)))
                 pts = last + step if pts is None else max(pts, last + 1)
             image.pts, image.time_base = pts or 0, self.time_base
@@ -108,7 +110,7 @@ class Film:
             yield self._upright(image)
 
     def _decode(self) -> Iterator[av.VideoFrame]:
-        packets = self._container.demux(self._stream)
+        packets = demux(self._container, self._stream, self.source)
         while True:
             try:
                 packet = next(packets)
@@ -242,16 +244,16 @@ class Resizer:
         )
 
 
-def is_file(source: Source) -> bool:
-    """False for a URL."""
-    return "://" not in os.fspath(source)
-
-
 def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     try:
-        if is_file(source) and Path(source).is_file() and not Path(source).stat().st_size:
+        if comes_once(source):
+            raise UserError(
+                f"{source} is a pipe or a device, which can be read only once: save it to a file, or use "
+                "mubic-deploy stream"
+            )
+        if Path(source).is_file() and not Path(source).stat().st_size:
             raise UserError(f"{name} is empty (0 bytes): get the film again")
-        container = av.open(source)
+        container = open_container(source)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{source} does not exist: check the path") from error
     except IsADirectoryError as error:

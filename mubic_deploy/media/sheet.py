@@ -65,7 +65,8 @@ def draw_sheet(path: Path, name: str, pairs: list[tuple[float, np.ndarray, np.nd
     block = label + 2 * tall + gap
     size = (2 * margin + columns * cell + (columns - 1) * gap, title + margin + rows * (block + gap))
     figure = Figure(figsize=size, dpi=128, facecolor="white")
-    figure.text(margin / size[0], 1 - 0.6 * title / size[1], name, fontsize=11, weight="bold", va="center")
+    heading = figure.text(margin / size[0], 1 - 0.6 * title / size[1], name, fontsize=11, weight="bold", va="center")
+    heading.set_parse_math(False)  # a $ in a name is a $
     for i, (time_s, image, saliency) in enumerate(pairs):
         left = margin + i % columns * (cell + gap)
         top = size[1] - title - i // columns * (block + gap)

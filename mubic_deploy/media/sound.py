@@ -8,6 +8,7 @@ import av
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
+from mubic_deploy.media.source import STRAY_S, demux, open_container, went_back
 
 SHORTEST = SAMPLE_RATE // 80  # samples that a block has on average, at least
 JOINED = SAMPLE_RATE // 10  # samples of a block up to which what goes on from it is joined to it
@@ -85,31 +86,37 @@ class Placer:
 
     def __init__(self) -> None:
         self.position = 0  # where the next resampled sample belongs
+        self.damaged = 0  # frames that FFmpeg cannot mix
         self.start_s: float | None = None
         self.end_s = 0.0
         self._resampler: av.AudioResampler | None = None
         self._kind: tuple[str, str, int] | None = None
-        self._next_s = 0.0  # when the next decoded frame should start
+        self.next_s = 0.0  # when the next decoded frame should start
 
     def push(self, frame: av.AudioFrame) -> list[tuple[int, np.ndarray]]:
         """The next decoded frame -> (first sample, float32 [n]) of what came out of the resampler."""
         if not frame.samples or not frame.sample_rate:
             return []
         out = []
-        time_s = self._next_s if frame.time is None else frame.time
+        time_s = self.next_s if frame.time is None else frame.time
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if kind != self._kind or abs(time_s - self._next_s) > JUMP_S:
+        if kind != self._kind or abs(time_s - self.next_s) > JUMP_S:
             out = self.flush()
-            self._kind, self._next_s = kind, time_s
+            self._kind, self.next_s = kind, time_s
             self.position = round(time_s * SAMPLE_RATE)
             self._resampler = resampler()
         if self.start_s is None:
             self.start_s = time_s
-        self._next_s += frame.samples / frame.sample_rate
-        self.end_s = max(self.end_s, self._next_s)
+        self.next_s += frame.samples / frame.sample_rate
+        self.end_s = max(self.end_s, self.next_s)
         frame.pts = None  # placed here; the resampler must not compensate
         assert self._resampler is not None
-        return out + self._placed(self._resampler.resample(known_layout(frame)))
+        try:
+            return out + self._placed(self._resampler.resample(known_layout(frame)))
+        except av.FFmpegError:
+            self.damaged += 1
+            self._kind = self._resampler = None  # the next frame is where its own time stamp says
+            return out
 
     def flush(self) -> list[tuple[int, np.ndarray]]:
         """What the resampler still holds, at the end or before a jump."""
@@ -133,8 +140,8 @@ class Sound:
     """The first sound track of `source`, in bounded memory: excerpts must be asked for in increasing time."""
 
     def __init__(self, source: str, name: str) -> None:
-        self._name = name
-        self._container = av.open(source)
+        self._source, self._name = source, name
+        self._container = open_container(source)
         self._stream = self._container.streams.audio[0]
         self._frames = self._decode()
         self._blocks = Blocks()
@@ -158,11 +165,17 @@ class Sound:
 
     def read(self) -> list[tuple[int, np.ndarray]]:
         """What is decoded next: (first sample, float32 [n]) of each piece. Where time stamps go back, what is known
-        already counts, and only what is new comes. `finished` is set at the end."""
+        already counts, and only what is new comes. `finished` is set at the end. UserError if they go back further
+        than STRAY_S."""
         frame = next(self._frames, None)
         if frame is None:
             self.finished = True
-        pieces = self._placer.flush() if frame is None else self._placer.push(frame)
+            pieces = self._placer.flush()
+        else:
+            last_s = None if self._placer.start_s is None else self._placer.next_s
+            if last_s is not None and frame.time is not None and frame.time < last_s - STRAY_S:
+                raise went_back(self._source, last_s, frame.time)
+            pieces = self._placer.push(frame)
         new = []
         for at, samples in pieces:
             known = 0 if self._end is None else max(0, self._end - at)
@@ -186,12 +199,12 @@ class Sound:
             found.append(f"the sound of {name} starts at {start_s:.2f} s: silence is used before")
         if self.finished and end_s < last_s - NOTABLE_S:
             found.append(f"the sound of {name} ends at {end_s:.2f} s of {last_s:.2f} s: silence is used after")
-        elif self._damaged:
+        elif self._damaged or self._placer.damaged:
             found.append(f"the sound of {name} is damaged: silence is used where it cannot be decoded")
         return found
 
     def _decode(self) -> Iterator[av.AudioFrame]:
-        packets = self._container.demux(self._stream)
+        packets = demux(self._container, self._stream, self._source)
         while True:
             try:
                 packet = next(packets)
@@ -215,11 +228,18 @@ def is_named(layout: av.AudioLayout) -> bool:
     return not layout.name.endswith(" channels")
 
 
+def is_ambisonic(layout: av.AudioLayout) -> bool:
+    return layout.name.startswith("ambisonic")
+
+
 def known_layout(frame: av.AudioFrame) -> av.AudioFrame:
-    """FFmpeg mixes only channels that it can name: unnamed ones ("6 channels") are averaged here, to mono."""
-    if is_named(frame.layout):
+    """FFmpeg mixes only channels of loudspeakers: unnamed ones ("6 channels") are averaged here, to mono, and of
+    ambisonic sound the first counts, which hears all directions alike (W)."""
+    ambisonic = is_ambisonic(frame.layout)
+    if is_named(frame.layout) and not ambisonic:
         return frame
     planar = av.AudioResampler(frame.format.planar).resample(frame)[0].to_ndarray()
+    planar = planar[:1] if ambisonic else planar
     full = 1.0 if planar.dtype.kind == "f" else 2.0 ** (8 * planar.itemsize - 1)
     zero = 128 if planar.dtype == np.uint8 else 0
     mono = ((planar.astype(np.float64) - zero) / full).mean(axis=0, keepdims=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from contextlib import suppress
 
 import av
 
-from mubic_deploy.media.sound import is_named, known_layout
+from mubic_deploy.media.sound import is_ambisonic, is_named, known_layout
+from mubic_deploy.media.source import demux, open_container
 
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # what unnamed channels are taken for
 AAC_RATES = (32_000, 44_100, 48_000)
@@ -16,12 +19,12 @@ class SoundTrack:
     """The first sound track of `source`, muxed into `output` step by step beside the pictures."""
 
     def __init__(self, source: str, output: av.container.OutputContainer) -> None:
-        self._output = output
-        self._container = av.open(source)
+        self._source, self._output = source, output
+        self._container = open_container(source)
         self._template = self._container.streams.audio[0]
         context = self._template.codec_context
         named, count = is_named(context.layout), context.layout.nb_channels
-        self.copied = context.codec.canonical_name in output.supported_codecs and (named or count in LAYOUTS)
+        self.copied = (named or count in LAYOUTS) and takes(output, self._template)
         if self.copied:
             self._stream = output.add_stream_from_template(self._template)
             if not named:  # MP4 refuses PCM without a layout
@@ -30,7 +33,8 @@ class SoundTrack:
         else:
             rate = context.sample_rate if context.sample_rate in AAC_RATES else 48_000
             self._stream = output.add_stream("aac", rate=rate, bit_rate=160_000)
-            self._stream.layout = "stereo" if named and count > 1 else "mono"
+            mixed = named and count > 1 and not is_ambisonic(context.layout)
+            self._stream.layout = "stereo" if mixed else "mono"
             self._packets = self._encode()
         self._next: av.Packet | None = None
         self._last_dts: int | None = None
@@ -50,7 +54,7 @@ class SoundTrack:
 
     def _demux(self) -> Iterator[av.Packet[av.AudioStream]]:
         try:
-            yield from self._container.demux(self._template)
+            yield from demux(self._container, self._template, self._source)
         except av.FFmpegError:  # the file is damaged from here on; the prediction warns of it
             return
 
@@ -72,3 +76,18 @@ class SoundTrack:
             for frame in frames:
                 yield from self._stream.encode(known_layout(frame))
         yield from self._stream.encode(None)
+
+
+def takes(output: av.container.OutputContainer, template: av.AudioStream) -> bool:
+    """Whether `output` holds the stream's packets as they are. Its list of codecs is not enough: MOV's names some that
+    only MP4 takes, so that a header is written, in memory."""
+    trial = av.open(io.BytesIO(), "w", format=output.format.name)
+    try:
+        trial.add_stream_from_template(template)
+        trial.start_encoding()
+    except (av.FFmpegError, ValueError):
+        return False
+    finally:
+        with suppress(av.FFmpegError):
+            trial.close()
+    return True

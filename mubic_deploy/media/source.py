@@ -1,0 +1,57 @@
+"""What a film is read from: a file, or an address that FFmpeg can read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import av
+
+from mubic_deploy.errors import UserError
+
+Source = str | os.PathLike[str]
+PATIENCE_S = 30.0  # that an address may take to open, and for each packet
+STRAY_S = 1.0  # by which time stamps may go back; more is another clock
+Stream = TypeVar("Stream", av.VideoStream, av.AudioStream)
+
+
+def is_file(source: Source) -> bool:
+    """False for a URL."""
+    return "://" not in os.fspath(source)
+
+
+def comes_once(source: str) -> bool:
+    """True for a pipe or a device: what was read of it is gone, and a film is opened several times."""
+    path = Path(source)
+    return source.startswith(("pipe:", "fd:")) or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def open_container(source: str) -> av.container.InputContainer:
+    """UserError if an address is silent; FFmpeg's own errors for everything else."""
+    try:
+        return av.open(source, timeout=None if is_file(source) else PATIENCE_S)
+    except av.error.ExitError as error:
+        raise _silent(source) from error
+
+
+def demux(container: av.container.InputContainer, stream: Stream, source: str) -> Iterator[av.Packet[Stream]]:
+    """The packets of `stream`. UserError if an address falls silent."""
+    try:
+        yield from container.demux(stream)
+    except av.error.ExitError as error:
+        raise _silent(source) from error
+
+
+def went_back(source: str, at_s: float, to_s: float) -> UserError:
+    """For a film with a clock that begins anew: pictures and sound do it at different places, so that what belongs
+    together after it is not known here."""
+    return UserError(
+        f"{source}: its time stamps go back from {at_s:.2f} s to {to_s:.2f} s, as where films were joined: give it one "
+        f"clock with ffmpeg -i {source} -c copy JOINED.mkv"
+    )
+
+
+def _silent(source: str) -> UserError:
+    return UserError(f"{source} sent too little for {PATIENCE_S:g} s: check it, or save it to a file first")
