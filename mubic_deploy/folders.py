@@ -54,9 +54,10 @@ def replacing(out: Path) -> Iterator[Path]:
             held.enter_context(_locked(fresh))
         try:
             yield fresh
-            if out.exists():
-                out.rename(old)
-            fresh.rename(out)
+            with _locked(out.parent, wait=True):  # nobody else takes its place between the two
+                if out.exists():
+                    out.rename(old)
+                fresh.rename(out)
         finally:
             if old.exists() and not out.exists():
                 old.rename(out)

@@ -45,6 +45,12 @@ class Server:
                 self.found.append(window)
         del self.on_their_way[:count]
 
+    def drain(self, at_once: int) -> None:
+        """Sends and answers until nothing is left."""
+        for _ in range(1000):
+            self.send()
+            self.answer(at_once)
+
     def lose(self) -> None:
         self.on_their_way.clear()
         self.stream, self.ended = None, False
@@ -122,9 +128,7 @@ def test_sound_far_ahead_of_its_frames(fps: float, stride: int) -> None:
         if i == 1000:
             server.lose()
     backlog.finish(0)
-    for _ in range(1000):
-        server.send()
-        server.answer(2)
+    server.drain(2)
     assert backlog.done
     assert [w.frame_index for w in server.found] == list(range(8, frames - 7, stride))
     for w in server.found:
@@ -144,9 +148,7 @@ def test_sound_of_another_clock_does_not_hold_windows_back() -> None:
         server.send()
         server.answer(2)
     backlog.finish(3)
-    for _ in range(50):
-        server.send()
-        server.answer(2)
+    server.drain(2)
     assert backlog.done
     assert [(w.frame_index, w.heard) for w in server.found] == [(i, 0) for i in range(8, 53, 4)]
 
@@ -166,9 +168,7 @@ def test_dropped_windows_are_not_computed() -> None:
         if i == 40:
             server.lose()
     backlog.finish(60 / 25)
-    for _ in range(500):
-        server.send()
-        server.answer(1)
+    server.drain(1)
     found = [w.frame_index for w in server.found]
     assert len(dropped) > 20
     assert sorted(found + dropped) == list(range(8, 53))
@@ -186,9 +186,7 @@ def test_late_sound() -> None:
         server.send()
         server.answer(2)
     backlog.finish(6)
-    for _ in range(500):
-        server.send()
-        server.answer(2)
+    server.drain(2)
     assert backlog.done
     assert [w.frame_index for w in server.found] == list(range(8, 143, 4))
     assert [w.heard == 1 for w in server.found[-4:-2]] == [True, True]
