@@ -24,8 +24,8 @@ from rich.table import Table
 
 from mubic_deploy import checkpoint
 from mubic_deploy.artifacts import sha256
-from mubic_deploy.commands import bar
 from mubic_deploy.config import VARIANTS
+from mubic_deploy.console import bar
 from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mubic_deploy import checkpoint
-from mubic_deploy.commands import bar
 from mubic_deploy.config import ADAPTIVE, DEFAULT_STEPS, DEMO_CHECKPOINT, MAX_STEPS
+from mubic_deploy.console import bar
 from mubic_deploy.engines import eager
 from mubic_deploy.pipeline import Pipeline, Predictor
 from mubic_deploy.training.clips import SHIFT_S, SOUNDS, Clips

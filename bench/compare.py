@@ -21,7 +21,7 @@ from bench import machine, results, text
 from bench.results import Results, Row
 from bench.timing import ratio
 from mubic_deploy.cli import number
-from mubic_deploy.commands import print_json, say, warn
+from mubic_deploy.console import print_json, say, warn
 from mubic_deploy.errors import UserError
 
 AT_LEAST = 1.02  # the ratio from which on a difference is worth a word, either way

@@ -20,7 +20,7 @@ from bench.groups import Group, first_of, group_charts, groups, reached, rooflin
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder
 from bench.timing import CONFIDENCE, WIDE, ratio
-from mubic_deploy.commands import bar, say
+from mubic_deploy.console import bar, say
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from bench import machine, timing
 from bench.results import FOLDER, LOOKS, Results
 from bench.sides import Context, Say
-from mubic_deploy.commands import bar, say, warn
 from mubic_deploy.config import CONFIGS
+from mubic_deploy.console import bar, say, warn
 from mubic_deploy.errors import UserError
 
 

@@ -20,14 +20,14 @@ WIDE = 0.05  # half of a confidence interval over its median, from which on a re
 STABLE = 0.05  # by how much two medians of WINDOW warm-up calls may differ
 WINDOW = 3
 SLOWER = 4  # times warm_up_s
-AT_LEAST = 5  # calls of a side, however slow it is
+AT_LEAST = 5  # calls of a side, however slow it is; and warm-up calls, before it counts as not settled
 
 
 @dataclass(frozen=True)
 class Rule:
     """When a side was timed often enough: after `repeats` calls or `seconds`, whichever comes first; short calls go on
     for `short_s` all the same. warm_up_s: the longest that a side may take to settle, or SLOWER times that if it is too
-    slow for 2 WINDOW calls within; quick: a look, for which suites try less."""
+    slow for 2 WINDOW calls within, or AT_LEAST calls; quick: a look, for which suites try less."""
 
     repeats: int = 30
     seconds: float = 20.0
@@ -189,7 +189,7 @@ def shuffled(calls: Mapping[str, int], seed: int) -> list[str]:
 def _warmed(timed: Callable[[], float], rule: Rule) -> tuple[list[float], bool]:
     """Seconds of the calls that it took to settle, and whether they did: WINDOW calls are like the WINDOW before; or,
     where fewer than 2 WINDOW could be made in the time, two calls are alike, of which none is the first, whose time is
-    that of loading and compiling too."""
+    that of loading and compiling too. Not before AT_LEAST calls is it said that they did not, however slow they are."""
     times = [timed(), timed()]
     while True:
         slow = len(times) < 2 * WINDOW and sum(times) > rule.warm_up_s
@@ -197,7 +197,7 @@ def _warmed(timed: Callable[[], float], rule: Rule) -> tuple[list[float], bool]:
         if len(times) >= (3 if slow else 2 * WINDOW) and _alike(times, window):
             return times, True
         longest = rule.warm_up_s * (SLOWER if slow else 1)
-        if sum(times) > longest and (len(times) > 2 or rule.quick):
+        if sum(times) > longest and (len(times) >= AT_LEAST or rule.quick):
             return times, False
         times.append(timed())
 

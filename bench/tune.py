@@ -31,8 +31,8 @@ from bench.sides import CLIPS, Context, asking, installed_engines
 from bench.suites.server import PROTOCOLS
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.cli import number, positive
-from mubic_deploy.commands import bar, say, warn
 from mubic_deploy.config import CONFIGS
+from mubic_deploy.console import bar, say, warn
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import SAMPLER

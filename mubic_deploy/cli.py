@@ -30,6 +30,7 @@ EXTRAS = {
 }  # else torch's
 HOMES = {
     **dict.fromkeys(("scenes", "listen", "train", "evaluate", "pack"), "mubic_deploy.training.commands"),
+    **dict.fromkeys(("serve", "repository", "demo"), "mubic_deploy.triton.commands"),
     "stream": "mubic_deploy.live.commands",
 }  # else commands
 CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"

@@ -3,63 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
+from mubic_deploy.console import bar, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
-from mubic_deploy.media.outputs import replacing
 from mubic_deploy.pipeline import ENGINES, Pipeline, Predictor
 from mubic_deploy.thesis import TABLE_4_3
 
 UNTRAINED = "the weights are random (seed {seed}): the maps show that the machinery runs, not where people look"
-DEMO_SCENE_SEED = 1001  # of the scenes that the shipped checkpoint is evaluated on
 
 CAPTURING = ("tensorrt", "aotinductor", "onnxruntime-cuda")  # engines that can replay CUDA graphs
 BUILT = {
     "tensorrt": ("plans that were built for this GPU", "mubic-deploy engines"),
     "aotinductor": ("packages that were compiled for this machine", "mubic-deploy compile"),
 }
-
-screen = Console()
-messages = Console(stderr=True)
-
-
-@contextlib.contextmanager
-def bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A progress bar on stderr; call what it gives with a text, the steps done and, if known, the steps in all."""
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    # without a terminal there is nobody to watch, and an error shall stay one line
-    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda text, done, total: progress.update(task, description=text, completed=done, total=total)
-
-
-def say(text: str) -> None:
-    """One line on stdout, as it is and at once, for whoever reads along through a pipe."""
-    screen.print(text, markup=False, highlight=False, soft_wrap=True)
-    screen.file.flush()
-
-
-def warn(texts: list[str]) -> None:
-    for text in texts:
-        messages.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
 
 
 def info(arguments: Namespace) -> int:
@@ -222,7 +188,7 @@ def untrained(seed: int | None) -> list[str]:
     return [] if seed is None else [UNTRAINED.format(seed=seed)]
 
 
-def _artifacts(arguments: Namespace, seed: int = 0) -> Artifacts:
+def artifacts_of(arguments: Namespace, seed: int = 0) -> Artifacts:
     """The folder that was named, or the cached export of the checkpoint; seed: of random weights."""
     if arguments.artifacts is not None:
         artifacts = Artifacts.open(arguments.artifacts)
@@ -263,7 +229,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
                 f"(make it with {command})"
             )
     elif engine != "eager":
-        given = _artifacts(arguments).path  # with a progress bar, if it must be exported
+        given = artifacts_of(arguments).path  # with a progress bar, if it must be exported
     source = given or arguments.checkpoint or DEMO_CHECKPOINT
     pipeline = Pipeline.open(source, engine, arguments.variant, cuda_graphs=not arguments.no_cuda_graphs)
     yield pipeline, untrained(pipeline.source["seed"])
@@ -307,141 +273,3 @@ def predict(arguments: Namespace) -> int:
         if path is not None:
             say(f"  {path}")
     return 0
-
-
-def _instances(arguments: Namespace, artifacts: Artifacts) -> dict[str, int]:
-    """--instances by model; what comes later counts."""
-    found: dict[str, int] = {}
-    for model, count in arguments.instances or []:
-        found |= dict.fromkeys(artifacts.signatures, count) if model is None else {model: count}
-    return found
-
-
-def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any]:
-    """What the command line says of a server on a CPU, for `write_repository`; what it does not say is left out."""
-    options = {
-        "engine": arguments.engine,
-        "threads": arguments.threads,
-        "instances": _instances(arguments, artifacts),
-        "max_batch": arguments.max_batch,
-        "queue_delay_us": arguments.queue_delay,
-        "call_denoiser": arguments.call_denoiser,
-    }
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def serve(arguments: Namespace) -> int:
-    """A Triton server in the foreground."""
-    import tempfile
-
-    from mubic_deploy.triton.repository import write_repository
-    from mubic_deploy.triton.server import TritonServer
-    from mubic_deploy.triton.server import serve as run_server
-
-    artifacts = _artifacts(arguments, arguments.seed)
-    with contextlib.ExitStack() as starting, tempfile.TemporaryDirectory(prefix="mubic-repository-") as folder:
-
-        def ready(server: TritonServer) -> None:
-            starting.close()
-            warn(untrained(artifacts.manifest["source"]["seed"]))
-            say(f"serving {artifacts.config.name} ({artifacts.config.variant}): gRPC {server.url}")
-            say(f"  HTTP {server.host}:{server.http_port}, metrics {server.host}:{server.metrics_port}/metrics")
-            say(f"  log {server.log}; stop with Ctrl-C")
-
-        starting.enter_context(messages.status("starting Triton"))
-        repository = Path(folder) / "models"
-        write_repository(artifacts, repository, **serving_options(arguments, artifacts))
-        run_server(
-            repository,
-            on_ready=ready,
-            host=arguments.host,
-            http_port=arguments.http_port,
-            grpc_port=arguments.grpc_port,
-            metrics_port=arguments.metrics_port,
-            log=arguments.log,
-        )
-    say("stopped")
-    return 0
-
-
-def repository(arguments: Namespace) -> int:
-    """A model repository, for a server of one's own."""
-    from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository, write_repository
-
-    options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
-    given = {name: value for name, value in options.items() if value is not None}
-    served = f"tritonserver --model-repository {arguments.out}"
-    if arguments.engine == "tensorrt":
-        from mubic_deploy.engines.tensorrt import Plans
-
-        if any(option is not None for option in (arguments.threads, arguments.max_batch, arguments.call_denoiser)):
-            raise UserError("--threads, --max-batch and --call-denoiser are for a CPU: leave them out")
-        if arguments.queue_delay is not None:
-            given["queue_delay_us"] = arguments.queue_delay
-        for model, count in arguments.instances or []:
-            if model is not None:
-                raise UserError(f"--instances {model}={count} is for a CPU: say how many of each engine, or --loops")
-            given["instances"] = count
-        plans = Plans.open(arguments.artifacts)
-        write_gpu_repository(plans, arguments.out, GpuSettings(**given))
-        if plans.manifest["version_compatible"]:
-            served += " --backend-config=tensorrt,version-compatible=true"
-    elif given:
-        raise UserError("--loops, --no-cuda-graphs and --no-warm-up are for --engine tensorrt")
-    else:
-        artifacts = Artifacts.open(arguments.artifacts)
-        write_repository(artifacts, arguments.out, **serving_options(arguments, artifacts))
-    say(f"{arguments.out}: serve it with {served}")
-    return 0
-
-
-def demo(arguments: Namespace) -> int:
-    """Export, serve, predict a rendered scene, or a film that was named, through the server, stop."""
-    from mubic_deploy.predict import check, predict_film
-    from mubic_deploy.triton.client import TritonPredictor
-    from mubic_deploy.triton.repository import write_repository
-    from mubic_deploy.triton.server import TritonServer
-
-    out: Path = arguments.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        film = arguments.video or str(_scene(out / "scene.mp4"))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
-    files = {"overlay": out / "overlay.mp4", "contact_sheet": out / "contact_sheet.png", "maps": out / "maps.npz"}
-    check(film, **files)
-    with bar("demo") as progress:
-        artifacts = exported.export(DEMO_CHECKPOINT, out / "graphs", progress=progress)
-        progress("starting Triton", 0, None)
-        write_repository(artifacts, out / "repository")
-        log = out / "tritonserver.log"
-        with TritonServer(out / "repository", http_port=0, grpc_port=0, metrics_port=0, log=log) as server:
-            with TritonPredictor(server.url) as predictor:
-                result = predict_film(
-                    predictor,
-                    film,
-                    overlay=files["overlay"],
-                    maps=files["maps"],
-                    contact_sheet=files["contact_sheet"],
-                    progress=lambda done, total: progress("predicting through Triton", done, total),
-                )
-            progress("stopping Triton", 1, 1)
-    warnings = untrained(artifacts.manifest["source"]["seed"]) + result.warnings
-    paths = {name: str(path) for name, path in files.items()} | {"graphs": str(artifacts.path), "log": str(log)}
-    if arguments.json:
-        print_json({"film": film, "maps": result.maps, "frames": result.frames, "warnings": warnings, "files": paths})
-        return 0
-    warn(warnings)
-    say(f"{result.maps} maps of {result.frames} frames of {Path(film).name}, through Triton:")
-    for name, path in paths.items():
-        say(f"  {name.replace('_', ' '):14} {path}")
-    return 0
-
-
-def _scene(path: Path) -> Path:
-    """A film that the demo checkpoint can make sense of, rendered anew: a scene that no training saw."""
-    from mubic_deploy.scenes.film import write_film
-
-    with replacing({"scene": path}) as staged:
-        write_film(staged["scene"], DEMO_SCENE_SEED)
-    return path

@@ -10,7 +10,7 @@ import pytest
 import torch
 from half_fixtures import TINY
 
-from bench import gpu, groups, machine, results, timing
+from bench import gpu, groups, machine, results, stages, timing
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.pipeline import Pipeline
@@ -39,7 +39,7 @@ def test_all_that_needs_no_gpu_is_measured(measured: results.Results) -> None:
     what = {row.what for row in measured.rows}
     assert what == {"whole", "parity", "waterfall", "batch", "visual_encoder", "audio_encoder", "fusion", "denoiser"}
     sides = [row.side for row in measured.rows if row.what == "waterfall"]
-    assert sides == [name for name, s in gpu.WATERFALL.items() if not (s.graphs or s.one)]
+    assert sides == [name for name, s in stages.WATERFALL.items() if not (s.graphs or s.one)]
     assert [row.axes["batch"] for row in measured.rows if row.what == "batch"] == [1, 3]
     assert {row.timing is None for row in measured.rows if row.what != "parity"} == {False}
     assert measured.limits.keys() == {"gemm_float32", "copy"}
@@ -53,7 +53,7 @@ def test_what_was_left_out_says_why(measured: results.Results) -> None:
 
 def test_the_stages_compute_the_same_maps(measured: results.Results) -> None:
     parity = {row.side: row.values for row in measured.rows if row.what == "parity"}
-    assert parity.keys() >= {*gpu.COMPETITORS, "channels_last", "eager FP32, torchvision's attention"}
+    assert parity.keys() >= {*stages.COMPETITORS, "channels_last", "eager FP32, torchvision's attention"}
     for side, values in parity.items():
         assert values["largest_difference"] < 0.02, side
     assert parity["eager FP32"]["largest_difference"] == 0
@@ -73,7 +73,7 @@ def test_gains_are_of_the_bar_before(measured: results.Results) -> None:
 def test_the_reference_is_in_fp32_whatever_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CLIPS", 1)
     run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
-    run.compare("eager FP16", gpu.build(gpu.HALF, TINY, "cpu"))
+    run.compare("eager FP16", stages.build(stages.HALF, TINY, "cpu"))
     assert 0 < run.results.row("parity", "eager FP16").values["largest_difference"] < 0.02
 
 
@@ -147,15 +147,15 @@ def test_nothing_is_exported_for_a_gpu_that_cannot_be_used(tmp_path: Path, monke
         gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path).other("ONNX Runtime CUDA", "onnxruntime-cuda")
 
 
-@pytest.mark.parametrize("name", gpu.COMPILED)
+@pytest.mark.parametrize("name", stages.COMPILED)
 def test_compiled_graphs_are_captured_by_us_alone(name: str) -> None:
     """Inductor's own CUDA graphs would free one graph's outputs at the call of the next."""
-    stage = gpu.COMPILED[name]
+    stage = stages.COMPILED[name]
     assert stage.mode is not None
     assert not torch._inductor.list_mode_options()[stage.mode].get("triton.cudagraphs")
-    pipeline = gpu.build(stage, TINY, "cpu")
+    pipeline = stages.build(stage, TINY, "cpu")
     assert isinstance(pipeline, Pipeline)
     for engine in pipeline.engines.values():
         graphed = engine.module  # type: ignore[attr-defined]
-        assert isinstance(graphed, gpu.Graphed)
+        assert isinstance(graphed, stages.Graphed)
         assert isinstance(graphed.module, torch._dynamo.OptimizedModule)

@@ -76,8 +76,9 @@ def test_what_does_not_settle_is_marked() -> None:
         ([90.0, 50.0, 51.0], 3, True),  # the first is never compared
         ([50.0, 50.0, 60.0, 61.0], 4, True),
         ([50.0, 50.0, 60.0, 70.0, 80.0, 90.0, 90.0], 6, False),  # 60 s and 80 s, by medians of three
-        ([150.0, 80.0, 90.0, 100.0], 4, False),  # over four times as long
-        ([400.0, 300.0, 200.0, 200.0], 3, False),  # the second must be compared, however long it takes
+        ([150.0, 80.0, 90.0, 100.0, 110.0], 5, False),  # over four times as long
+        ([400.0, 300.0, 200.0, 250.0, 300.0, 300.0], 5, False),  # however slow: at least five
+        ([400.0, 300.0, 200.0, 200.0], 4, True),
     ],
 )
 def test_sides_that_are_too_slow_for_six_calls(seconds: list[float], warm_ups: int, settled: bool) -> None:

@@ -17,9 +17,9 @@ from bench.results import Results
 from bench.tune import Setting, Space
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.cli import build_parser
-from mubic_deploy.commands import serving_options
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
+from mubic_deploy.triton.commands import serving_options
 from mubic_deploy.triton.repository import write_repository
 
 Pair = tuple[int, int]

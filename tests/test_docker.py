@@ -290,10 +290,12 @@ def test_serve_has_what_its_python_models_import_and_no_more() -> None:
 
 
 def test_engines_has_what_its_commands_import_and_no_more() -> None:
-    (commands_file,) = filter(None, [source("mubic_deploy.commands")])
-    body = ast.parse(commands_file.read_text()).body
-    called = [f for f in body if isinstance(f, ast.FunctionDef) and f.name in ("engines", "repository")]
-    first = ["mubic_deploy.cli", "mubic_deploy.commands"]
+    homes = {"engines": "mubic_deploy.commands", "repository": "mubic_deploy.triton.commands"}
+    files = {command: source(home) for command, home in homes.items()}
+    bodies = {command: ast.parse(file.read_text()).body for command, file in files.items() if file}
+    defined = {(command, f.name): f for command, body in bodies.items() for f in body if isinstance(f, ast.FunctionDef)}
+    called = [defined[command, command] for command in homes]
+    first = ["mubic_deploy.cli", *homes.values()]
     first += [name for f in called for name in imports(f)]
     first += imports(ast.parse((ROOT / "export" / "tensorrt_engines.py").read_text()))
     modules = reached(first, deep=("mubic_deploy.engines.cuda", "mubic_deploy.engines.tensorrt"))

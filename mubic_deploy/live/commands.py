@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from mubic_deploy.commands import bar, print_json, say, untrained, warn
+from mubic_deploy.commands import untrained
+from mubic_deploy.console import bar, print_json, say, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.measures import Measures, measure

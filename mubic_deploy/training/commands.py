@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from mubic_deploy.commands import bar, messages, predictor, print_json, say, screen, warn
+from mubic_deploy.commands import predictor
 from mubic_deploy.config import get_config
+from mubic_deploy.console import bar, messages, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.layout import CheckReport, Video, check, read_list
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings

@@ -1,0 +1,40 @@
+"""What the commands say: results on stdout, messages and progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+screen = Console()
+messages = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A progress bar on stderr; call what it gives with a text, the steps done and, if known, the steps in all."""
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    # without a terminal there is nobody to watch, and an error shall stay one line
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda text, done, total: progress.update(task, description=text, completed=done, total=total)
+
+
+def say(text: str) -> None:
+    """One line on stdout, as it is and at once, for whoever reads along through a pipe."""
+    screen.print(text, markup=False, highlight=False, soft_wrap=True)
+    screen.file.flush()
+
+
+def warn(texts: list[str]) -> None:
+    for text in texts:
+        messages.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

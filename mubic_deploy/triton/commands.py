@@ -1,0 +1,157 @@
+"""What the command line does with Triton: serve, repository, demo. Each function takes the parsed arguments and returns
+the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from mubic_deploy import exported
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.commands import artifacts_of, untrained
+from mubic_deploy.config import DEMO_CHECKPOINT
+from mubic_deploy.console import bar, messages, print_json, say, warn
+from mubic_deploy.errors import UserError
+from mubic_deploy.media.outputs import replacing
+
+DEMO_SCENE_SEED = 1001  # of the scenes that the shipped checkpoint is evaluated on
+
+
+def _instances(arguments: Namespace, artifacts: Artifacts) -> dict[str, int]:
+    """--instances by model; what comes later counts."""
+    found: dict[str, int] = {}
+    for model, count in arguments.instances or []:
+        found |= dict.fromkeys(artifacts.signatures, count) if model is None else {model: count}
+    return found
+
+
+def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any]:
+    """What the command line says of a server on a CPU, for `write_repository`; what it does not say is left out."""
+    options = {
+        "engine": arguments.engine,
+        "threads": arguments.threads,
+        "instances": _instances(arguments, artifacts),
+        "max_batch": arguments.max_batch,
+        "queue_delay_us": arguments.queue_delay,
+        "call_denoiser": arguments.call_denoiser,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def serve(arguments: Namespace) -> int:
+    """A Triton server in the foreground."""
+    import tempfile
+
+    from mubic_deploy.triton.repository import write_repository
+    from mubic_deploy.triton.server import TritonServer
+    from mubic_deploy.triton.server import serve as run_server
+
+    artifacts = artifacts_of(arguments, arguments.seed)
+    with contextlib.ExitStack() as starting, tempfile.TemporaryDirectory(prefix="mubic-repository-") as folder:
+
+        def ready(server: TritonServer) -> None:
+            starting.close()
+            warn(untrained(artifacts.manifest["source"]["seed"]))
+            say(f"serving {artifacts.config.name} ({artifacts.config.variant}): gRPC {server.url}")
+            say(f"  HTTP {server.host}:{server.http_port}, metrics {server.host}:{server.metrics_port}/metrics")
+            say(f"  log {server.log}; stop with Ctrl-C")
+
+        starting.enter_context(messages.status("starting Triton"))
+        repository = Path(folder) / "models"
+        write_repository(artifacts, repository, **serving_options(arguments, artifacts))
+        run_server(
+            repository,
+            on_ready=ready,
+            host=arguments.host,
+            http_port=arguments.http_port,
+            grpc_port=arguments.grpc_port,
+            metrics_port=arguments.metrics_port,
+            log=arguments.log,
+        )
+    say("stopped")
+    return 0
+
+
+def repository(arguments: Namespace) -> int:
+    """A model repository, for a server of one's own."""
+    from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository, write_repository
+
+    options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
+    given = {name: value for name, value in options.items() if value is not None}
+    served = f"tritonserver --model-repository {arguments.out}"
+    if arguments.engine == "tensorrt":
+        from mubic_deploy.engines.tensorrt import Plans
+
+        if any(option is not None for option in (arguments.threads, arguments.max_batch, arguments.call_denoiser)):
+            raise UserError("--threads, --max-batch and --call-denoiser are for a CPU: leave them out")
+        if arguments.queue_delay is not None:
+            given["queue_delay_us"] = arguments.queue_delay
+        for model, count in arguments.instances or []:
+            if model is not None:
+                raise UserError(f"--instances {model}={count} is for a CPU: say how many of each engine, or --loops")
+            given["instances"] = count
+        plans = Plans.open(arguments.artifacts)
+        write_gpu_repository(plans, arguments.out, GpuSettings(**given))
+        if plans.manifest["version_compatible"]:
+            served += " --backend-config=tensorrt,version-compatible=true"
+    elif given:
+        raise UserError("--loops, --no-cuda-graphs and --no-warm-up are for --engine tensorrt")
+    else:
+        artifacts = Artifacts.open(arguments.artifacts)
+        write_repository(artifacts, arguments.out, **serving_options(arguments, artifacts))
+    say(f"{arguments.out}: serve it with {served}")
+    return 0
+
+
+def demo(arguments: Namespace) -> int:
+    """Export, serve, predict a rendered scene, or a film that was named, through the server, stop."""
+    from mubic_deploy.predict import check, predict_film
+    from mubic_deploy.triton.client import TritonPredictor
+    from mubic_deploy.triton.repository import write_repository
+    from mubic_deploy.triton.server import TritonServer
+
+    out: Path = arguments.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        film = arguments.video or str(_scene(out / "scene.mp4"))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
+    files = {"overlay": out / "overlay.mp4", "contact_sheet": out / "contact_sheet.png", "maps": out / "maps.npz"}
+    check(film, **files)
+    with bar("demo") as progress:
+        artifacts = exported.export(DEMO_CHECKPOINT, out / "graphs", progress=progress)
+        progress("starting Triton", 0, None)
+        write_repository(artifacts, out / "repository")
+        log = out / "tritonserver.log"
+        with TritonServer(out / "repository", http_port=0, grpc_port=0, metrics_port=0, log=log) as server:
+            with TritonPredictor(server.url) as predictor:
+                result = predict_film(
+                    predictor,
+                    film,
+                    overlay=files["overlay"],
+                    maps=files["maps"],
+                    contact_sheet=files["contact_sheet"],
+                    progress=lambda done, total: progress("predicting through Triton", done, total),
+                )
+            progress("stopping Triton", 1, 1)
+    warnings = untrained(artifacts.manifest["source"]["seed"]) + result.warnings
+    paths = {name: str(path) for name, path in files.items()} | {"graphs": str(artifacts.path), "log": str(log)}
+    if arguments.json:
+        print_json({"film": film, "maps": result.maps, "frames": result.frames, "warnings": warnings, "files": paths})
+        return 0
+    warn(warnings)
+    say(f"{result.maps} maps of {result.frames} frames of {Path(film).name}, through Triton:")
+    for name, path in paths.items():
+        say(f"  {name.replace('_', ' '):14} {path}")
+    return 0
+
+
+def _scene(path: Path) -> Path:
+    """A film that the demo checkpoint can make sense of, rendered anew: a scene that no training saw."""
+    from mubic_deploy.scenes.film import write_film
+
+    with replacing({"scene": path}) as staged:
+        write_film(staged["scene"], DEMO_SCENE_SEED)
+    return path
