@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.results import Results, Row
-from bench.timing import Timing, ratio
+from bench.timing import Timing, ratio_in_run
 from mubic_deploy.engines import cpu
 
 DEFAULT = cpu.ENGINES[0]
@@ -68,11 +68,11 @@ class Outcome:
 
 
 def faster(side: str, than: str, what: str = "whole") -> Callable[[Results], Figure]:
-    """How many times faster a side is, by medians."""
+    """How many times faster a side is (see `ratio_in_run`)."""
 
     def of(results: Results) -> Figure:
         a, b = (_timing(results.row(what, name)) for name in (than, side))
-        measured, low, high = ratio(a, b)
+        measured, low, high = ratio_in_run(a, b)
         return Figure(measured, (low, high), a.settled and b.settled)
 
     return of

@@ -19,7 +19,7 @@ from bench.goals import NO, UNDECIDED, outcomes
 from bench.groups import Group, first_of, group_charts, groups, reached, roofline
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder
-from bench.timing import CONFIDENCE, WIDE, ratio
+from bench.timing import CONFIDENCE, WIDE, ratio_in_run
 from mubic_deploy.console import bar, say
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
@@ -224,7 +224,7 @@ def _times(group: Group, row: Row, compared: bool) -> list[str]:
     first = first_of(group, row)
     if first is row or first is None or first.timing is None:
         return [*cells, "1", "-"]
-    against, low, high = ratio(row.timing, first.timing)
+    against, low, high = ratio_in_run(row.timing, first.timing)
     return [*cells, f"{against:.3f}", f"{low:.3f} to {high:.3f}"]
 
 

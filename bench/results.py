@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import machine as here
 from bench.timing import Timing
+from mubic_deploy import strict_json
 from mubic_deploy.errors import UserError
 
 SCHEMA = 1
@@ -135,7 +136,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Whole or not at all; a file that is there is replaced. UserError if it cannot be written."""
-        text = json.dumps(_without_nan(self.to_json()), indent=1)
+        text = strict_json.dumps(self.to_json(), indent=1)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,14 +189,3 @@ def read_folder(folder: Path) -> dict[str, Results]:
     if not found:
         raise UserError(f"{folder} holds no results: measure with `bench run` first")
     return found
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return value

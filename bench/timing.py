@@ -118,6 +118,14 @@ def ratio(a: Timing, b: Timing) -> tuple[float, float, float]:
     return a.median / b.median, *interval(a.resampled(0) / b.resampled(1))
 
 
+def ratio_in_run(a: Timing, b: Timing) -> tuple[float, float, float]:
+    """Of two sides of one run: the `paired_ratio` of their k-th calls where both made as many, which were made
+    together, else as `ratio`."""
+    if len(a.samples) != len(b.samples) or a.rounds or b.rounds:
+        return ratio(a, b)
+    return paired_ratio(a.samples, b.samples)
+
+
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Median of a[i] over b[i], each pair measured together, and its bootstrap confidence interval: what changed from
     pair to pair, as a machine that is slow for a minute, is not in it."""
@@ -151,10 +159,12 @@ def measure(
     clock: Clock = wall,
     progress: Callable[[str, int, int], None] = lambda *_: None,
     seed: int = 0,
+    in_step: bool = False,
 ) -> dict[str, Timing]:
     """Times every side. Each is first called until it settles; then the calls of all of them follow in one random
     order, each side's spread evenly over the whole time, so that what the machine does meanwhile meets all alike.
 
+    in_step: each as often as the one that needs the most calls, so that the k-th calls of all are made together.
     `progress` hears a side's name, and how many calls of how many are done."""
     counts = dict.fromkeys(sides, 0)
 
@@ -169,13 +179,15 @@ def measure(
         progress(f"{name}, warming up", i, len(sides))
         warm[name], settled[name] = _warmed(lambda name=name: timed(name), rule)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in sides}
-    missing = {name: rule.calls(float(np.median(w[1:][-WINDOW:]))) for name, w in warm.items()}
+    wanted = {name: rule.calls(float(np.median(w[1:][-WINDOW:]))) for name, w in warm.items()}
+    missing = dict.fromkeys(wanted, max(wanted.values())) if in_step else wanted
     while plan := shuffled(missing, seed):
         for done, name in enumerate(plan):
             progress(name, done, len(plan))
             samples[name].append(timed(name))
         # of the sides that were quicker than their last warm-up calls
         missing = {name: max(0, rule.calls(sum(s) / len(s)) - len(s)) for name, s in samples.items()}
+        missing = dict.fromkeys(missing, max(missing.values())) if in_step else missing
     return {name: Timing(tuple(s), len(warm[name]), settled[name]) for name, s in samples.items()}
 
 

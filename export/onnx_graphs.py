@@ -83,11 +83,13 @@ def export(
     precision: str = FLOAT32,
     fixed_steps: int | None = None,
     optimisations: Collection[str] = (),
+    remedy: str = "choose another --out",
 ) -> tuple[Artifacts, Parity]:
     """All graphs of `model` and the manifest into `out`, which may hold an earlier export (it is replaced).
 
     precision: float32, or float16 under the policy of `mubic_deploy.model.precision`. fixed_steps: also the sampler,
     the loop of so many steps as one graph. optimisations: some of `config.OPTIMISATIONS`.
+    remedy: what to do where `out` cannot be written.
     UserError if `out` is something else, cannot be written, a graph differs from eager PyTorch in FP32, or an
     activation is too large for FP16."""
     out = Path(out)
@@ -99,7 +101,7 @@ def export(
         with replacing(out) as folder:
             parity = _export_into(folder, model, source, progress, precision, fixed_steps, optimisations)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): {remedy}") from None
     return Artifacts.open(out), parity
 
 

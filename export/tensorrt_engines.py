@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mubic_deploy.artifacts import Artifacts, describe, sha256
-from mubic_deploy.engines import cuda, onnxruntime
+from mubic_deploy.engines import cpu, cuda
 from mubic_deploy.engines.cuda import GPU
 from mubic_deploy.engines.tensorrt import FORMAT, MANIFEST, Plans, created, import_tensorrt, load_engines, logger
 from mubic_deploy.errors import UserError
@@ -124,7 +124,7 @@ def _build_into(
     def checked(clips: int) -> None:
         progress("checking against ONNX Runtime", len(graphs) + clips, total)
 
-    candidate, reference = load_engines(Plans.open(folder), cuda_graphs), onnxruntime.load_engines(artifacts)
+    candidate, reference = load_engines(Plans.open(folder), cuda_graphs), cpu.load_engines("onnxruntime", artifacts)
     said = "TensorRT's engines differ from ONNX Runtime on the same graphs"
     parity = compare(artifacts.config, reference, candidate, progress=checked, precision=artifacts.precision)
     parity.require(said)

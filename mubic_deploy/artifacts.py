@@ -102,9 +102,13 @@ class Folder:
     LAYOUT: ClassVar[Layout]
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """What is in `path`. UserError as for `Layout.read`."""
+    def open(cls, path: Path, variant: str | None = None) -> Self:
+        """What is in `path`. UserError as for `Layout.read`, or if `variant` is another one."""
         config, manifest = cls.LAYOUT.read(Path(path))
+        if variant not in (None, config.variant):
+            raise UserError(
+                f"{path} holds the variant {config.variant!r}, not {variant!r}: ask for none, or export that one"
+            )
         return cls(Path(path), config, manifest)
 
     def file(self, graph: str) -> Path:

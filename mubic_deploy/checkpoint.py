@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mubic_deploy.artifacts import sha256
-from mubic_deploy.config import CONFIGS, DEMO_CHECKPOINT, DEMO_FILE, Config, get_config
+from mubic_deploy.config import CHECKPOINTS, CONFIGS, DEMO_CHECKPOINT, DEMO_FILE, RANDOM, Config, get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing_file
 from mubic_deploy.model.mubic import MUBiC, random_model
@@ -66,15 +66,15 @@ def load(name: str, variant: str | None = None, seed: int = 0) -> tuple[MUBiC, S
         if variant not in (None, "full"):
             raise UserError(f"the demo checkpoint is the full model, not {variant!r}: use --checkpoint random:demo")
         return _load_file(DEMO_FILE, None), Source(name, sha256=sha256(DEMO_FILE))
-    if name.startswith("random:"):
-        size = name.removeprefix("random:")
+    if name.startswith(RANDOM):
+        size = name.removeprefix(RANDOM)
         if size not in CONFIGS:
-            raise UserError(f"unknown checkpoint {name!r}: use random:full, random:demo, demo or a .safetensors file")
+            raise UserError(f"unknown checkpoint {name!r}: use {CHECKPOINTS}")
         return random_model(get_config(size, variant or "full"), seed), Source(name, seed=seed)
     path = Path(name)
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
-        raise UserError(f"checkpoint {name} {what}: use random:full, random:demo, demo or a .safetensors file")
+        raise UserError(f"checkpoint {name} {what}: use {CHECKPOINTS}")
     return _load_file(path, variant), Source(name, sha256=sha256(path))
 
 

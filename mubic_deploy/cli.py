@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mubic_deploy.config import ADAPTIVE, CONFIGS, MAX_STEPS, OPTIMISATIONS, PRECISIONS, VARIANTS
+from mubic_deploy.config import ADAPTIVE, CONFIGS, DEFAULT_STEPS, MAX_STEPS, OPTIMISATIONS, PRECISIONS, VARIANTS
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW, WAITING
@@ -94,7 +94,8 @@ def _graphs(parser: argparse.ArgumentParser) -> None:
 
 
 def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
-    parser.add_argument("--steps", type=steps, metavar="N|adaptive", help="denoising steps, 1 to 12 (default 4)")
+    numbers = f"denoising steps, 1 to {MAX_STEPS} (default {DEFAULT_STEPS})"
+    parser.add_argument("--steps", type=steps, metavar="N|adaptive", help=numbers)
     parser.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
     parser.add_argument("--stride", type=positive, default=stride, help=f"frames between two maps (default {stride})")
     parser.add_argument("--fit", choices=FITS, default="letterbox", help="how frames meet the model's size")
@@ -117,8 +118,9 @@ def _engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         default=cpu.ENGINES[0],
         metavar="E",
-        help="openvino (default), onnxruntime, onnxruntime-cuda, eager, aotinductor (with --artifacts PACKAGES), "
-        "tensorrt (with --artifacts ENGINES), triton://HOST:PORT, or triton://HOST:PORT/mubic_fixed for fixed steps",
+        help="openvino (default), onnxruntime, onnxruntime-cuda, eager, eager-cuda, "
+        "aotinductor (with --artifacts PACKAGES), tensorrt (with --artifacts ENGINES), "
+        "triton://HOST:PORT, or triton://HOST:PORT/mubic_fixed for fixed steps",
     )
     parser.add_argument("--no-cuda-graphs", action="store_true", help="on a GPU: launch kernel by kernel")
 
@@ -283,6 +285,7 @@ def build_parser() -> Parser:
     _engine(predict)
     _graphs(predict)
     _prediction(predict, stride=4)
+    predict.add_argument("--batch", type=positive, default=1, metavar="N", help="clips at once (default 1; for a GPU)")
     _json(predict)
 
     serve = commands.add_parser("serve", help="run a Triton server until Ctrl-C")

@@ -16,7 +16,7 @@ from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, ge
 from mubic_deploy.console import bar, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
-from mubic_deploy.pipeline import ENGINES, Pipeline, Predictor
+from mubic_deploy.pipeline import EAGER, ENGINES, Pipeline, Predictor
 from mubic_deploy.thesis import TABLE_4_3
 
 UNTRAINED = "the weights are random (seed {seed}): the maps show that the machinery runs, not where people look"
@@ -191,13 +191,7 @@ def untrained(seed: int | None) -> list[str]:
 def artifacts_of(arguments: Namespace, seed: int = 0) -> Artifacts:
     """The folder that was named, or the cached export of the checkpoint; seed: of random weights."""
     if arguments.artifacts is not None:
-        artifacts = Artifacts.open(arguments.artifacts)
-        if arguments.variant not in (None, artifacts.config.variant):
-            raise UserError(
-                f"{arguments.artifacts} holds the variant {artifacts.config.variant!r}, not {arguments.variant!r}: "
-                f"leave out --variant or export that one"
-            )
-        return artifacts
+        return Artifacts.open(arguments.artifacts, arguments.variant)
     with bar("exporting") as progress:
         return exported.cached(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant, seed, progress)
 
@@ -219,8 +213,8 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
             yield remote, untrained(remote.source["seed"])
         return
     given = arguments.artifacts
-    if engine == "eager" and given is not None:
-        raise UserError("the eager engine runs a checkpoint: give --checkpoint instead of --artifacts")
+    if engine in EAGER and given is not None:
+        raise UserError(f"{engine} runs a checkpoint: give --checkpoint instead of --artifacts")
     if engine in BUILT:
         what, command = BUILT[engine]
         if given is None or arguments.checkpoint or arguments.variant:
@@ -228,7 +222,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
                 f"{engine} runs {what}: name their folder with --artifacts, without --checkpoint and --variant "
                 f"(make it with {command})"
             )
-    elif engine != "eager":
+    elif engine not in EAGER:
         given = artifacts_of(arguments).path  # with a progress bar, if it must be exported
     source = given or arguments.checkpoint or DEMO_CHECKPOINT
     pipeline = Pipeline.open(source, engine, arguments.variant, cuda_graphs=not arguments.no_cuda_graphs)
@@ -250,6 +244,7 @@ def predict(arguments: Namespace) -> int:
             seed=arguments.seed,
             stride=arguments.stride,
             fit=arguments.fit,
+            batch=arguments.batch,
             progress=lambda done, total: progress("predicting frames", done, total),
         )
         asked = model.default_steps if arguments.steps is None else arguments.steps

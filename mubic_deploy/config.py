@@ -24,6 +24,8 @@ SLICE_HOP = 336  # samples, 21 ms
 AUDIO_SLICES = 4  # T_a
 AUDIO_SAMPLES = SLICE_SAMPLES + (AUDIO_SLICES - 1) * SLICE_HOP  # 16 608
 DEMO_CHECKPOINT = "demo"  # the default wherever a checkpoint is needed
+RANDOM = "random:"  # before the name of a size: random weights
+CHECKPOINTS = "random:full, random:demo, demo or a .safetensors file"  # what can be named
 DEMO_FILE = Path(__file__).parent / "weights" / "demo.safetensors"  # what it stands for
 ADAPTIVE = 0  # the STEPS value that asks for adaptive N
 
@@ -120,11 +122,11 @@ class Config:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Config:
-        """Inverse of `to_json`. UserError names fields that are unknown or missing."""
+        """Inverse of `to_json`. ValueError names fields that are unknown or missing."""
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or set(data) != known:
             odd = sorted(set(data) ^ known) if isinstance(data, dict) else [type(data).__name__]
-            raise UserError(f"the configuration does not fit this version (fields {', '.join(odd)}): export it again")
+            raise ValueError(f"the configuration does not fit this version (fields {', '.join(odd)})")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
 

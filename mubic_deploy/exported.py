@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,8 +11,9 @@ from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from mubic_deploy import folders
 from mubic_deploy.artifacts import Artifacts, sha256
-from mubic_deploy.config import DEMO_CHECKPOINT, DEMO_FILE
+from mubic_deploy.config import CHECKPOINTS, DEMO_CHECKPOINT, DEMO_FILE, RANDOM
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.sources import load_script, source_dir
@@ -30,17 +30,18 @@ def export(
     precision: str = FLOAT32,
     fixed_steps: int | None = None,
     optimisations: Collection[str] = (),
+    remedy: str = "choose another --out",
 ) -> Artifacts:
     """Trace the graphs of a checkpoint (see `checkpoint.load`) into `out`, checked against eager PyTorch in FP32.
 
     precision: float32 or float16; fixed_steps: also the sampler of so many steps; optimisations: some of
-    `config.OPTIMISATIONS`."""
+    `config.OPTIMISATIONS`; remedy: what to do where `out` cannot be written."""
     from mubic_deploy import checkpoint as checkpoints
 
     progress("loading weights", 0, 1)
     model, source = checkpoints.load(checkpoint, variant, seed)
     script = load_script(source_dir("export") / "onnx_graphs.py")
-    artifacts, _ = script.export(model, source, out, progress, precision, fixed_steps, optimisations)
+    artifacts, _ = script.export(model, source, out, progress, precision, fixed_steps, optimisations, remedy)
     return artifacts
 
 
@@ -59,7 +60,7 @@ def cached(
             if out.exists():
                 progress("the cached export is damaged, exporting again", 0, 1)
                 shutil.rmtree(out, ignore_errors=True)
-        return export(checkpoint, out, variant, seed, progress)
+        return export(checkpoint, out, variant, seed, progress, remedy="make room, or set MUBIC_CACHE")
 
 
 @contextlib.contextmanager
@@ -67,13 +68,13 @@ def _locked(out: Path) -> Iterator[None]:
     """Waits until no other process exports to `out`. UserError if the cache cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = out.with_name(f".{out.name}.lock").open("w")
+        file = out.with_name(f".{out.name}.lock")
+        file.touch()
     except OSError as error:
         raise UserError(
             f"the cache {out.parent} cannot be written ({error.strerror}): set MUBIC_CACHE to a folder that can be"
         ) from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with folders.locked(file, wait=True):
         yield
 
 
@@ -92,8 +93,10 @@ def _key(checkpoint: str, variant: str | None, seed: int) -> str:
     path = DEMO_FILE if checkpoint == DEMO_CHECKPOINT else Path(checkpoint)
     if path.is_file():
         weights: list[object] = [_hash(path), variant]
-    else:
+    elif checkpoint.startswith(RANDOM):
         weights = [checkpoint, variant or "full", seed]
+    else:
+        raise UserError(f"checkpoint {checkpoint} does not exist: use {CHECKPOINTS}")  # before PyTorch is asked for
     tools = [version(name) for name in ("torch", "torchvision", "onnxscript")]
     package = Path(__file__).parent
     sources = [*sorted((package / "model").glob("*.py")), package / "config.py", package / "graphs.py"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mubic_deploy.errors import UserError
+
+TOKEN = 4  # random bytes in a temporary name
 
 
 @contextmanager
@@ -46,15 +48,15 @@ def replacing(out: Path) -> Iterator[Path]:
     OSError if that cannot be written."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = _beside(out, secrets.token_hex(4))
+    fresh, old = _beside(out, secrets.token_hex(TOKEN))
     with contextlib.ExitStack() as held:
-        with _locked(out.parent, wait=True):  # nobody sweeps what is made and not yet locked
+        with locked(out.parent, wait=True):  # nobody sweeps what is made and not yet locked
             _sweep(out)
             fresh.mkdir()
-            held.enter_context(_locked(fresh))
+            held.enter_context(locked(fresh))
         try:
             yield fresh
-            with _locked(out.parent, wait=True):  # nobody else takes its place between the two
+            with locked(out.parent, wait=True):  # nobody else takes its place between the two
                 if out.exists():
                     out.rename(old)
                 fresh.rename(out)
@@ -72,10 +74,12 @@ def _beside(out: Path, token: str) -> tuple[Path, Path]:
 
 def _sweep(out: Path) -> None:
     """Removes what runs that are no more left; an `out` that one of them had put aside comes back."""
-    for fresh in out.parent.glob(f".{glob.escape(out.name)}.*.new"):
-        _, old = _beside(out, fresh.name.split(".")[-2])
-        with contextlib.suppress(OSError), _locked(fresh) as locked:  # or its run goes on
-            if not locked:
+    ours = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{{2 * TOKEN}}})\.(new|old)")
+    for token in sorted({found[1] for path in out.parent.iterdir() if (found := ours.fullmatch(path.name))}):
+        fresh, old = _beside(out, token)
+        there = fresh if fresh.exists() else old  # of a run that was killed after its new one had taken its place
+        with contextlib.suppress(OSError), locked(there) as alone:  # or its run goes on
+            if not alone:
                 return
             if old.exists() and not out.exists():
                 old.rename(out)
@@ -84,10 +88,10 @@ def _sweep(out: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """For this process, until it ends at most: True, or False on a file system without locks. BlockingIOError if
-    another one has it and it is not waited for."""
-    number = os.open(folder, os.O_RDONLY)
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """The lock of a file or folder, for this process, until it ends at most: True, or False on a file system without
+    locks. BlockingIOError if another one has it and it is not waited for."""
+    number = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +100,10 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
         except OSError:
             yield False
         else:
-            yield True
+            try:
+                yield True
+            finally:
+                fcntl.flock(number, fcntl.LOCK_UN)  # a child that was forked meanwhile has the file open too
     finally:
         os.close(number)
 

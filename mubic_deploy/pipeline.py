@@ -16,7 +16,8 @@ from mubic_deploy.diffusion import noise, schedule
 from mubic_deploy.engines import Arrays, Engine, HostArrays, cpu
 from mubic_deploy.errors import UserError
 
-ENGINES = (*cpu.ENGINES, "onnxruntime-cuda", "eager", "aotinductor", "tensorrt")
+EAGER = ("eager", "eager-cuda")
+ENGINES = (*cpu.ENGINES, "onnxruntime-cuda", *EAGER, "aotinductor", "tensorrt")
 
 
 class Predictor(Protocol):
@@ -44,6 +45,8 @@ def request(
     for tensor in graphs.settings():
         try:
             values = np.broadcast_to(np.asarray(given[tensor.name], tensor.dtype), batch)
+            if (values != np.asarray(given[tensor.name])).any():  # 4.5 steps, say
+                raise ValueError
         except (ValueError, OverflowError, TypeError):
             raise UserError(f"{tensor.name} must be one {tensor.dtype} for all or {batch}, one a clip") from None
         arrays[tensor.name] = values[:, None]
@@ -52,6 +55,8 @@ def request(
     arrays = {t.name: t.check(arrays[t.name]) for t in graphs.pipeline(config).inputs}
     if len({len(array) for array in arrays.values()}) > 1:
         raise UserError(f"VIDEO has {batch} clips and AUDIO {len(audio)}: give as many of both")
+    if "AUDIO" in arrays and not np.isfinite(arrays["AUDIO"]).all():
+        raise UserError("AUDIO holds NaN or infinite samples: give -1 to 1, and 0 where there is no sound")
     return arrays
 
 
@@ -105,34 +110,37 @@ class Pipeline:
 
         openvino, onnxruntime, onnxruntime-cuda  a folder of exported graphs, or a checkpoint (see `checkpoint.load`),
                                                  which is exported first if it was not before
-        eager                                    a checkpoint
+        eager, eager-cuda                        a checkpoint; PyTorch in FP32, on the CPU or the first NVIDIA GPU
         aotinductor                              a folder of compiled packages
         tensorrt                                 a folder of plans
 
         variant and seed: of random weights. cuda_graphs: whether a GPU replays a batch size's kernels as one launch.
-        UserError for a source or an engine that is none, or that this machine cannot run."""
+        UserError for a source or an engine that is none, of another variant, or that this machine cannot run."""
         folder: Folder
-        if engine == "eager":
+        if engine in EAGER:
             from mubic_deploy import checkpoint
             from mubic_deploy.engines import eager
 
+            device = eager.gpu() if engine == "eager-cuda" else "cpu"
             model, weights = checkpoint.load(str(source), variant, seed)
-            return cls(model.config, eager.load_engines(model), source=weights.to_json())
+            return cls(model.config, eager.load_engines(model.to(device)), source=weights.to_json())
         if engine == "tensorrt":
             from mubic_deploy.engines import tensorrt
 
-            folder = plans = tensorrt.Plans.open(Path(source))
+            folder = plans = tensorrt.Plans.open(Path(source), variant)
             engines, max_batch = tensorrt.load_engines(plans, cuda_graphs), plans.max_batch
         elif engine == "aotinductor":
             from mubic_deploy.engines import aotinductor
 
-            folder = packages = aotinductor.Packages.open(Path(source))
+            folder = packages = aotinductor.Packages.open(Path(source), variant)
             engines, max_batch = aotinductor.load_engines(packages, cuda_graphs), packages.max_batch
         elif engine in ENGINES:
             from mubic_deploy import exported
 
-            there = Path(source).is_dir()
-            folder = artifacts = Artifacts.open(Path(source)) if there else exported.cached(str(source), variant, seed)
+            if Path(source).is_dir():
+                folder = artifacts = Artifacts.open(Path(source), variant)
+            else:
+                folder = artifacts = exported.cached(str(source), variant, seed)
             max_batch = None
             if engine in cpu.ENGINES:
                 engines = cpu.load_engines(engine, artifacts)
@@ -152,7 +160,8 @@ class Pipeline:
         -> saliency float32 [B, h, w] in [0, 1] for the middle frame, and the steps used, int32 [B, 1].
 
         The same clip and seed give the same map in every engine. A batch that is larger than the engines take goes in
-        parts. UserError for a wrong shape, dtype, seed or step."""
+        parts. Threads may share a pipeline on a CPU; on a GPU one thread calls it at a time. UserError for a wrong
+        shape, dtype, seed or step, or sound that is not finite."""
         arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)
         size = self.max_batch or len(video)
         results = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import av
+import numpy as np
 
 from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
@@ -65,6 +66,7 @@ def predict_film(
     seed: int = 0,
     stride: int = 4,
     fit: str = "letterbox",
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> Prediction:
     """Predicts frames 8, 8 + stride, 8 + 2 * stride .. of a film, each from the 16 frames and the sound around it.
@@ -76,13 +78,15 @@ def predict_film(
     steps          1 to 12, 0 for adaptive, None for the default
     seed           of the noise; the same for every clip, so that maps do not flicker
     fit            letterbox, stretch or crop (see `make_fit`)
+    batch          clips that are predicted at once: the same maps, sooner where a GPU has room for more than one; the
+                   frames since the first of them are held in memory
     progress       called with the frames done and, if the container says it, their number
 
     The outputs appear together at the end; after any error or interrupt the targets are as they were. UserError for
     a film, an output or a setting that cannot work, mostly before anything is predicted."""
     began = time.monotonic()
     targets = _targets(overlay, maps, contact_sheet)
-    _check_settings(predictor.config, steps, seed, stride, fit)
+    _check_settings(predictor.config, steps, seed, stride, fit, batch)
     with Film(source) as film:
         check_targets(targets, KINDS, Path(source) if is_file(source) else None)
         counts: Counter[int] = Counter()
@@ -93,7 +97,7 @@ def predict_film(
                 with naming(kind, targets[kind]):
                     sinks[kind] = _sink(kind, path, film)
                 stack.callback(sinks[kind].close)
-            for item in _run(predictor, film, steps, seed, stride, fit):
+            for item in _run(predictor, film, steps, seed, stride, fit, batch):
                 for kind, sink in sinks.items():
                     with naming(kind, targets[kind]):
                         sink.add_frame(item) if isinstance(item, Frame) else sink.add_map(item)
@@ -128,39 +132,60 @@ def predict_clips(
     seed: int = 0,
     stride: int = 4,
     fit: str = "letterbox",
+    batch: int = 1,
     warnings: list[str] | None = None,
 ) -> Iterator[FilmMap]:
     """The maps of a film as they are predicted, without writing anything. Settings as in `predict_film`.
 
     warnings: a list that is filled with what the film lacks."""
-    _check_settings(predictor.config, steps, seed, stride, fit)
+    _check_settings(predictor.config, steps, seed, stride, fit, batch)
     with Film(source) as film:
         if warnings is not None:
             film.warnings = warnings
-        for item in _run(predictor, film, steps, seed, stride, fit):
+        for item in _run(predictor, film, steps, seed, stride, fit, batch):
             if isinstance(item, FilmMap):
                 yield item
 
 
 def _run(
-    predictor: Predictor, film: Film, steps: int | None, seed: int, stride: int, fit: str
+    predictor: Predictor, film: Film, steps: int | None, seed: int, stride: int, fit: str, batch: int
 ) -> Iterator[Frame | FilmMap]:
-    """Every frame, and every map after the last frame of its clip."""
+    """Every frame, and every map after the last frame of its clip. With a batch they come some frames late, in the same
+    order."""
     clipper = Clipper(film, predictor.config, stride, fit)
+    held: list[Frame | Clip] = []  # from the first clip that waits for its batch
 
-    def predict(clip: Clip) -> FilmMap:
-        saliency, used = predictor.predict(clip.video[None], clip.audio[None], seed, steps)
-        return FilmMap(clip.frame_index, clip.time_s, clipper.fit.back(saliency[0]), int(used[0, 0]))
+    def predicted() -> Iterator[Frame | FilmMap]:
+        clips = [item for item in held if isinstance(item, Clip)]
+        video, audio = np.stack([clip.video for clip in clips]), np.stack([clip.audio for clip in clips])
+        results = zip(*predictor.predict(video, audio, seed, steps), strict=True)
+        for item in held:
+            if isinstance(item, Frame):
+                yield item
+            else:
+                saliency, (used,) = next(results)
+                yield FilmMap(item.frame_index, item.time_s, clipper.fit.back(saliency), int(used))
+        held.clear()
 
     try:
+        waiting = 0
         for frame in film.frames():
-            yield frame
+            if waiting:
+                held.append(frame)
+            else:
+                yield frame
             clip = clipper.push(frame)
             if clip is not None:
-                yield predict(clip)
+                held.append(clip)
+                waiting += 1
+            if waiting == batch:
+                yield from predicted()
+                waiting = 0
         clip = clipper.finish()
         if clip is not None:
-            yield predict(clip)
+            held.append(clip)
+        if held:
+            yield from predicted()
     finally:
         clipper.close()
 
@@ -174,13 +199,15 @@ def _targets(overlay: Target | None, maps: Target | None, contact_sheet: Target 
     return targets
 
 
-def _check_settings(config: Config, steps: int | None, seed: int, stride: int, fit: str) -> None:
+def _check_settings(config: Config, steps: int | None, seed: int, stride: int, fit: str, batch: int) -> None:
     if steps is not None:
         config.check_steps(steps)
     if seed < 0:
         raise UserError(f"seed {seed} is negative: use 0 or more")
     if stride < 1:
         raise UserError(f"stride {stride} is out of range: use 1 or more frames")
+    if batch < 1:
+        raise UserError(f"a batch of {batch} clips cannot be: use 1 or more")
     if fit not in FITS:
         raise UserError(f"unknown fit {fit!r}: choose one of {', '.join(FITS)}")
 

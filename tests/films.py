@@ -166,10 +166,11 @@ class Brightness:
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         c = self.config
-        assert video.shape == (1, c.frames, c.height, c.width, 3)
-        assert audio.shape == (1, 16_608)
+        n = len(video)
+        assert video.shape == (n, c.frames, c.height, c.width, 3)
+        assert audio.shape == (n, 16_608)
         assert (video.dtype, audio.dtype) == (np.uint8, np.float32)
         self.calls.append((seed, steps))
         green = video[:, c.middle, :, :, 1].astype(np.float32) / 255
-        saliency = green.reshape(1, c.height // 2, 2, c.width // 2, 2).mean(axis=(2, 4))
-        return saliency, np.full((1, 1), 4 if steps is None else steps, np.int32)
+        saliency = green.reshape(n, c.height // 2, 2, c.width // 2, 2).mean(axis=(2, 4))
+        return saliency, np.full((n, 1), 4 if steps is None else steps, np.int32)

@@ -33,9 +33,9 @@ class Clock:
         return given[min(len(self.indices[name]), len(given)) - 1]
 
 
-def measured(seconds: dict[str, list[float]], rule: Rule) -> tuple[dict[str, Timing], Clock]:
+def measured(seconds: dict[str, list[float]], rule: Rule, in_step: bool = False) -> tuple[dict[str, Timing], Clock]:
     clock = Clock(seconds)
-    return timing.measure({name: clock.side(name) for name in seconds}, rule, clock), clock
+    return timing.measure({name: clock.side(name) for name in seconds}, rule, clock, in_step=in_step), clock
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,33 @@ def test_calls_go_on_until_the_seconds_are_spent() -> None:
     assert len(timings["a"].samples) == 16  # 5 s once, then 15 calls of 1 s
     assert len(timings["b"].samples) == 5
     assert clock.calls[-1] == "a"
+
+
+def test_sides_in_step_are_called_as_often() -> None:
+    timings, clock = measured({"a": [1.0], "b": [5.0]}, Rule(30, 20, 0, 50), in_step=True)
+    assert [len(t.samples) for t in timings.values()] == [20, 20]
+    of_a, of_b = ([i for i, name in enumerate(clock.calls[-40:]) if name == side] for side in "ab")
+    assert max(abs(i - j) for i, j in zip(of_a, of_b, strict=True)) <= 3  # the k-th calls lie in the k-th pair
+    slow_start = [60.0, 5.0, 5.0, 5.0, 1.0]  # 4 calls of 5 s would do, 20 of 1 s are made; and so of the other side
+    timings, _ = measured({"a": slow_start, "b": [5.0]}, Rule(30, 20, 0, 50), in_step=True)
+    assert len(timings["a"].samples) == len(timings["b"].samples) > 15
+
+
+def test_a_ratio_of_one_run_is_that_of_its_pairs() -> None:
+    """A machine that is half as fast in the second half: the medians wander with it, the pairs do not."""
+    rng = np.random.default_rng(1)
+    pace = np.repeat([1.0, 1.5], 20)
+    a = Timing(tuple(1.1 * pace * rng.normal(1, 0.005, 40)))
+    b = Timing(tuple(pace * rng.normal(1, 0.005, 40)))
+    found, low, high = timing.ratio_in_run(a, b)
+    assert found == pytest.approx(1.1, rel=0.005)
+    assert low < found < high
+    assert high - low < 0.02
+    assert timing.ratio(a, b)[2] - timing.ratio(a, b)[1] > 0.2
+    fewer = Timing(b.samples[:30])
+    assert timing.ratio_in_run(a, fewer) == timing.ratio(a, fewer)
+    loads = Timing(a.samples, rounds=(20, 20)), Timing(b.samples, rounds=(20, 20))
+    assert timing.ratio_in_run(*loads) == timing.ratio(*loads)
 
 
 def test_the_order_is_random_and_even() -> None:

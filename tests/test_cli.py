@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from triton_serving import processes, serving
 
-from mubic_deploy import checkpoint
+from mubic_deploy import checkpoint, console
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.cli import guarded
 from mubic_deploy.config import DEMO, VARIANTS
@@ -232,6 +233,15 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, bad: dict[str, Path], a
     assert ran.err.startswith("mubic-deploy: ")
     assert ran.err.count("\n") == 1, ran.err
     assert sorted(bad["folder"].rglob("*")) == before
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which other readers than Python's refuse: a metric may be undefined for all clips."""
+    console.print_json({"cc": math.nan, "rows": [{"nss": -math.inf}, {"sim": 0.5}]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "cc": None,
+        "rows": [{"nss": None}, {"sim": 0.5}],
+    }
 
 
 def test_a_port_in_use_is_named(run, demo_artifacts: Artifacts) -> None:

@@ -23,7 +23,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
 from mubic_deploy.metrics import cc
 from mubic_deploy.model.mubic import random_model
-from mubic_deploy.parity import compare, random_clip
+from mubic_deploy.parity import Parity, compare, random_clip
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.sources import load_script, source_dir
 
@@ -197,6 +197,24 @@ def test_openvino_takes_a_batch_clip_by_clip(demo_artifacts: Artifacts) -> None:
     feed[first.name] = np.zeros((1, *first.shape), first.dtype)
     with pytest.raises(UserError, match=r"the inputs of fusion are batches of \[1, 3\]"):
         engines["fusion"](feed)
+
+
+def test_maps_of_one_value_that_are_equal_have_a_cc() -> None:
+    """A model that has collapsed can be exported: its CC with itself is undefined, and nothing differs."""
+    engines = eager.load_engines(random_model(DEMO))
+
+    def flat(inputs):
+        return {name: np.zeros_like(x) for name, x in engines["denoiser"](inputs).items()}
+
+    collapsed: dict = {**engines, "denoiser": flat}
+    result = compare(DEMO, collapsed, collapsed, clips=1)
+    assert (result.map_difference, result.map_cc, result.ok) == (0, 1, True)
+
+
+def test_what_fails_is_in_the_message() -> None:
+    close = Parity({"fusion": {"CONTEXT2": 1e-6}}, map_difference=1e-6, map_cc=0.9, clips=1)
+    with pytest.raises(UserError, match=r"the map by 1.0e-06 \(at most .*\), its CC 0.900000 \(at least 0.9999\)"):
+        close.require()
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

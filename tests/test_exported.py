@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.errors import UserError
+from mubic_deploy.sources import load_script, source_dir
 
 pytest_plugins = ("triton_fixtures",)
 
@@ -20,7 +22,7 @@ def made(toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Exports, which copy toy graphs here and take a while."""
     found: list[Path] = []
 
-    def export(checkpoint: str, out: Path, *_: object) -> Artifacts:
+    def export(checkpoint: str, out: Path, *_: object, remedy: str) -> Artifacts:
         found.append(out)
         time.sleep(0.3)
         out.mkdir()
@@ -65,3 +67,52 @@ def test_a_cache_that_cannot_be_written(made: list[Path], tmp_path: Path, monkey
     with pytest.raises(UserError, match="there is no home folder"):
         exported.cached("random:demo")
     assert made == []
+
+
+def test_a_file_system_without_locks(made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert exported.cached("random:demo").path == made[0]
+
+
+def test_a_full_disk_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not --out, which the commands that export to the cache do not have."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("MUBIC_CACHE", str(tmp_path / "cache"))
+    script = load_script(source_dir("export") / "onnx_graphs.py")
+    monkeypatch.setattr(script, "trace", full)
+    monkeypatch.setattr(exported, "load_script", lambda _: script)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left.*\): make room, or set MUBIC_CACHE$"):
+        exported.cached("random:demo")
+    assert [p for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_what_the_graphs_depend_on_is_in_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"first")
+    names = [exported._key(str(file), None, 0)]
+    file.write_bytes(b"other")  # trained on
+    names.append(exported._key(str(file), None, 0))
+    names += [exported._key("random:demo", *rest) for rest in ((None, 0), (None, 1), ("concat", 0))]
+    names.append(exported._key("random:full", None, 0))
+    sources = tmp_path / "export"
+    sources.mkdir()
+    (sources / "onnx_graphs.py").write_text("another tracer")
+    monkeypatch.setattr(exported, "source_dir", lambda _: sources)
+    names.append(exported._key("random:demo", None, 0))
+    monkeypatch.setattr(exported, "version", lambda _: "0.0")
+    names.append(exported._key("random:demo", None, 0))
+    assert len(set(names)) == len(names)
+    assert exported._key("random:demo", None, 0) == exported._key("random:demo", "full", 0) == names[-1]
+
+
+def test_a_checkpoint_that_is_not_there(made: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exported, "version", lambda name: pytest.fail(f"{name} was asked for"))
+    with pytest.raises(UserError, match=r"checkpoint gone/ does not exist: use random:full, random:demo, demo or a"):
+        exported.cached("gone/")
+    assert not (tmp_path / "cache").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mubic_deploy.folders import replacing
+from mubic_deploy.folders import replacing, replacing_file
 
 WAITS = """
 import sys, time
@@ -93,3 +93,27 @@ def test_what_was_put_aside_comes_back(tmp_path: Path) -> None:
         folder.write_text("second")
     assert (out / "file").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_run_left_that_was_killed_after_its_renaming_goes(tmp_path: Path) -> None:
+    """The new one is in its place, the old one was not yet removed; a folder of the user's has nearly such a name."""
+    out, mine = tmp_path / "out", tmp_path / ".out.backup.old"
+    write(out, "first")
+    (tmp_path / ".out.0badcafe.old").mkdir()
+    mine.mkdir()
+    write(out, "second")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [mine.name, "out"]
+    assert (out / "file").read_text() == "second"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("first")
+    with pytest.raises(ZeroDivisionError), replacing_file(path) as part:
+        part.write_text(f"{1 / part.write_text('')}")
+    assert path.read_text() == "first"
+    with replacing_file(path) as part:
+        part.write_text("second")
+        assert path.read_text() == "first"
+    assert path.read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

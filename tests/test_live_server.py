@@ -13,7 +13,7 @@ from live_sequence import FPS, Answer, Sequences, check, expected, frames, sound
 from triton_serving import serving
 
 from mubic_deploy.config import get_config
-from mubic_deploy.engines.onnxruntime import load_engines
+from mubic_deploy.engines.cpu import load_engines
 from mubic_deploy.live.packets import Decoder, Encoder
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.triton.server import TritonServer
@@ -151,6 +151,6 @@ def test_visual_only(tmp_path: Path) -> None:
     video = frames(16)
     with serving(artifacts, tmp_path) as server, Sequences(server.url) as client:
         (answer,) = client.ask(1, start=True, FRAMES=video, FRAME_TIME=times(16))
-    pipeline = Pipeline(artifacts.config, load_engines(artifacts))
+    pipeline = Pipeline(artifacts.config, load_engines("onnxruntime", artifacts))
     maps, _ = pipeline.predict(video[None], np.zeros((1, 16_608), np.float32), 0)
     np.testing.assert_allclose(answer["SALIENCY"], maps[0], atol=1e-5)

@@ -1,5 +1,6 @@
 """The model against other implementations: torchvision for the attention, torchaudio for the log-mel."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torchaudio
 from half_fixtures import TINY
+from safetensors.torch import save_file
 from torchvision.models.video import mvit
 from torchvision.models.video.mvit import MultiscaleAttention
 
@@ -358,7 +360,10 @@ def test_bad_checkpoints_are_named(tmp_path):
     cut = tmp_path / "cut.safetensors"
     checkpoint.save(random_model(DEMO), cut)
     cut.write_bytes(cut.read_bytes()[:-100])
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other, {"config": json.dumps({**DEMO.to_json(), "colour": 1})})
     for name, message in (
+        (str(other), r"other.safetensors is not a MUBiC checkpoint \(.* does not fit this version \(fields colour\)\)"),
         (str(tmp_path / "none"), "does not exist"),
         (str(tmp_path), "is a directory"),
         (str(text), "is not a MUBiC checkpoint"),
@@ -373,7 +378,7 @@ def test_bad_checkpoints_are_named(tmp_path):
 def test_config_survives_json_and_refuses_strangers():
     assert Config.from_json(FULL.to_json()) == FULL
     for broken in ({}, {**FULL.to_json(), "colour": 1}, [1]):
-        with pytest.raises(UserError, match="does not fit this version"):
+        with pytest.raises(ValueError, match="does not fit this version"):
             Config.from_json(broken)  # type: ignore[arg-type]
 
 

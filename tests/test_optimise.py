@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from mubic_deploy import checkpoint
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import OPTIMISATIONS
-from mubic_deploy.engines import eager, onnxruntime
+from mubic_deploy.engines import cpu, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
 from mubic_deploy.model.mubic import MUBiC, empty_inputs
@@ -245,7 +245,7 @@ def test_an_export_carries_them(run, model: MUBiC, tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
     artifacts = Artifacts.open(tmp_path / "graphs")
     assert artifacts.optimisations == OPTIMISATIONS
-    assert compare(ODD, eager.load_engines(model), onnxruntime.load_engines(artifacts), 1, batch=3).ok
+    assert compare(ODD, eager.load_engines(model), cpu.load_engines("onnxruntime", artifacts), 1, batch=3).ok
 
     exported = onnx.load(artifacts.file("visual_encoder"))
     assert not list(tensorrt_operators.problems(exported))

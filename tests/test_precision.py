@@ -19,7 +19,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from mubic_deploy import checkpoint
 from mubic_deploy.artifacts import MANIFEST, Artifacts
-from mubic_deploy.engines import cpu, eager, onnxruntime
+from mubic_deploy.engines import cpu, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
 from mubic_deploy.metrics import cc
@@ -112,7 +112,7 @@ def test_what_depends_on_the_step_alone_is_folded_in_the_sampler(half_artifacts:
 @pytest.mark.parametrize("steps", [1, 4, 12, 0])
 def test_maps_are_those_of_fp32(tiny_model: MUBiC, half_artifacts: Artifacts, steps: int) -> None:
     reference = Pipeline(TINY, eager.load_engines(tiny_model))
-    candidate = Pipeline(TINY, onnxruntime.load_engines(half_artifacts))
+    candidate = Pipeline(TINY, cpu.load_engines("onnxruntime", half_artifacts))
     clip = random_clip(TINY, 11, batch=2)
     (expected, n), (got, m) = (p.predict(clip["VIDEO"], clip["AUDIO"], 3, steps) for p in (reference, candidate))
     assert n.tolist() == m.tolist()
@@ -123,7 +123,7 @@ def test_maps_are_those_of_fp32(tiny_model: MUBiC, half_artifacts: Artifacts, st
 
 def test_eager_computes_what_the_graphs_compute(tiny_model: MUBiC, half_artifacts: Artifacts) -> None:
     in_torch = Pipeline(TINY, eager.load_engines(half(tiny_model), "float16"))
-    in_onnx = Pipeline(TINY, onnxruntime.load_engines(half_artifacts))
+    in_onnx = Pipeline(TINY, cpu.load_engines("onnxruntime", half_artifacts))
     clip = random_clip(TINY, 5)
     maps = [p.predict(clip["VIDEO"], clip["AUDIO"])[0][0] for p in (in_torch, in_onnx)]
     assert np.abs(maps[0] - maps[1]).max() < 5e-3

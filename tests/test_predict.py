@@ -78,6 +78,30 @@ def test_predict_clips_yields_the_same(film, out):
     np.testing.assert_array_equal(np.stack([i.saliency for i in items]), np.load(out / "m.npz")["maps"])
 
 
+@pytest.mark.parametrize("batch", [2, 3, 7, 50])
+def test_a_batch_changes_nothing_but_the_calls(tmp_path, out, batch):
+    """Seven clips of a film that gets brighter: each map stays with its frame, and the overlay is the same to a bit."""
+    film = write_film(tmp_path / "film.mp4", frame_times(25, 40), lambda i: np.full((90, 160, 3), 6 * i, np.uint8))
+    sizes = []
+
+    class Counting(Brightness):
+        def predict(self, video, audio, seed=0, steps=None):
+            sizes.append(len(video))
+            return super().predict(video, audio, seed, steps)
+
+    alone = predict_film(Brightness(), film, overlay=out / "o.mp4", maps=out / "m.npz", contact_sheet=out / "s.png")
+    together = {"overlay": out / "o2.mp4", "maps": out / "m2.npz", "contact_sheet": out / "s2.png"}
+    result = predict_film(Counting(), film, **together, batch=batch)
+    assert sizes == [batch] * (7 // batch) + [7 % batch] * (7 % batch > 0)
+    assert (result.maps, result.frames, result.steps_used) == (alone.maps, alone.frames, alone.steps_used)
+    with np.load(out / "m.npz") as a, np.load(out / "m2.npz") as b:
+        assert len(np.unique(a["maps"].mean(axis=(1, 2)))) == 7
+        for key in a.files:
+            np.testing.assert_array_equal(a[key], b[key])
+    assert (out / "o.mp4").read_bytes() == (out / "o2.mp4").read_bytes()
+    assert (out / "s.png").read_bytes() == (out / "s2.png").read_bytes()
+
+
 def test_a_short_film(tmp_path, out):
     path = write_film(tmp_path / "short.mp4", frame_times(25, 3), quadrants(48, 80))
     result = predict_film(Brightness(), path, overlay=out / "o.mp4", maps=out / "m.npz", contact_sheet=out / "s.png")
@@ -136,6 +160,7 @@ class Untouched(Brightness):
         ({"maps": "m.npz", "stride": 0}, "stride 0"),
         ({"maps": "m.npz", "steps": 13}, "steps 13"),
         ({"maps": "m.npz", "seed": -1}, "seed -1"),
+        ({"maps": "m.npz", "batch": 0}, "batch of 0"),
         ({"maps": "m.npz", "fit": "zoom"}, "'zoom'"),
     ],
 )

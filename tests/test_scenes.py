@@ -487,6 +487,19 @@ def test_something_else_is_left_alone(tmp_path, kind):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["video_frames/AVAD", "fold_lists/AVAD_list_train_1_fps.txt", "runs"])
+def test_a_data_set_beside_the_scenes_is_not_lost(tmp_path, name):
+    """docs/training.md has all data sets in one folder."""
+    out = tmp_path / "data"
+    write_scenes(out, 1, seconds=1)
+    write_scenes(out, 1, seed=1, seconds=1)  # scenes alone are replaced
+    (out / name).mkdir(parents=True)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=rf"data would be replaced, but holds .*{name} too: move that"):
+        write_scenes(out, 1, seconds=1)
+    assert files(tmp_path) == before
+
+
 def test_where_no_folder_can_be(tmp_path):
     (tmp_path / "file").write_text("a letter")
     with pytest.raises(UserError, match=r"set cannot be written .*choose another folder"):

@@ -21,7 +21,7 @@ from tensorrt_api import MAJORS, Api, ask
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from mubic_deploy.artifacts import MANIFEST, Artifacts, sha256
-from mubic_deploy.engines import cuda, onnxruntime, tensorrt
+from mubic_deploy.engines import cpu, cuda, tensorrt
 from mubic_deploy.engines.tensorrt import Plans, load_engines
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
@@ -209,7 +209,7 @@ def test_a_file_that_is_no_graph_is_named(trt: ModuleType, tmp_path: Path, drive
 
 def test_the_chain_on_the_gpu_is_the_chain(plans: Plans, half_artifacts: Artifacts) -> None:
     """With graphs and without, batches of several sizes in turn, each more than once."""
-    reference = Pipeline(TINY, onnxruntime.load_engines(half_artifacts))
+    reference = Pipeline(TINY, cpu.load_engines("onnxruntime", half_artifacts))
     with_graphs, without = (Pipeline(TINY, load_engines(plans, cuda_graphs=on)) for on in (True, False))
     for seed, batch in enumerate((2, 1, 2, 3, 2, 1)):
         clip = random_clip(TINY, seed, batch)
@@ -423,7 +423,7 @@ def test_the_repository_command_takes_its_options(run, plans: Plans, half_artifa
 
 def test_a_batch_that_is_too_large_goes_in_parts(plans: Plans, half_artifacts: Artifacts) -> None:
     clip, seeds = random_clip(TINY, 4, 11), np.arange(11)
-    reference = Pipeline(TINY, onnxruntime.load_engines(half_artifacts))
+    reference = Pipeline(TINY, cpu.load_engines("onnxruntime", half_artifacts))
     expected, _ = reference.predict(clip["VIDEO"], clip["AUDIO"], seeds)
     got, used = Pipeline.open(plans.path, engine="tensorrt").predict(clip["VIDEO"], clip["AUDIO"], seeds)
     np.testing.assert_allclose(got, expected, atol=1e-6)

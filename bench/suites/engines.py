@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,12 +28,14 @@ WHOLE = (
     "onnxruntime",
     "openvino",
 )
+WHOLE_S = 40.0  # seconds of calls of a side
 GRAPHS = ("eager, torchvision", "eager", "torch.compile", "onnxruntime", "openvino")  # of these each graph alone too
 
 
 def measure(context: Context, rule: Rule, results: Results) -> None:
     predictors, results.left_out = load(WHOLE, context)
-    timings = timing.measure({name: call(context, p) for name, p in predictors.items()}, rule, progress=context.count)
+    longer = rule if rule.quick else replace(rule, seconds=WHOLE_S)
+    timings = timing.measure({name: call(context, p) for name, p in predictors.items()}, longer, progress=context.count)
     results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
     costs = cost(context.config)
     for row in results.rows:

@@ -64,7 +64,8 @@ def _latency(
             sides[protocol] = stack.enter_context(contextlib.closing(client(where, protocol)))
             _check(sides[protocol], context)
         longer = rule if rule.quick else replace(rule, repeats=LATENCY_CALLS, seconds=LATENCY_S)
-        timings = timing.measure({name: call(context, p) for name, p in sides.items()}, longer, progress=context.count)
+        calls = {name: call(context, p) for name, p in sides.items()}
+        timings = timing.measure(calls, longer, progress=context.count, in_step=True)
         results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
         if pipeline is None:
             return
@@ -73,7 +74,8 @@ def _latency(
         for protocol in server:
             values = results.row("whole", protocol).values
             values["largest_difference"] = float(np.abs(maps[protocol] - maps[IN_PROCESS]).max())
-            values["over_in_process"] = timings[protocol].median / timings[IN_PROCESS].median
+            over = timing.ratio_in_run(timings[protocol], timings[IN_PROCESS])
+            values |= dict(zip(("over_in_process", "over_in_process_low", "over_in_process_high"), over, strict=True))
 
 
 def _check(side: Predictor, context: Context) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +13,19 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature
 
 ENGINES = ("openvino", "onnxruntime")  # the first is the default: it was the quicker one (docs/measured.md)
+
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU, or max, and of how many
+
+
+def quota() -> int:
+    """How many cores' worth of time this process may use, where its container has fewer than it may run on; else 0."""
+    try:
+        used, period = map(int, QUOTA.read_text().split())
+    except (OSError, ValueError):  # no control groups of version 2, or "max"
+        return 0
+    cores = math.ceil(used / period)
+    return cores if cores < len(os.sched_getaffinity(0)) else 0
 
 
 class HostEngine(Protocol):
@@ -23,6 +38,7 @@ class HostEngine(Protocol):
 
 def load_engine(engine: str, path: Path, signature: Signature, threads: int = 0) -> HostEngine:
     """One of ENGINES over one ONNX file; threads 0: one a core. UserError for an unknown or a missing one."""
+    threads = threads or quota()  # or the threads of every core of the host would wait for each other
     if engine == "openvino":
         from mubic_deploy.engines.openvino import OpenVinoEngine
 

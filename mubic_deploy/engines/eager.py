@@ -1,4 +1,4 @@
-"""Eager PyTorch: the reference. The only engine that imports torch."""
+"""Eager PyTorch: the reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine
+from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC
 
@@ -25,11 +26,18 @@ class EagerEngine:
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 
+def gpu() -> torch.device:
+    """The first NVIDIA GPU. UserError if PyTorch finds none."""
+    if not torch.cuda.is_available():
+        raise UserError("PyTorch finds no NVIDIA GPU here: use --engine eager, or a machine with one")
+    return torch.device("cuda", 0)
+
+
 def to_torch(array: Array, device: torch.device) -> torch.Tensor:
     """The same tensor on `device`."""
     if isinstance(array, DeviceArray):
         return array.value
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def from_torch(x: torch.Tensor) -> Array:

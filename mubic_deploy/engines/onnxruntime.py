@@ -44,14 +44,6 @@ class OnnxRuntimeEngine:
         return dict(zip(names, self.session.run(names, feed), strict=True))
 
 
-def load_engines(artifacts: Artifacts, threads: int = 0) -> dict[str, Engine]:
-    """An engine on the CPU for each graph of the artefacts."""
-    return {
-        name: OnnxRuntimeEngine(artifacts.file(name), signature, threads)
-        for name, signature in artifacts.signatures.items()
-    }
-
-
 @dataclass
 class Places:
     """The tensors of a chain of engines on a device, one place for each name and batch size: what one engine writes,
@@ -115,8 +107,8 @@ def require_cuda() -> None:
     """UserError if this ONNX Runtime was built without CUDA."""
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise UserError(
-            "this ONNX Runtime has no CUDA: install it with pip install 'mubic-deploy[cuda]', without onnxruntime "
-            "beside it, or use --engine onnxruntime"
+            "this ONNX Runtime has no CUDA: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "
+            "onnxruntime-gpu, because both are the same files; or use --engine onnxruntime"
         )
 
 

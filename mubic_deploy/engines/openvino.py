@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class OpenVinoEngine:
         }
         model = core().read_model(str(path))
         model.reshape({t.name: [1, *t.shape] for t in signature.inputs})
+        self._free = threading.Lock()  # a request takes one call at a time, and all threads work for that one
         self._request = core().compile_model(model, "CPU", settings).create_infer_request()
 
     def __call__(self, inputs: Arrays) -> HostArrays:
@@ -53,5 +55,6 @@ class OpenVinoEngine:
         return {name: np.concatenate([clip[name] for clip in clips]) for name in self.signature.output_names}
 
     def _infer(self, feed: HostArrays) -> HostArrays:
-        outputs = self._request.infer(feed, share_inputs=True)
-        return {name: outputs[name] for name in self.signature.output_names}
+        with self._free:
+            outputs = self._request.infer(feed, share_inputs=True)
+            return {name: outputs[name] for name in self.signature.output_names}

@@ -25,6 +25,7 @@ from mubic_deploy.scenes.viewers import density, fixation_map, gaze
 
 DATASET = "Scenes"
 MARK = "scenes.json"  # says how the folder was made
+OF_VIDEOS, LISTS = ("video_frames", "video_audio", "annotations"), "fold_lists"
 SHORTEST_S = 1.0
 MAT_TEXT = 116  # bytes of free text that a MATLAB file begins with
 TEST_SHARE = 5  # in each of the three splits every fifth video is a test video, another fifth each
@@ -41,16 +42,15 @@ def write_scenes(
     """`videos` scenes of `seconds` seconds into the folder `out`, with fold lists for three splits. The same seed gives
     the same scenes, whatever the number of worker processes; scene i of a seed is the same in every set.
 
-    `out` may be new, empty or an earlier set of scenes, which is replaced. UserError if it is something else, cannot be
-    written, or a setting is out of range. Nothing is left behind unless all is written."""
+    `out` may be new, empty or an earlier set of scenes and no more, which is replaced. UserError if it is something
+    else, cannot be written, or a setting is out of range. Nothing is left behind unless all is written."""
     if videos < 1 or not SHORTEST_S <= seconds <= 600:
         raise UserError(
             f"{videos} scenes of {seconds} s cannot be made: ask for 1 or more of {SHORTEST_S:.0f} to 600 s"
         )
     out = Path(out)
     try:
-        if out.exists() and not (out / MARK).is_file() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} exists and is not an earlier set of scenes: choose another folder")
+        _require_scenes(out)
         with replacing(out) as folder:
             jobs = [(folder, index, seed, seconds) for index in range(videos)]
             with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
@@ -63,6 +63,20 @@ def write_scenes(
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another folder") from None
     except BrokenProcessPool:
         raise UserError("a worker process was killed, perhaps for want of memory: ask for fewer workers") from None
+
+
+def _require_scenes(out: Path) -> None:
+    """UserError unless `out` is new, empty or a set of scenes alone: a data set that was put beside the scenes since
+    would go with them."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MARK).is_file():
+        raise UserError(f"{out} exists and is not an earlier set of scenes: choose another folder")
+    strange = [entry for entry in out.iterdir() if entry.name not in (MARK, LISTS, *OF_VIDEOS)]
+    strange += [entry for part in OF_VIDEOS for entry in (out / part).glob("*") if entry.name != DATASET]
+    strange += [entry for entry in (out / LISTS).glob("*") if not entry.name.startswith(f"{DATASET}_")]
+    if strange:
+        raise UserError(f"{out} would be replaced, but holds {min(strange)} too: move that, or choose another folder")
 
 
 def name(index: int) -> str:
@@ -89,8 +103,8 @@ def _write_one(job: tuple[Path, int, int, float]) -> None:
 
 def folders(root: Path, video: str) -> tuple[Path, Path, Path, Path]:
     """Folders of a video's pictures, sound, density maps and fixation maps."""
-    notes = root / "annotations" / DATASET / video
-    return root / "video_frames" / DATASET / video, root / "video_audio" / DATASET / video, notes / "maps", notes
+    pictures, sound, notes = (root / part / DATASET / video for part in OF_VIDEOS)
+    return pictures, sound, notes / "maps", notes
 
 
 def _write_mat(path: Path, fixations: np.ndarray) -> None:
@@ -109,7 +123,7 @@ def _write_wav(path: Path, samples: np.ndarray) -> None:
 
 
 def _write_lists(root: Path, videos: int, frames: int) -> None:
-    lists = root / "fold_lists"
+    lists = root / LISTS
     lists.mkdir()
     for split in (1, 2, 3):
         for part in ("train", "test"):

@@ -14,7 +14,6 @@ Every random number is drawn from (seed, epoch, step), so there is no generator 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 
-from mubic_deploy import checkpoint
+from mubic_deploy import checkpoint, strict_json
 from mubic_deploy.config import get_config
 from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
@@ -368,7 +367,7 @@ def _spread(n: int, wanted: int) -> list[int]:
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all. OSError if it cannot be written."""
     with replacing_file(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n")
+        part.write_text(strict_json.dumps(value, indent=2) + "\n")
 
 
 def _write(write: Callable[[], T], path: Path) -> T:

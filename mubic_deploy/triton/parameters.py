@@ -62,7 +62,11 @@ def config_to_string(config: Config) -> str:
 
 
 def config_from_string(text: str) -> Config:
-    return Config.from_json(json.loads(text))
+    """Inverse of `config_to_string`. UserError if another version wrote it."""
+    try:
+        return Config.from_json(json.loads(text))
+    except ValueError as error:
+        raise UserError(f"the server's models are of another version ({error}): write its repository again") from None
 
 
 def from_model_config(model_config: str) -> dict[str, str]:

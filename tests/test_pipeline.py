@@ -1,0 +1,133 @@
+"""The pipeline as a user calls it: what it refuses, what may be shared, and the map of the shipped checkpoint."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.config import DEMO
+from mubic_deploy.engines import cpu
+from mubic_deploy.errors import UserError
+from mubic_deploy.parity import random_clip
+from mubic_deploy.pipeline import Pipeline, request
+
+KNOWN = (
+    (6.44, 5.14, 5.03, 5.19, 4.94, 4.93, 4.80, 7.47),
+    (7.09, 6.44, 6.50, 6.23, 6.12, 6.47, 5.49, 6.65),
+    (9.43, 11.64, 12.25, 8.92, 9.28, 11.03, 9.89, 8.92),
+    (9.28, 17.63, 20.75, 16.77, 23.00, 31.98, 17.00, 7.97),
+    (8.23, 17.40, 37.30, 118.82, 210.13, 94.50, 19.48, 7.64),
+    (7.83, 9.69, 27.33, 122.13, 212.17, 58.62, 11.55, 7.53),
+    (9.69, 8.08, 9.30, 14.97, 15.97, 10.63, 9.14, 9.01),
+)
+
+
+def scene() -> tuple[np.ndarray, np.ndarray]:
+    """A clip from arithmetic alone: a light that circles over a gradient, and a tone that swells with it."""
+    y, x = np.mgrid[: DEMO.height, : DEMO.width]
+    time = np.arange(DEMO.frames)[:, None, None] / 25
+    centre_y, centre_x = 56 + 24 * np.sin(6 * time), 96 + 48 * np.cos(6 * time)
+    light = np.exp(-((y - centre_y) ** 2 + (x - centre_x) ** 2) / 200)
+    video = np.stack([40 + 200 * light, 60 + 0.4 * x + 120 * light, 90 - 0.3 * y + 0 * light], axis=-1)
+    seconds = np.arange(16_608) / 16_000
+    audio = 0.4 * np.sin(2 * np.pi * 440 * seconds) * np.sin(6 * seconds) ** 2
+    return video.clip(0, 255).astype(np.uint8)[None], audio.astype(np.float32)[None]
+
+
+def test_the_shipped_checkpoint_gives_the_map_it_gave() -> None:
+    """Means over blocks of 8 x 12 places, in thousandths, written down when the checkpoint was made known: every engine
+    is compared with eager PyTorch elsewhere, so a change of the model alone would change all of them alike."""
+    video, audio = scene()
+    saliency, _ = Pipeline.open(engine="eager").predict(video, audio, seed=3)
+    blocks = saliency[0].reshape(7, 8, 8, 12).mean(axis=(1, 3))
+    np.testing.assert_allclose(1000 * blocks, KNOWN, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 4.5}, "STEPS must be one int32 for all or 2, one a clip"),
+        ({"steps": [4, 0.5]}, "STEPS must be one int32 for all or 2"),
+        ({"steps": "many"}, "STEPS must be one int32"),
+        ({"seed": 1.7}, "SEED must be one int64 for all or 2"),
+    ],
+)
+def test_steps_and_seeds_that_are_none(given: dict, message: str) -> None:
+    clip = random_clip(DEMO, 0, 2)
+    with pytest.raises(UserError, match=message):
+        request(DEMO, clip["VIDEO"], clip["AUDIO"], **{"seed": 0, "steps": 4, **given})
+
+
+def test_whole_numbers_of_any_type_are_steps() -> None:
+    clip = random_clip(DEMO, 0, 2)
+    for steps in (4, 4.0, np.uint8(4), [4, 4]):
+        arrays = request(DEMO, clip["VIDEO"], clip["AUDIO"], 0, steps)  # type: ignore[arg-type]
+        assert arrays["STEPS"].tolist() == [[4], [4]]
+        assert arrays["STEPS"].dtype == np.int32
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_sound_that_is_not_finite(value: float) -> None:
+    clip = random_clip(DEMO, 0)
+    clip["AUDIO"][0, 8000] = value
+    with pytest.raises(UserError, match=r"AUDIO holds NaN or infinite samples: give -1 to 1"):
+        request(DEMO, clip["VIDEO"], clip["AUDIO"], 0, 4)
+
+
+@pytest.mark.parametrize("engine", cpu.ENGINES)
+def test_threads_may_share_a_pipeline(demo_artifacts: Artifacts, engine: str) -> None:
+    pipeline = Pipeline.open(demo_artifacts.path, engine)
+    clips = [random_clip(DEMO, seed) for seed in range(4)]
+
+    def predict(i: int) -> np.ndarray:
+        return pipeline.predict(clips[i % 4]["VIDEO"], clips[i % 4]["AUDIO"], i % 4)[0]
+
+    alone = [predict(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, saliency in enumerate(pool.map(predict, range(16))):
+            np.testing.assert_allclose(saliency, alone[i % 4], atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", [*cpu.ENGINES, "eager"])
+def test_a_clip_may_be_a_view(demo_artifacts: Artifacts, engine: str) -> None:
+    """As `frames[..., ::-1]` is, which makes RGB of OpenCV's BGR."""
+    source = demo_artifacts.path if engine in cpu.ENGINES else "random:demo"
+    pipeline = Pipeline.open(source, engine)
+    clip = random_clip(DEMO, 0)
+    turned = np.ascontiguousarray(clip["VIDEO"][..., ::-1])[..., ::-1]
+    assert turned.strides[-1] == -1
+    expected = pipeline.predict(clip["VIDEO"], clip["AUDIO"])[0]
+    np.testing.assert_array_equal(pipeline.predict(turned, clip["AUDIO"])[0], expected)
+
+
+@pytest.mark.parametrize("engine", cpu.ENGINES)
+def test_a_folder_of_another_variant(demo_artifacts: Artifacts, engine: str) -> None:
+    with pytest.raises(UserError, match=r"holds the variant 'full', not 'no_beca': ask for none, or export that one"):
+        Pipeline.open(demo_artifacts.path, engine, "no_beca")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_eager_on_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="PyTorch finds no NVIDIA GPU here: use --engine eager"):
+        Pipeline.open(engine="eager-cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 0), ("900000 100000", 0), ("", 0)],
+)
+def test_a_container_s_quota(monkeypatch: pytest.MonkeyPatch, tmp_path, text: str, found: int) -> None:
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    monkeypatch.setattr(cpu, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert cpu.quota() == found
+
+
+def test_a_quota_is_how_many_threads_a_graph_gets(demo_artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "quota", lambda: 1)
+    engine = cpu.load_engine("openvino", demo_artifacts.file("fusion"), demo_artifacts.signatures["fusion"])
+    assert engine._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1  # type: ignore[attr-defined]
