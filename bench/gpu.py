@@ -37,7 +37,6 @@ from bench.stages import ALONE, COMPETITORS, COMPILED, HALF, REFERENCE, WATERFAL
 from mubic_deploy.config import CONFIGS, Config, get_config
 
 OPTIMISED = "PyTorch FP16, optimised"
-CHILD = (sys.executable, "-m", "bench.gpu_child")
 LEAST = 0.5  # of the seconds that a section in a process of its own is planned with: less is not worth a start
 
 
@@ -93,7 +92,7 @@ class Script:
         """A section in a process of its own; CutError after limit_s. What it had measured by then is kept."""
         gpu_child.write_settings(self.run, folder)
         try:
-            limited.run([*CHILD, name, str(folder)], limit_s)
+            limited.run([*gpu_child.PROCESS, name, str(folder), str(limit_s)], limit_s)
         finally:
             file = gpu_child.results_file(folder, name)
             if file.exists():
@@ -117,9 +116,9 @@ def sections(run: Run, whole_search: bool = False) -> list[Section]:
 
     limited_search, optimised, whole = COMPILED
     apart = [
-        Section(gpu_child.AOTINDUCTOR, 130),
+        Section(gpu_child.AOTINDUCTOR, 150),
         Section(limited_search, 95),
-        Section(optimised, 85),
+        Section(optimised, 70),
     ]
     if whole_search:
         apart[1] = Section(whole, 480)

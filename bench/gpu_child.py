@@ -1,17 +1,19 @@
 """The sections of bench/gpu.py that compile, each in a process of its own, which has a limit and takes its GPU memory
-with it: `python -m bench.gpu_child SECTION FOLDER`.
+with it: `python -m bench.gpu_child SECTION FOLDER SECONDS`.
 
 FOLDER is shared by all of them: `settings.json` says what to measure, SECTION's results are left there as soon as there
-are some."""
+are some. SECONDS: how long it may take."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +35,10 @@ from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.sources import load_script, source_dir
 
 AOTINDUCTOR, TENSORRT, ONNXRUNTIME = "AOTInductor", "TensorRT", "ONNX Runtime CUDA"
+PROCESS = (sys.executable, "-m", "bench.gpu_child")
 PACKAGE = "package"  # not a section: the compiler of one graph of AOTInductor's
 SETTINGS = "settings.json"
+PATIENCE = 0.6  # of the time, for the sampler's package: without it the loop is measured
 
 
 def results_file(folder: Path, section: str) -> Path:
@@ -83,28 +87,36 @@ def package(run: Run, folder: Path, graph: str) -> None:
     script.compile_graph(module, signature, folder / f"{graph}.pt2", options)
 
 
-def compile_packages(run: Run, folder: Path) -> dict[str, list[str]]:
+def compile_packages(run: Run, folder: Path, limit_s: float) -> dict[str, list[str]]:
     """All graphs at once, each in a process, since one keeps but one core busy. The last lines of those that failed,
-    by the graph's name."""
-    graphs = list(signatures(run.config, sampler=True))
+    and of the sampler if it took longer than limit_s, by the graph's name."""
+    began = time.monotonic()
+    graphs = list(signatures(run.config, sampler=True))  # the sampler comes last
     threads = max(1, len(os.sched_getaffinity(0)) // len(graphs))
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-    at_work = {}
+    at_work, failed = {}, {}
     for graph in graphs:
-        command = [sys.executable, "-m", "bench.gpu_child", PACKAGE, str(folder), graph]
+        command = [*PROCESS, PACKAGE, str(folder), graph]
         with (folder / f"{graph}.log").open("wb") as log:
             at_work[graph] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    return {graph: tail(folder / f"{graph}.log") for graph, process in at_work.items() if process.wait() != 0}
+    for graph, process in at_work.items():
+        try:
+            process.wait(max(0.0, began + limit_s - time.monotonic()) if graph == SAMPLER else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if process.wait() != 0:
+            failed[graph] = tail(folder / f"{graph}.log") or ["it said nothing"]
+    return failed
 
 
-def aotinductor(run: Run, folder: Path) -> None:
+def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     """The packages that `mubic-deploy compile` makes, but compiled side by side."""
-    failed = compile_packages(run, folder)
+    failed = compile_packages(run, folder, PATIENCE * limit_s)
     run.results.notes |= {f"log, {AOTINDUCTOR}, {graph}": lines for graph, lines in failed.items()}
     if set(failed) - {SAMPLER}:
         raise UserError(f"{', '.join(failed)} could not be compiled")
     if failed:
-        run.results.left_out[f"{AOTINDUCTOR}, {SAMPLER}"] = "could not be compiled, so the loop is measured"
+        run.results.left_out[f"{AOTINDUCTOR}, {SAMPLER}"] = "was not compiled in time, so the loop is measured"
     script = packages_script()
     script.compile_graph = lambda _module, _signature, path, _options: shutil.move(folder / path.name, path)
     options = package_options(script, run, None if failed else DEFAULT_STEPS)
@@ -130,13 +142,13 @@ def exported_graphs(run: Run, folder: Path) -> Artifacts:
     )
 
 
-def tensorrt(run: Run, folder: Path) -> None:
+def tensorrt(run: Run, folder: Path, _limit_s: float) -> None:
     script = load_script(source_dir("export") / "tensorrt_engines.py")
     script.build(exported_graphs(run, folder), folder / "engines", script.Options(max_batch=max(BATCHES)))
     run.engine(TENSORRT, Pipeline.open(folder / "engines", "tensorrt"), of_torch=False)
 
 
-def onnxruntime(run: Run, folder: Path) -> None:
+def onnxruntime(run: Run, folder: Path, _limit_s: float) -> None:
     pipeline = Pipeline.open(exported_graphs(run, folder).path, "onnxruntime-cuda")
     run.engine(ONNXRUNTIME, pipeline, of_torch=False)
 
@@ -157,11 +169,15 @@ def missing(section: str) -> str:
     return ""
 
 
-SECTIONS: dict[str, Callable[[Run, Path], None]] = {
+def compiled(name: str, run: Run, _folder: Path, _limit_s: float) -> None:
+    run.stages(WHOLE, {name: COMPILED[name]})
+
+
+SECTIONS: dict[str, Callable[[Run, Path, float], None]] = {
     AOTINDUCTOR: aotinductor,
     TENSORRT: tensorrt,
     ONNXRUNTIME: onnxruntime,
-    **{name: lambda run, _, name=name: run.stages(WHOLE, {name: COMPILED[name]}) for name in COMPILED},  # type: ignore[misc]
+    **{name: functools.partial(compiled, name) for name in COMPILED},
 }
 
 
@@ -173,7 +189,7 @@ def main(arguments: Sequence[str]) -> None:
             package(run, folder, arguments[2])
             return
         with run.named(section):
-            SECTIONS[section](run, folder)
+            SECTIONS[section](run, folder, float(arguments[2]))
         run.write()
 
 

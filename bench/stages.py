@@ -88,8 +88,8 @@ COMPETITORS = {
     "eager FP16, positions folded": HALF,
     "eager FP16, torchvision's attention": replace(HALF, folded=False),
 }
-# Of torch.compile, as options. All that max-autotune searches takes this model well over ten minutes: 25 Triton kernels
-# for each of some 200 matrix products, and every other kernel's blocks one step at a time. LIMITED leaves products and
+# Of torch.compile, as options. All that max-autotune searches is too much for a run of minutes: some 25 Triton kernels
+# for each size of matrix product, and every other kernel's blocks one step at a time. LIMITED leaves products and
 # convolutions to cuBLAS and cuDNN and chooses the others among a few. Neither has Inductor's own CUDA graphs, which
 # free a graph's outputs when the next compiled graph is called, which reads them.
 LIMITED, WHOLE = "limited", "whole"

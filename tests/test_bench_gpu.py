@@ -254,7 +254,7 @@ time.sleep(600)
 def test_a_section_that_hangs_is_cut_and_named_and_what_it_had_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "CHILD", (sys.executable, "-c", HANGS))
+    monkeypatch.setattr(gpu_child, "PROCESS", (sys.executable, "-c", HANGS))
     whole = script(tmp_path)
     began = time.monotonic()
     monkeypatch.setattr(whole, "ends", began + 15)
@@ -304,11 +304,28 @@ def test_a_section_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "random:tiny" in whole.run.results.left_out[gpu_child.ONNXRUNTIME]
 
 
+PACKAGES = """
+import sys, time
+graph = sys.argv[3]
+print("at", graph, flush=True)
+time.sleep(600 if graph == "sampler" else 0)
+sys.exit(graph == "fusion")
+"""
+
+
+def test_the_samplers_package_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_child, "PROCESS", (sys.executable, "-c", PACKAGES))
+    began = time.monotonic()
+    failed = gpu_child.compile_packages(script(tmp_path).run, tmp_path, 2)
+    assert failed == {"fusion": ["at fusion"], "sampler": ["at sampler"]}
+    assert 2 <= time.monotonic() - began < 20
+
+
 def test_a_package_that_cannot_be_compiled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = script(tmp_path).run
     monkeypatch.setattr(gpu_child, "compile_packages", lambda *_: {"fusion": ["Error: no g++"]})
     with pytest.raises(UserError, match="fusion could not be compiled"):
-        gpu_child.aotinductor(run, tmp_path)
+        gpu_child.aotinductor(run, tmp_path, 60)
     assert run.results.notes == {"log, AOTInductor, fusion": ["Error: no g++"]}
 
 
