@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 from bench import timing
 from bench.gpu_run import BATCHES, WHOLE, Run
 from bench.limited import ROOT, tail
+from bench.results import Results
 from bench.stages import COMPILED, FLOAT16, REFERENCE, switches, weights
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
@@ -45,9 +47,18 @@ def results_file(folder: Path, section: str) -> Path:
     return folder / f"{'_'.join(re.findall('[a-z0-9]+', section.lower()))}.json"
 
 
+def paying(found: Results) -> list[str]:
+    """The optimisations of an exported graph that a deployment would take: those that by themselves made the model
+    faster in this run. All of them where that was not measured."""
+    gains = {row.side: row.values.get("gain", math.inf) for row in found.rows if row.what == "alone"}
+    return [name for name in OPTIMISATIONS if gains.get(name, math.inf) > 1]
+
+
 def write_settings(run: Run, folder: Path) -> None:
     """What every section needs to know of the run that it is a part of."""
+    run.results.settings["optimisations"] = paying(run.results)
     settings = {
+        "optimisations": run.results.settings["optimisations"],
         "config": run.config.to_json(),
         "device": run.device,
         "rule": asdict(run.rule),
@@ -61,6 +72,7 @@ def read_settings(folder: Path, section: str) -> Run:
     config, rule = Config.from_json(settings["config"]), timing.Rule(**settings["rule"])
     run = Run(config, settings["device"], rule, results_file(folder, section))
     run.results.limits = settings["limits"]
+    run.results.settings["optimisations"] = settings["optimisations"]
     return run
 
 
@@ -74,7 +86,7 @@ def packages_script() -> ModuleType:
 def package_options(script: ModuleType, run: Run, fixed_steps: int | None) -> Any:
     """Those of a deployment, which measures no kernels: that takes minutes a graph."""
     precision = FLOAT16 if run.device == "cuda" else FLOAT32
-    return script.Options(run.device, precision, max(BATCHES), fixed_steps, OPTIMISATIONS)
+    return script.Options(run.device, precision, max(BATCHES), fixed_steps, run.results.settings["optimisations"])
 
 
 def package(run: Run, folder: Path, graph: str) -> None:
@@ -132,14 +144,13 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
 
 
 def exported_graphs(run: Run, folder: Path) -> Artifacts:
-    """In FP16, with the rewrites; made by the first section that wants them."""
+    """In FP16, with the optimisations that pay; made by the first section that wants them."""
     graphs = folder / "graphs"
     if graphs.exists():
         return Artifacts.open(graphs)
     checkpoint = f"random:{run.config.name}"
-    return exported.export(
-        checkpoint, graphs, precision=FLOAT16, fixed_steps=DEFAULT_STEPS, optimisations=OPTIMISATIONS
-    )
+    options = {"fixed_steps": DEFAULT_STEPS, "optimisations": run.results.settings["optimisations"]}
+    return exported.export(checkpoint, graphs, precision=FLOAT16, **options)
 
 
 def tensorrt(run: Run, folder: Path, _limit_s: float) -> None:
@@ -170,7 +181,10 @@ def missing(section: str) -> str:
 
 
 def compiled(name: str, run: Run, _folder: Path, _limit_s: float) -> None:
-    run.stages(WHOLE, {name: COMPILED[name]})
+    stage = COMPILED[name]
+    if stage.optimisations:
+        stage = replace(stage, optimisations=tuple(run.results.settings["optimisations"]))
+    run.stages(WHOLE, {name: stage})
 
 
 SECTIONS: dict[str, Callable[[Run, Path, float], None]] = {

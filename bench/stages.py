@@ -92,15 +92,15 @@ COMPETITORS = {
 # for each size of matrix product, and every other kernel's blocks one step at a time. LIMITED leaves products and
 # convolutions to cuBLAS and cuDNN and chooses the others among a few. Neither has Inductor's own CUDA graphs, which
 # free a graph's outputs when the next compiled graph is called, which reads them.
-LIMITED, WHOLE = "limited", "whole"
+LIMITED, UNLIMITED = "limited", "unlimited"
 SEARCHES: dict[str, dict[str, Any]] = {
     LIMITED: {"max_autotune": True, "max_autotune_gemm_backends": "ATEN", "max_autotune_conv_backends": "ATEN"},
-    WHOLE: {"max_autotune": True, "coordinate_descent_tuning": True},
+    UNLIMITED: {"max_autotune": True, "coordinate_descent_tuning": True},
 }
 COMPILED = {
     "torch.compile max-autotune FP16, limited search": (compiled := replace(HALF, search=LIMITED, graphs=True)),
     "torch.compile max-autotune FP16, limited search, optimised": replace(compiled, optimisations=OPTIMISATIONS),
-    "torch.compile max-autotune FP16": replace(compiled, search=WHOLE),
+    "torch.compile max-autotune FP16": replace(compiled, search=UNLIMITED),
 }
 
 

@@ -115,6 +115,16 @@ def test_a_section_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "random:tiny" in whole.run.results.left_out[gpu_child.ONNXRUNTIME]
 
 
+def test_what_compiles_gets_the_optimisations_that_paid() -> None:
+    def alone(**gains: float) -> list[str]:
+        rows = [results.Row("alone", name, values={"gain": gain}) for name, gain in gains.items()]
+        rows.append(results.Row("waterfall", "pad_heads", values={"gain": 0.5}))
+        return gpu_child.paying(results.Results("gpu", {}, rows=rows))
+
+    assert alone() == ["pad_heads", "split_depthwise"]
+    assert alone(pad_heads=1.3, split_depthwise=0.9, channels_last=1.1) == ["pad_heads"]
+
+
 PACKAGES = """
 import sys, time
 graph = sys.argv[3]
