@@ -33,7 +33,7 @@ from bench import gpu_child, limited, results, timing
 from bench.goals import outcomes
 from bench.gpu_run import RULE, WHOLE, Run
 from bench.results import FOLDER, LOOKS, Results
-from bench.stages import ALONE, COMPETITORS, COMPILED, HALF, REFERENCE, WATERFALL, Stage, build, switches
+from bench.stages import ALONE, COMPETITORS, COMPILED, HALF, REFERENCE, WATERFALL, WITHOUT, Stage, build, switches
 from mubic_deploy.config import CONFIGS, Config, get_config
 
 OPTIMISED = "PyTorch FP16, optimised"
@@ -106,7 +106,7 @@ def sections(run: Run, whole_search: bool = False) -> list[Section]:
     """The most telling first. They are 480 s together, without those for which more must be installed or asked for."""
     on_gpu = run.device == "cuda"
     waterfall = WATERFALL if on_gpu else {k: s for k, s in WATERFALL.items() if not (s.graphs or s.one)}
-    alone = ALONE if on_gpu else {name: replace(s, graphs=False) for name, s in ALONE.items()}
+    alone, without = ({name: replace(s, graphs=on_gpu) for name, s in stages.items()} for stages in (ALONE, WITHOUT))
     best = next(reversed(waterfall.values()))
     looped = replace(best, one=False, sampler=False, graphs=on_gpu)
     unreplayed = replace(best, one=False, graphs=False)
@@ -129,7 +129,8 @@ def sections(run: Run, whole_search: bool = False) -> list[Section]:
         Section("steps", 10, lambda: run.steps(OPTIMISED, made(looped))),
         Section("graphs", 10, lambda: run.graphs(looped)),
         Section("batches", 25, lambda: run.batches(OPTIMISED, made(best))),
-        Section("each alone", 35, lambda: run.stages("alone", alone, run.look)),
+        Section("each alone", 28, lambda: run.stages("alone", alone, run.look)),
+        Section("without", 10, lambda: run.stages("without", without, run.look)),
         Section("kernels", 8, lambda: run.kernels("optimised", made(unreplayed))),
         Section("kernels of eager FP16", 8, lambda: run.kernels("eager FP16", made(HALF))),
         Section(gpu_child.TENSORRT, 240, missing=gpu_child.missing(gpu_child.TENSORRT)),

@@ -114,7 +114,8 @@ class Run:
         return timings
 
     def stages(self, what: str, stages: Mapping[str, Stage], rule: timing.Rule | None = None) -> None:
-        """As `predictors`, of stages; of a waterfall each with its gain over the one before."""
+        """As `predictors`, of stages; of a waterfall each with its gain over the one before, of "alone" and "without"
+        over the first of its precision."""
         built = {}
         for name, stage in stages.items():
             with self.named(name):
@@ -123,7 +124,7 @@ class Run:
         if what == "waterfall":
             for before, name in itertools.pairwise(stages):
                 self._gain(what, name, before, timings)
-        if what == "alone":
+        if what in ("alone", "without"):
             for name, stage in stages.items():
                 first = next(n for n, s in stages.items() if s.precision == stage.precision)
                 if first != name:

@@ -72,13 +72,17 @@ WATERFALL = {  # each is the one before and one thing more
     "sampler": (seventh := replace(sixth, sampler=True)),
     "one CUDA graph": replace(seventh, one=True, graphs=False),
 }
-# each technique by itself, against the first of its precision; what that one has already is left out instead
+# each technique by itself, against the first of its precision
 ALONE = {
     "FP16, CUDA graphs": (plain := replace(HALF, graphs=True)),
     **{name: replace(plain, optimisations=(name,)) for name in REWRITES},
     "cudnn.benchmark": replace(plain, benchmark=True),
     "FP32, CUDA graphs": (strict := replace(REFERENCE, graphs=True)),
     "BatchNorm folded, FP32": replace(strict, norms=True),
+}
+# what the model has in any case, left out
+WITHOUT = {
+    "FP16, CUDA graphs": plain,
     "without positions folded": replace(plain, folded=False),
     "without position tables kept": replace(plain, tables=False),
 }
