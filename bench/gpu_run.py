@@ -186,7 +186,8 @@ class Run:
         tensors["ALPHA_NEXT"] = np.full((1, 1), 0.8, np.float32)
         for name, signature in signatures(self.config, stage.precision).items():
             module = Graphed(model.graph(name)) if self.device == "cuda" else model.graph(name)
-            inputs = [eager.to_torch(tensors[t.name], torch.device(self.device)) for t in signature.inputs]
+            # clones, because of tensors made in inference mode it is not known whether they changed since the last call
+            inputs = [eager.to_torch(tensors[t.name], torch.device(self.device)).clone() for t in signature.inputs]
             with torch.inference_mode():
                 timed = timing.measure({name: functools.partial(_run, module, inputs)}, self.look, self.clock)[name]
             weights = sum(t.nbytes for t in (*model.graph(name).parameters(), *model.graph(name).buffers()))
