@@ -181,7 +181,7 @@ def missing(section: str) -> str:
 
 
 def compiled(name: str, run: Run, _folder: Path, _limit_s: float) -> None:
-    stage = COMPILED[name]
+    stage = replace(COMPILED[name], graphs=run.device == "cuda")
     if stage.optimisations:
         stage = replace(stage, optimisations=tuple(run.results.settings["optimisations"]))
     run.stages(WHOLE, {name: stage})

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 TAIL = 20  # lines
+GONE_S = 2.0
 
 
 class EndedError(UserError):
@@ -46,12 +48,23 @@ def run(command: Sequence[str], limit_s: float) -> None:
         except subprocess.TimeoutExpired:
             raise CutError(f"cut after the {limit_s:.0f} s that it was given", tail(log)) from None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
         if process.returncode != 0:
             lines = tail(log)
             raise EndedError(f"its process ended with {process.returncode}: {' '.join(lines[-1:])[:300]}", lines)
+
+
+def kill(leader: subprocess.Popen[bytes]) -> None:
+    """Ends all of a process group, and waits until they are gone and their memory with them: for GONE_S at most, since
+    where nobody takes care of orphans they stay in the table."""
+    until = time.monotonic() + GONE_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.wait()
+        while time.monotonic() < until:
+            os.killpg(leader.pid, signal.SIGKILL)
+            time.sleep(0.02)
+    leader.wait()
 
 
 def tail(log: Path) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,16 @@ from mubic_deploy.model.mubic import random_model
 from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline
 
-RULE = timing.Rule(repeats=5, seconds=0.5, short_s=0.0, warm_up_s=0.2)
+SMALL = replace(TINY, frames=8, height=32, width=48)  # FP16 is slow on a CPU
+RULE = timing.Rule(repeats=2, seconds=0.2, short_s=0.0, warm_up_s=0.0, quick=True)
 APART = (*stages.COMPILED, gpu_child.AOTINDUCTOR)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """FP16 on a CPU: many threads on busy cores wait for each other longer than they work."""
+    with machine.torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +40,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
         patch.setattr(gpu_run, "PROFILED", 1)
         patch.setattr(gpu_run, "CLIPS", 2)
         patch.setattr(timing, "AT_LEAST", 2)
-        # FP16 on a CPU: many threads on busy cores wait for each other longer than they work
-        with machine.torch_threads(1):
-            name, _ = gpu.measure(TINY, "cpu", 60, RULE, out, APART)
+        name, _ = gpu.measure(SMALL, "cpu", 60, RULE, out, APART)
     assert [p.name for p in out.iterdir()] == [name] == ["gpu_tiny_cpu.json"]
     return results.read(out / name)
 
 
 def script(out: Path, minutes: float = 1.0) -> gpu.Script:
-    run = gpu.Run(TINY, "cpu", RULE, out / "gpu_tiny_cpu.json.unfinished")
+    run = gpu.Run(SMALL, "cpu", RULE, out / "gpu_tiny_cpu.json.unfinished")
     return gpu.Script(run, out / "gpu_tiny_cpu.json", minutes)
 
 
@@ -125,7 +133,7 @@ def test_a_step_more(measured: results.Results) -> None:
 def test_the_reference_is_in_fp32_whatever_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_run, "CLIPS", 1)
     run = script(tmp_path).run
-    run.compare("whole", "half", stages.build(stages.HALF, TINY, "cpu"))
+    run.compare("whole", "half", stages.build(stages.HALF, SMALL, "cpu"))
     assert 0 < run.results.row("parity", "half").values["largest_difference"] < 0.02
 
 
@@ -140,14 +148,14 @@ def test_a_stage_that_fails_does_not_take_the_others_with_it(tmp_path: Path, mon
 
 
 def test_stages_leave_the_weights_that_they_share_alone() -> None:
-    shared = stages.weights(TINY, True, "cpu")
+    shared = stages.weights(SMALL, True, "cpu")
     before = {name: value.clone() for name, value in shared.state_dict().items()}
     everything = stages.Stage(
         precision="float16", optimisations=("pad_heads", "split_depthwise", "channels_last"), tables=False
     )
     for stage in (everything, stages.Stage(norms=True)):
-        stages.build(stage, TINY, "cpu")
-    assert stages.weights(TINY, True, "cpu") is shared
+        stages.build(stage, SMALL, "cpu")
+    assert stages.weights(SMALL, True, "cpu") is shared
     after = shared.state_dict()
     assert after.keys() == before.keys()
     for name, value in before.items():
@@ -172,18 +180,18 @@ def test_switches_hold_in_a_stages_calls_alone(tf32: bool, benchmark: bool) -> N
 
 
 def test_the_gpus_own_time_is_of_the_same_maps() -> None:
-    clip = random_clip(TINY, 0, 2)
-    sampler = stages.build(stages.Stage(sampler=True), TINY, "cpu")
+    clip = random_clip(SMALL, 0, 2)
+    sampler = stages.build(stages.Stage(sampler=True), SMALL, "cpu")
     call = gpu_run.resident(sampler, clip, "cpu")
     assert call is not None
     expected, _ = sampler.predict(clip["VIDEO"], clip["AUDIO"], np.arange(2))
     np.testing.assert_allclose(call(0)["SALIENCY"], expected, atol=1e-6)
-    assert gpu_run.resident(stages.build(stages.REFERENCE, TINY, "cpu"), clip, "cpu") is None
+    assert gpu_run.resident(stages.build(stages.REFERENCE, SMALL, "cpu"), clip, "cpu") is None
 
 
 def test_graphs_say_what_they_move(measured: results.Results) -> None:
     """Weights in FP16, two bytes each, and inputs and outputs: enough for a roofline."""
-    weights = sum(p.numel() for p in random_model(TINY).graph("denoiser").parameters())
+    weights = sum(p.numel() for p in random_model(SMALL).graph("denoiser").parameters())
     moved = measured.row("denoiser", "PyTorch FP16, optimised").values["bytes"]
     assert 2 * weights < moved < 2.5 * weights + 1e6
     measured.limits["gemm_float16"] = 1e12
@@ -258,7 +266,7 @@ def test_compiled_graphs_are_captured_by_us_alone(name: str) -> None:
     stage = stages.COMPILED[name]
     assert stage.search is not None
     assert not stages.SEARCHES[stage.search].get("triton.cudagraphs")
-    pipeline = stages.build(stage, TINY, "cpu")
+    pipeline = stages.build(stage, SMALL, "cpu")
     assert isinstance(pipeline, Pipeline)
     for engine in pipeline.engines.values():
         graphed = engine.module  # type: ignore[attr-defined]
