@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -204,4 +205,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started ends too
     main()
