@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from bench import timing
 from bench.gpu_run import BATCHES, WHOLE, Run
 from bench.limited import ROOT, tail
@@ -31,7 +33,7 @@ from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import DEFAULT_STEPS, OPTIMISATIONS, Config
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import FLOAT32, SAMPLER, signatures
+from mubic_deploy.graphs import FLOAT32, SAMPLER, Signature, signatures
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.sources import load_script, source_dir
@@ -130,7 +132,11 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     if failed:
         run.results.left_out[f"{AOTINDUCTOR}, {SAMPLER}"] = "was not compiled in time, so the loop is measured"
     script = packages_script()
-    script.compile_graph = lambda _module, _signature, path, _options: shutil.move(folder / path.name, path)
+
+    def take(_module: nn.Module, _signature: Signature, path: Path, _options: Any) -> None:
+        shutil.move(folder / path.name, path)
+
+    vars(script)["compile_graph"] = take
     options = package_options(script, run, None if failed else DEFAULT_STEPS)
     packages = script.build(weights(run.config, True, run.device), Source("random", 0), folder / "packages", options)
     from mubic_deploy.engines.aotinductor import load_engines

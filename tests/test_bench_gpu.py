@@ -93,9 +93,9 @@ def test_the_stages_compute_the_same_maps(measured: results.Results) -> None:
         assert values["largest_difference"] < 0.02, side
     assert parity["parity", "eager FP32"]["largest_difference"] == 0
     assert parity["parity, waterfall", "positions folded into the product"]["largest_difference"] == 0
-    for side in stages.COMPETITORS:
-        if "FP16" in side:  # or it would be FP32 under another name
-            assert parity["parity", side]["largest_difference"] > 0
+    for name in stages.COMPETITORS:
+        if "FP16" in name:  # or it would be FP32 under another name
+            assert parity["parity", name]["largest_difference"] > 0
     assert 0 < parity["parity, waterfall", "eager FP32, torchvision's attention"]["largest_difference"] < 1e-5
     assert 0 < parity["parity, alone", "BatchNorm folded, FP32"]["largest_difference"] < 1e-5
     tables = [parity["parity, without", side] for side in ("FP16, CUDA graphs", "without position tables kept")]
