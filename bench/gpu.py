@@ -86,7 +86,8 @@ class Script:
                     self.apart(section.name, folder, min(left, max(section.seconds, left - later)))
         gc.collect()
         torch.cuda.empty_cache()  # for the processes that follow; without a GPU it does nothing
-        self.console.print(f"{section.name}: {time.monotonic() - began:.0f} s {left_out.get(section.name, '')}")
+        said = f"{section.name}: {time.monotonic() - began:.0f} s {left_out.get(section.name, '')}"
+        self.console.print(said, markup=False, soft_wrap=True)
         self.run.write()
 
     def apart(self, name: str, folder: Path, limit_s: float) -> None:
@@ -180,7 +181,7 @@ def summary(name: str, found: Results) -> None:
         reached.add_row(goal.name, goal.bounds, measured, outcome.reached, figure.of if figure else "")
     console.print(reached)
     for side, why in found.left_out.items():
-        console.print(f"left out: {side}: {why}")
+        console.print(f"left out: {side}: {why}", markup=False, soft_wrap=True)
 
 
 def main() -> None:

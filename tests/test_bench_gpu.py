@@ -189,6 +189,27 @@ def test_the_gpus_own_time_is_of_the_same_maps() -> None:
     assert gpu_run.resident(stages.build(stages.REFERENCE, SMALL, "cpu"), clip, "cpu") is None
 
 
+def test_the_gpu_is_asleep_until_all_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the time that the host takes to launch is in the figure."""
+    did = list[str]()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            did.append("record")
+
+        def elapsed_time(self, _: Event) -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: did.append(name))
+    assert timing.cuda_events(lambda: did.append("call")) == pytest.approx(0.0025)
+    assert did == ["synchronize", "_sleep", "record", "call", "record", "synchronize"]
+
+
 def test_graphs_say_what_they_move(measured: results.Results) -> None:
     """Weights in FP16, two bytes each, and inputs and outputs: enough for a roofline."""
     weights = sum(p.numel() for p in random_model(SMALL).graph("denoiser").parameters())
@@ -250,13 +271,13 @@ def test_the_summary_says_goals_and_what_is_missing(
 ) -> None:
     timed = timing.Timing((0.003,) * 5)
     found = results.Results("gpu", {"size": "full"}, rows=[results.Row("whole", "AOTInductor", {"batch": 1}, timed)])
-    found.left_out["TensorRT"] = "is not there"
+    found.left_out["TensorRT"] = "pip install 'mubic-deploy[tensorrt]'"
     gpu.summary("gpu_full_nvidia_h200.json", found)
     said = capsys.readouterr().out
     assert "3 ms" in said
     assert "at most 4 ms" in said
     assert goals.NOT_MEASURED in said
-    assert "left out: TensorRT: is not there" in said
+    assert "left out: TensorRT: pip install 'mubic-deploy[tensorrt]'" in said
     gpu.summary("gpu_tiny_cpu.json", measured)
 
 
