@@ -12,6 +12,7 @@ had. Weights are random and of one seed; maps are compared with eager PyTorch in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import re
 import signal
@@ -85,7 +86,8 @@ class Script:
                 else:
                     self.apart(section.name, folder, min(left, max(section.seconds, left - later)))
         gc.collect()
-        torch.cuda.empty_cache()  # for the processes that follow; without a GPU it does nothing
+        with contextlib.suppress(RuntimeError):  # which an error of CUDA's in this process leaves for all that follows
+            torch.cuda.empty_cache()  # for other processes; without a GPU it does nothing
         said = f"{section.name}: {time.monotonic() - began:.0f} s {left_out.get(section.name, '')}"
         self.console.print(said, markup=False, soft_wrap=True)
         self.run.write()

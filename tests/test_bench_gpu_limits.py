@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from half_fixtures import TINY
 
 from bench import gpu, gpu_child, limited, results, timing
@@ -152,7 +153,11 @@ def test_a_package_that_cannot_be_compiled_is_named(tmp_path: Path, monkeypatch:
     assert run.results.notes == {"log, AOTInductor, fusion": ["Error: no g++"]}
 
 
-def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:  # as every call is after an error of CUDA's
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
     whole = script(tmp_path)
     raised = {"bare": Exception(), "missing": ImportError("No module named 'x'"), "ours": UserError("no")}
     for name, error in raised.items():
