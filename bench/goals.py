@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 
 from bench.results import Results, Row
-from bench.timing import Timing, ratio_in_run
+from bench.timing import RESAMPLES, Timing, interval, ratio, ratio_in_run
 from mubic_deploy.engines import cpu
 
 DEFAULT = cpu.ENGINES[0]
-
+GPU = "gpu_full_*"  # a file a device
+# sides of bench/gpu.py: who is to be fast, and against whom. The last of OURS is no engine of the package's: it shows
+# what the model gives in PyTorch with every rewrite.
+OURS = ("AOTInductor", "TensorRT", "ONNX Runtime CUDA", "PyTorch FP16, optimised")
+EAGER, EAGER_FP16 = ("eager FP32",), ("eager FP16, positions folded", "eager FP16, torchvision's attention")
+MAX_AUTOTUNE = ("torch.compile max-autotune FP16", "torch.compile max-autotune FP16, limited search")
 
 YES, NO, UNDECIDED, NOT_MEASURED = "yes", "no", "undecided", "not measured"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """interval: 95 %, where it has one; settled: False if it is of times whose warm-up still changed."""
+    """interval: 95 %, where it has one; settled: False if it is of times whose warm-up still changed; of: which side's
+    it is, where the goal leaves that open."""
 
     measured: float
     interval: tuple[float, float] | None = None
     settled: bool = True
+    of: str = ""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure of one results file. file: its name without .json; figure: KeyError where the results lack what it is
-    made of; least, most: the bounds that it should keep, one or both; unit: that follows the figure"""
+    """A figure of one results file. file: its name without .json, with * for any device; figure: KeyError where the
+    results lack what it is made of; least, most: the bounds that it should keep, one or both; unit: that follows the
+    figure"""
 
     name: str
     file: str
@@ -127,6 +136,105 @@ def _memory(results: Results) -> Figure:
     return Figure(rows[-1].values["peak_bytes"] / rows[0].values["peak_bytes"])
 
 
+def _fastest(results: Results, sides: Sequence[str], every: bool = False) -> tuple[str, Timing]:
+    """Of the whole inference. every: only if all of them were measured."""
+    timings = {
+        row.side: row.timing
+        for row in results.rows
+        if row.what == "whole" and row.side in sides and row.timing is not None
+    }
+    if not timings or (every and len(timings) < len(sides)):
+        raise KeyError(f"times of {', '.join(sides)}")
+    side = min(timings, key=lambda name: timings[name].median)
+    return side, timings[side]
+
+
+def _latency_ms(results: Results) -> Figure:
+    side, timing = _fastest(results, OURS)
+    low, high = timing.interval
+    return Figure(1000 * timing.median, (1000 * low, 1000 * high), timing.settled, side)
+
+
+def _tail(results: Results) -> Figure:
+    """p99 over the median."""
+    side, timing = _fastest(results, OURS)
+    samples = np.asarray(timing.samples)
+    drawn = samples[np.random.default_rng(0).integers(0, len(samples), (RESAMPLES, len(samples)))]
+    ends = interval(np.percentile(drawn, 99, axis=1) / np.median(drawn, axis=1))
+    return Figure(timing.percentile(99) / timing.median, ends, timing.settled, side)
+
+
+def _times_as_fast(baselines: Sequence[str], every: bool = False) -> Callable[[Results], Figure]:
+    """Our fastest against the fastest of others."""
+
+    def of(results: Results) -> Figure:
+        (side, ours), (baseline, theirs) = _fastest(results, OURS), _fastest(results, baselines, every)
+        measured, low, high = ratio(theirs, ours)  # they need not have run in turn
+        return Figure(measured, (low, high), ours.settled and theirs.settled, f"{side} against {baseline}")
+
+    return of
+
+
+def _throughput(results: Results) -> Figure:
+    """Clips a second at the best batch of the best engine, as a user gets them."""
+    rows = [row for row in results.rows if row.what == "batch" and row.side in OURS]
+    if not rows:
+        raise KeyError("batch")
+    best = max(rows, key=lambda row: row.values["clips_per_s"])
+    batch, timing = int(best.axes["batch"]), _timing(best)
+    low, high = timing.interval
+    return Figure(batch / timing.median, (batch / high, batch / low), timing.settled, f"{best.side}, batch {batch}")
+
+
+def _step_ms(results: Results) -> Figure:
+    """What a step more costs the engine whose steps cost least: a fourth of 8 steps minus 4."""
+    found = []
+    for row in results.rows:
+        if row.what == "steps" and row.side in OURS and row.axes["steps"] == 8:
+            eight, four = _timing(row), _timing(results.row("steps", row.side, steps=4))
+            low, high = interval((eight.resampled(0) - four.resampled(1)) / 4)
+            each = 1000 * (eight.median - four.median) / 4
+            found.append(Figure(each, (1000 * low, 1000 * high), eight.settled and four.settled, row.side))
+    if not found:
+        raise KeyError("steps")
+    return min(found, key=lambda figure: figure.measured)
+
+
+def _worst_map(pick: Callable[[list[float]], int], name: str) -> Callable[[Results], Figure]:
+    """Of all of ours. pick: NumPy's, which find a NaN."""
+
+    def of(results: Results) -> Figure:
+        rows = [row for row in results.rows if row.what == "parity" and row.side in OURS]
+        if not rows:
+            raise KeyError(name)
+        worst = rows[pick([row.values[name] for row in rows])]
+        return Figure(worst.values[name], of=worst.side)
+
+    return of
+
+
+def _on_gpu() -> list[Goal]:
+    """Those of issue 4, of one H100 or H200."""
+    one = "one clip, best engine"
+    return [
+        Goal(f"{one}, median", GPU, _latency_ms, most=4, unit="ms"),
+        Goal(f"{one}, p99 over median", GPU, _tail, most=1.2),
+        Goal(f"{one}, against eager FP32", GPU, _times_as_fast(EAGER), least=10),
+        Goal(f"{one}, against the faster eager FP16", GPU, _times_as_fast(EAGER_FP16, every=True), least=4),
+        Goal(f"{one}, against torch.compile max-autotune FP16", GPU, _times_as_fast(MAX_AUTOTUNE), least=1.2),
+        Goal("best batch", GPU, _throughput, least=600, unit="clips/s"),
+        Goal("a step more", GPU, _step_ms, most=0.35, unit="ms"),
+        Goal("lowest CC of a map with eager FP32's", GPU, _worst_map(np.argmin, "cc"), least=0.999, unit=""),
+        Goal(
+            "largest difference of a map from eager FP32's",
+            GPU,
+            _worst_map(np.argmax, "largest_difference"),
+            most=0.02,
+            unit="",
+        ),
+    ]
+
+
 def _speed(engine: str) -> list[Goal]:
     against = {"eager, each step": 5, "eager, torchvision": 1.4, "torch.compile": 1.1}
     named = {"eager, each step": "eager with the encoders at each step", "eager, torchvision": "eager, encoders once"}
@@ -196,18 +304,22 @@ GOALS = (
         most=0.5,
         unit="frames",
     ),
+    *_on_gpu(),
 )
 
 
 def outcomes(found: Mapping[str, Results]) -> list[Outcome]:
-    """Of all goals whose results file is among those found, by its name with .json; quick looks do not count."""
+    """Of all goals whose results file is among those found, by its name with .json; quick looks do not count. Where
+    there may be one a device, the goal's name says of which it is."""
     out = []
     for goal in GOALS:
-        results = found.get(f"{goal.file}.json")
-        if results is None or results.settings.get("quick"):
-            continue
-        try:
-            out.append(Outcome(goal, goal.figure(results)))
-        except KeyError:
-            out.append(Outcome(goal, None))
+        for name, results in found.items():
+            if not fnmatchcase(name, f"{goal.file}.json") or results.settings.get("quick"):
+                continue
+            device = name.removeprefix(goal.file.rstrip("*")).removesuffix(".json").replace("_", " ")
+            named = replace(goal, name=f"{device}: {goal.name}") if goal.file.endswith("*") else goal
+            try:
+                out.append(Outcome(named, goal.figure(results)))
+            except KeyError:
+                out.append(Outcome(named, None))
     return out

@@ -20,6 +20,7 @@ WIDE = 0.05  # half of a confidence interval over its median, from which on a re
 STABLE = 0.05  # by how much two medians of WINDOW warm-up calls may differ
 WINDOW = 3
 SLOWER = 4  # times warm_up_s
+ASLEEP = 2_000_000  # cycles, a millisecond on an H200: longer than the host takes to enqueue some graphs
 AT_LEAST = 5  # calls of a side, however slow it is; and warm-up calls, before it counts as not settled
 
 
@@ -141,11 +142,16 @@ def wall(call: Callable[[], Any]) -> float:
 
 
 def cuda_events(call: Callable[[], Any]) -> float:
-    """By events on PyTorch's current stream: for calls that only enqueue."""
+    """By events on PyTorch's current stream: for calls that only enqueue.
+
+    The GPU is kept asleep until all is enqueued, so that it finds a full queue when its time begins to count: of an
+    idle one the host's time to launch would be in the figure. A call that takes the host longer than ASLEEP still has
+    the rest of it in."""
     import torch
 
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(ASLEEP)
     began.record()
     call()
     ended.record()

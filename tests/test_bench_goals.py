@@ -118,9 +118,107 @@ def test_memory_is_of_the_longest_film_over_the_shortest() -> None:
 def test_goals_are_of_files_that_a_suite_writes() -> None:
     assert len({goal.name for goal in goals.GOALS}) == len(goals.GOALS)
     for goal in goals.GOALS:
-        suite, which = goal.file.split("_")
+        suite, which, *_device = goal.file.split("_")
         assert which in (streams.MEASUREMENTS if suite == "streams" else ("full", "demo"))
-        assert suite in (*SUITES, "streams")
+        assert suite in (*SUITES, "streams", "gpu")
+
+
+H200 = "gpu_full_nvidia_h200.json"
+
+
+def on_gpu(**medians: float) -> dict[str, Results]:
+    """Of AOTInductor and whoever is named, in milliseconds; the parity of all, and AOTInductor's steps and batches."""
+    sides = {
+        "ours": "AOTInductor",
+        "pytorch": "PyTorch FP16, optimised",
+        "fp32": "eager FP32",
+        "folded": "eager FP16, positions folded",
+        "torchvision": "eager FP16, torchvision's attention",
+        "limited": "torch.compile max-autotune FP16, limited search",
+        "whole": "torch.compile max-autotune FP16",
+    }
+    rows = [timed("whole", sides[name], ms / 1000) for name, ms in medians.items()]
+    maps = (("eager FP16, positions folded", 0.5, 0.5), ("AOTInductor", 0.9992, 0.004))
+    rows += [Row("parity", side, values={"cc": cc, "largest_difference": d}) for side, cc, d in maps]
+    rows += [Row("steps", "AOTInductor", {"steps": n}, Timing((0.002 + 0.0003 * n,) * 5)) for n in (4, 8, 12)]
+    speeds = ((1, 250.0), (32, 640.0))
+    rows += [Row("batch", "AOTInductor", {"batch": b}, Timing((b / v,) * 5), {"clips_per_s": v}) for b, v in speeds]
+    return {H200: Results("gpu", {"size": "full", "quick": False}, rows=rows)}
+
+
+def gpu_outcome(found: dict[str, Results], name: str) -> goals.Outcome:
+    return outcome(found, f"nvidia h200: {name}")
+
+
+def test_goals_of_a_gpu_are_found_by_its_file() -> None:
+    found = on_gpu(ours=3.5, pytorch=3.8)
+    median = gpu_outcome(found, "one clip, best engine, median")
+    assert median.reached == goals.YES
+    assert median.figure is not None
+    assert median.figure.measured == pytest.approx(3.5)
+    assert median.figure.of == "AOTInductor"
+    assert gpu_outcome(on_gpu(ours=4.1), "one clip, best engine, median").reached == goals.NO
+    assert gpu_outcome(on_gpu(fp32=50), "one clip, best engine, median").reached == goals.NOT_MEASURED
+    names = [o.goal.name for o in goals.outcomes({**found, "gpu_full_nvidia_h100.json": found[H200]})]
+    assert len(names) == len(set(names))
+    assert "nvidia h100: best batch" in names
+    assert goals.outcomes({"gpu_demo_nvidia_h200.json": found[H200]}) == []
+
+
+@pytest.mark.parametrize(
+    ("medians", "against", "reached"),
+    [
+        ({"fp32": 36}, "eager FP32", goals.YES),
+        ({"fp32": 34}, "eager FP32", goals.NO),
+        ({"folded": 20, "torchvision": 15}, "the faster eager FP16", goals.YES),
+        ({"folded": 13, "torchvision": 20}, "the faster eager FP16", goals.NO),
+        ({"folded": 20}, "the faster eager FP16", goals.NOT_MEASURED),  # the other one may be faster
+        ({"limited": 4.3}, "torch.compile max-autotune FP16", goals.YES),
+        ({"limited": 4.3, "whole": 4.1}, "torch.compile max-autotune FP16", goals.NO),
+        ({}, "torch.compile max-autotune FP16", goals.NOT_MEASURED),
+    ],
+)
+def test_times_as_fast_as_others(medians: dict[str, float], against: str, reached: str) -> None:
+    assert gpu_outcome(on_gpu(ours=3.5, **medians), f"one clip, best engine, against {against}").reached == reached
+
+
+def test_a_side_that_never_settled_decides_nothing() -> None:
+    found = on_gpu(ours=3.5, fp32=36)
+    found[H200].rows[1].timing = Timing((0.036,) * 5, settled=False)
+    assert gpu_outcome(found, "one clip, best engine, against eager FP32").reached == goals.UNDECIDED
+
+
+def test_the_tail_of_the_best_engine() -> None:
+    def tail(slow: float) -> goals.Outcome:
+        found = on_gpu(ours=3.5)
+        found[H200].rows[0].timing = Timing((0.0035,) * 95 + (slow,) * 5)
+        return gpu_outcome(found, "one clip, best engine, p99 over median")
+
+    figure = tail(0.0035 * 1.1).figure
+    assert figure is not None
+    assert figure.measured == pytest.approx(1.1)
+    assert [tail(0.0035 * times).reached for times in (1.1, 1.3)] == [goals.YES, goals.UNDECIDED]
+
+
+def test_batches_steps_and_maps_of_a_gpu() -> None:
+    found = on_gpu(ours=3.5)
+    wanted = {
+        "best batch": (640, "AOTInductor, batch 32"),
+        "a step more": (0.3, "AOTInductor"),
+        "lowest CC of a map with eager FP32's": (0.9992, "AOTInductor"),  # not of who is no engine of ours
+        "largest difference of a map from eager FP32's": (0.004, "AOTInductor"),
+    }
+    for name, (measured, of) in wanted.items():
+        got = gpu_outcome(found, name)
+        assert got.figure is not None
+        assert got.figure.measured == pytest.approx(measured), name
+        assert got.figure.of == of
+        assert got.reached == goals.YES
+    found[H200].rows.append(Row("parity", "TensorRT", values={"cc": math.nan, "largest_difference": math.nan}))
+    assert gpu_outcome(found, "lowest CC of a map with eager FP32's").reached == goals.NO
+    assert gpu_outcome(found, "largest difference of a map from eager FP32's").reached == goals.NO
+    found[H200].rows.clear()
+    assert {o.reached for o in goals.outcomes(found)} == {goals.NOT_MEASURED}
 
 
 def test_the_report_says_them() -> None:

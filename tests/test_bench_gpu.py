@@ -3,63 +3,105 @@
 from __future__ import annotations
 
 import itertools
-import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from half_fixtures import TINY
 
-from bench import gpu, groups, machine, results, stages, timing
-from mubic_deploy.errors import UserError
+from bench import goals, gpu, gpu_child, gpu_run, groups, machine, results, stages, timing
 from mubic_deploy.model.mubic import random_model
+from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline
 
-RULE = timing.Rule(repeats=5, seconds=0.5, short_s=0.0, warm_up_s=0.2)
+SMALL = replace(TINY, frames=8, height=32, width=48)  # FP16 is slow on a CPU
+RULE = timing.Rule(repeats=2, seconds=0.2, short_s=0.0, warm_up_s=0.0, quick=True)
+# what compiles takes minutes, and PyTorch's convolutions of many groups on a CPU are too many events to count quickly
+SKIPPED = (*stages.COMPILED, gpu_child.AOTINDUCTOR, "kernels")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """FP16 on a CPU: many threads on busy cores wait for each other longer than they work."""
+    with machine.torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
     out = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "BATCHES", (1, 3))
-        patch.setattr(gpu.machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
-        patch.setattr(gpu.machine, "COPY_BYTES", {"cpu": 1 << 20})
-        patch.setattr(gpu, "PROFILED", 1)
-        patch.setattr(gpu, "CLIPS", 2)
+        patch.setattr(gpu_run, "BATCHES", (1, 3))
+        patch.setattr(machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
+        patch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20})
+        patch.setattr(gpu_run, "PROFILED", 1)
+        patch.setattr(gpu_run, "CLIPS", 2)
         patch.setattr(timing, "AT_LEAST", 2)
-        # FP16 on a CPU: many threads on busy cores wait for each other longer than they work
-        with machine.torch_threads(1):
-            gpu.measure(TINY, "cpu", 60, RULE, out, ["torch.compile", "AOTInductor"])
-    assert [p.name for p in out.iterdir()] == ["gpu_tiny_cpu.json"]
-    return results.read(out / "gpu_tiny_cpu.json")
+        name, _ = gpu.measure(SMALL, "cpu", 60, RULE, out, SKIPPED)
+    assert [p.name for p in out.iterdir()] == [name] == ["gpu_tiny_cpu.json"]
+    return results.read(out / name)
+
+
+def script(out: Path, minutes: float = 1.0) -> gpu.Script:
+    run = gpu.Run(SMALL, "cpu", RULE, out / "gpu_tiny_cpu.json.unfinished")
+    return gpu.Script(run, out / "gpu_tiny_cpu.json", minutes)
 
 
 def test_all_that_needs_no_gpu_is_measured(measured: results.Results) -> None:
-    what = {row.what for row in measured.rows}
-    assert what == {"whole", "parity", "waterfall", "batch", "visual_encoder", "audio_encoder", "fusion", "denoiser"}
+    what = {row.what for row in measured.rows if not row.what.startswith("parity")}
+    assert what == {
+        "whole",
+        "waterfall",
+        "steps",
+        "alone",
+        "without",
+        "batch",
+        *(f"{g}_encoder" for g in ("visual", "audio")),
+    } | {
+        "fusion",
+        "denoiser",
+    }
     sides = [row.side for row in measured.rows if row.what == "waterfall"]
     assert sides == [name for name, s in stages.WATERFALL.items() if not (s.graphs or s.one)]
+    assert [row.side for row in measured.rows if row.what == "whole"] == [*stages.COMPETITORS, gpu.OPTIMISED]
+    assert [row.side for row in measured.rows if row.what == "alone"] == list(stages.ALONE)
+    assert [row.side for row in measured.rows if row.what == "without"] == list(stages.WITHOUT)
     assert [row.axes["batch"] for row in measured.rows if row.what == "batch"] == [1, 3]
-    assert {row.timing is None for row in measured.rows if row.what != "parity"} == {False}
+    assert {row.timing is None for row in measured.rows if not row.what.startswith("parity")} == {False}
     assert measured.limits.keys() == {"gemm_float32", "copy"}
 
 
 def test_what_was_left_out_says_why(measured: results.Results) -> None:
-    assert measured.left_out.keys() == {"TensorRT", "ONNX Runtime CUDA", "torch.compile", "AOTInductor"}
+    skipped = {"AOTInductor", *list(stages.COMPILED)[:2], "kernels"}
+    assert measured.left_out.keys() == {"TensorRT", "ONNX Runtime CUDA", *skipped}
     assert "TensorRT" in measured.left_out["TensorRT"]
-    assert measured.left_out["torch.compile"] == "as was asked for (--skip)"
+    assert "this ONNX Runtime has no CUDA" in measured.left_out["ONNX Runtime CUDA"]
+    assert measured.left_out["AOTInductor"] == "as was asked for (--skip)"
 
 
 def test_the_stages_compute_the_same_maps(measured: results.Results) -> None:
-    parity = {row.side: row.values for row in measured.rows if row.what == "parity"}
-    assert parity.keys() >= {*stages.COMPETITORS, "channels_last", "eager FP32, torchvision's attention"}
+    parity = {(row.what, row.side): row.values for row in measured.rows if row.what.startswith("parity")}
+    sides = {
+        "parity": [*stages.COMPETITORS, gpu.OPTIMISED],
+        "parity, alone": stages.ALONE,
+        "parity, without": stages.WITHOUT,
+    }
+    assert parity.keys() >= {(what, side) for what, names in sides.items() for side in names}
     for side, values in parity.items():
         assert values["largest_difference"] < 0.02, side
-    assert parity["eager FP32"]["largest_difference"] == 0
-    assert parity["positions folded into the product"]["largest_difference"] == 0
-    assert parity["eager FP16"]["largest_difference"] > 0  # or it would be FP32 under another name
-    assert 0 < parity["eager FP32, torchvision's attention"]["largest_difference"] < 1e-5
+    assert parity["parity", "eager FP32"]["largest_difference"] == 0
+    assert parity["parity, waterfall", "positions folded into the product"]["largest_difference"] == 0
+    for name in stages.COMPETITORS:
+        if "FP16" in name:  # or it would be FP32 under another name
+            assert parity["parity", name]["largest_difference"] > 0
+    assert 0 < parity["parity, waterfall", "eager FP32, torchvision's attention"]["largest_difference"] < 1e-5
+    assert 0 < parity["parity, alone", "BatchNorm folded, FP32"]["largest_difference"] < 1e-5
+    tables = [parity["parity, without", side] for side in ("FP16, CUDA graphs", "without position tables kept")]
+    assert tables[0] == tables[1]
 
 
 def test_gains_are_of_the_bar_before(measured: results.Results) -> None:
@@ -70,16 +112,109 @@ def test_gains_are_of_the_bar_before(measured: results.Results) -> None:
         assert row.values["gain"] == pytest.approx(before.timing.median / row.timing.median, rel=1e-4)
 
 
+def test_a_technique_alone_gains_over_the_plain_one_of_its_precision(measured: results.Results) -> None:
+    for what, side, over in (
+        ("alone", "pad_heads", "FP16, CUDA graphs"),
+        ("alone", "BatchNorm folded, FP32", "FP32, CUDA graphs"),
+        ("without", "without positions folded", "FP16, CUDA graphs"),
+    ):
+        row, first = measured.row(what, side), measured.row(what, over)
+        assert row.timing is not None
+        assert first.timing is not None
+        assert row.values["gain"] == pytest.approx(first.timing.median / row.timing.median, rel=1e-4)
+    assert "gain" not in measured.row("alone", "FP32, CUDA graphs").values
+
+
+def test_a_step_more(measured: results.Results) -> None:
+    eight, four = (measured.row("steps", gpu.OPTIMISED, steps=n) for n in (8, 4))
+    assert eight.timing is not None
+    assert four.timing is not None
+    assert eight.values["step_s"] == pytest.approx((eight.timing.median - four.timing.median) / 4, rel=1e-4)
+
+
 def test_the_reference_is_in_fp32_whatever_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CLIPS", 1)
-    run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
-    run.compare("eager FP16", stages.build(stages.HALF, TINY, "cpu"))
-    assert 0 < run.results.row("parity", "eager FP16").values["largest_difference"] < 0.02
+    monkeypatch.setattr(gpu_run, "CLIPS", 1)
+    run = script(tmp_path).run
+    run.compare("whole", "half", stages.build(stages.HALF, SMALL, "cpu"))
+    assert 0 < run.results.row("parity", "half").values["largest_difference"] < 0.02
+
+
+def test_a_stage_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run, "CLIPS", 1)
+    run = script(tmp_path).run
+    broken = stages.Stage(optimisations=("no such",))
+    run.stages("waterfall", {"a": stages.REFERENCE, "b": broken, "c": stages.REFERENCE}, RULE)
+    assert [row.side for row in run.results.rows if row.what == "waterfall"] == ["a", "c"]
+    assert "no such" in run.results.left_out["b"]
+    assert "gain" not in run.results.row("waterfall", "c").values
+
+
+def test_stages_leave_the_weights_that_they_share_alone() -> None:
+    shared = stages.weights(SMALL, True, "cpu")
+    before = {name: value.clone() for name, value in shared.state_dict().items()}
+    everything = stages.Stage(
+        precision="float16", optimisations=("pad_heads", "split_depthwise", "channels_last"), tables=False
+    )
+    for stage in (everything, stages.Stage(norms=True)):
+        stages.build(stage, SMALL, "cpu")
+    assert stages.weights(SMALL, True, "cpu") is shared
+    after = shared.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype
+        assert torch.equal(after[name], value)
+
+
+@pytest.mark.parametrize(("tf32", "benchmark"), [(True, False), (False, True), (False, False)])
+def test_switches_hold_in_a_stages_calls_alone(tf32: bool, benchmark: bool) -> None:
+    seen = []
+
+    class Looks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
+            return (torch.arange(2), x)
+
+    before = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)
+    made, _ = stages.Switched(Looks(), stages.Stage(tf32=tf32, benchmark=benchmark), "meta")(torch.zeros(1))
+    assert seen == [(tf32, benchmark)]
+    assert made.device.type == "meta"  # what a CUDA graph would refuse to copy
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
+
+
+def test_the_gpus_own_time_is_of_the_same_maps() -> None:
+    clip = random_clip(SMALL, 0, 2)
+    sampler = stages.build(stages.Stage(sampler=True), SMALL, "cpu")
+    call = gpu_run.resident(sampler, clip, "cpu")
+    assert call is not None
+    expected, _ = sampler.predict(clip["VIDEO"], clip["AUDIO"], np.arange(2))
+    np.testing.assert_allclose(call(0)["SALIENCY"], expected, atol=1e-6)
+    assert gpu_run.resident(stages.build(stages.REFERENCE, SMALL, "cpu"), clip, "cpu") is None
+
+
+def test_the_gpu_is_asleep_until_all_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the time that the host takes to launch is in the figure."""
+    did = list[str]()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            did.append("record")
+
+        def elapsed_time(self, _: Event) -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: did.append(name))
+    assert timing.cuda_events(lambda: did.append("call")) == pytest.approx(0.0025)
+    assert did == ["synchronize", "_sleep", "record", "call", "record", "synchronize"]
 
 
 def test_graphs_say_what_they_move(measured: results.Results) -> None:
     """Weights in FP16, two bytes each, and inputs and outputs: enough for a roofline."""
-    weights = sum(p.numel() for p in random_model(TINY).graph("denoiser").parameters())
+    weights = sum(p.numel() for p in random_model(SMALL).graph("denoiser").parameters())
     moved = measured.row("denoiser", "PyTorch FP16, optimised").values["bytes"]
     assert 2 * weights < moved < 2.5 * weights + 1e6
     measured.limits["gemm_float16"] = 1e12
@@ -87,27 +222,25 @@ def test_graphs_say_what_they_move(measured: results.Results) -> None:
 
 
 def test_kernels_are_listed_by_share(measured: results.Results) -> None:
-    for name in ("kernels, optimised", "kernels, eager FP16"):
-        shares = [kernel["share"] for kernel in measured.notes[name]]
-        assert shares == sorted(shares, reverse=True)
-        assert 0.5 < sum(shares) <= 1
+    shares = [kernel["share"] for kernel in measured.notes["kernels, eager FP16"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.5 < sum(shares) <= 1
 
 
-def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
-    (tmp_path / "gpu_tiny_cpu.json").write_text("of a run that was finished")
-    run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
+def test_a_look_at_a_cpu_reaches_no_goal(measured: results.Results) -> None:
+    assert goals.outcomes({"gpu_full_cpu.json": measured}) == []
 
-    def fails() -> None:
-        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
 
-    run.section("breaks", 1, fails)
-    run.section("too long", 1000, fails)
-    left_out = json.loads((tmp_path / "gpu_tiny_cpu.json.unfinished").read_text())["left_out"]
-    assert left_out == {"breaks": "RuntimeError: CUDA error: out of memory", "too long": "1000 s were not left"}
-    assert (tmp_path / "gpu_tiny_cpu.json").read_text() == "of a run that was finished"
-    run.finish()
-    assert [p.name for p in tmp_path.iterdir()] == ["gpu_tiny_cpu.json"]
-    assert results.read(tmp_path / "gpu_tiny_cpu.json").left_out == left_out
+def test_goals_name_sides_that_are_measured() -> None:
+    assert {*goals.EAGER, *goals.EAGER_FP16} < stages.COMPETITORS.keys()
+    assert set(goals.MAX_AUTOTUNE) < stages.COMPILED.keys()
+    assert set(goals.OURS) == {gpu_child.AOTINDUCTOR, gpu_child.TENSORRT, gpu_child.ONNXRUNTIME, gpu.OPTIMISED}
+
+
+def test_all_that_pytorch_alone_can_run_is_planned_under_8_minutes(tmp_path: Path) -> None:
+    plan = gpu.sections(script(tmp_path).run)
+    assert sum(s.seconds for s in plan if not s.missing) <= 480
+    assert {s.name for s in plan if s.measure is None} <= gpu_child.SECTIONS.keys()
 
 
 @pytest.mark.parametrize(
@@ -121,41 +254,49 @@ def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
 )
 def test_a_look_replaces_no_results(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = list[Path]()
-    monkeypatch.setattr(gpu, "measure", lambda *_, out, **__: given.append(out))
-    monkeypatch.setattr(gpu, "summary", lambda _: None)
+
+    def measure(*_: object, out: Path, **__: object) -> tuple[str, None]:
+        given.append(out)
+        return "", None
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "summary", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
     gpu.main()
     assert given == [folder]
 
 
-def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
-    run = gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path)
-    raised = {"bare": Exception(), "missing": ImportError("No module named 'x'"), "ours": UserError("no")}
-    for name, error in raised.items():
-
-        def fails(error: Exception = error) -> None:
-            raise error
-
-        run.section(name, 1, fails)
-    assert run.results.left_out == {"bare": "Exception", "missing": "ImportError: No module named 'x'", "ours": "no"}
-
-
-def test_nothing_is_exported_for_a_gpu_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.exported, "export", lambda *_, **__: pytest.fail("exported"))
-    with pytest.raises(UserError, match="this ONNX Runtime has no CUDA"):
-        gpu.Run(TINY, "cpu", 1.0, RULE, tmp_path).other("ONNX Runtime CUDA", "onnxruntime-cuda")
+def test_the_summary_says_goals_and_what_is_missing(
+    measured: results.Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = timing.Timing((0.003,) * 5)
+    found = results.Results("gpu", {"size": "full"}, rows=[results.Row("whole", "AOTInductor", {"batch": 1}, timed)])
+    found.left_out["TensorRT"] = "pip install 'mubic-deploy[tensorrt]'"
+    gpu.summary("gpu_full_nvidia_h200.json", found)
+    said = capsys.readouterr().out
+    assert "3 ms" in said
+    assert "at most 4 ms" in said
+    assert goals.NOT_MEASURED in said
+    assert "left out: TensorRT: pip install 'mubic-deploy[tensorrt]'" in said
+    gpu.summary("gpu_tiny_cpu.json", measured)
 
 
 @pytest.mark.parametrize("name", stages.COMPILED)
 def test_compiled_graphs_are_captured_by_us_alone(name: str) -> None:
     """Inductor's own CUDA graphs would free one graph's outputs at the call of the next."""
     stage = stages.COMPILED[name]
-    assert stage.mode is not None
-    assert not torch._inductor.list_mode_options()[stage.mode].get("triton.cudagraphs")
-    pipeline = stages.build(stage, TINY, "cpu")
+    assert stage.search is not None
+    assert not stages.SEARCHES[stage.search].get("triton.cudagraphs")
+    pipeline = stages.build(stage, SMALL, "cpu")
     assert isinstance(pipeline, Pipeline)
     for engine in pipeline.engines.values():
         graphed = engine.module  # type: ignore[attr-defined]
         assert isinstance(graphed, stages.Graphed)
         assert isinstance(graphed.module, torch._dynamo.OptimizedModule)
+
+
+def test_the_whole_search_is_max_autotunes() -> None:
+    mode = torch._inductor.list_mode_options()["max-autotune-no-cudagraphs"]
+    assert mode == stages.SEARCHES[stages.UNLIMITED]
+    assert os.environ.get("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS") is None

@@ -1,0 +1,217 @@
+"""The sections of bench/gpu.py that compile, each in a process of its own, which has a limit and takes its GPU memory
+with it: `python -m bench.gpu_child SECTION FOLDER SECONDS`.
+
+FOLDER is shared by all of them: `settings.json` says what to measure, SECTION's results are left there as soon as there
+are some. SECONDS: how long it may take."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from bench import timing
+from bench.gpu_run import BATCHES, WHOLE, Run
+from bench.limited import ROOT, tail
+from bench.results import Results
+from bench.stages import COMPILED, FLOAT16, REFERENCE, switches, weights
+from mubic_deploy import exported
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.checkpoint import Source
+from mubic_deploy.config import DEFAULT_STEPS, OPTIMISATIONS, Config
+from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import FLOAT32, SAMPLER, Signature, signatures
+from mubic_deploy.model.precision import prepared
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.sources import load_script, source_dir
+
+AOTINDUCTOR, TENSORRT, ONNXRUNTIME = "AOTInductor", "TensorRT", "ONNX Runtime CUDA"
+PROCESS = (sys.executable, "-m", "bench.gpu_child")
+PACKAGE = "package"  # not a section: the compiler of one graph of AOTInductor's
+SETTINGS = "settings.json"
+PATIENCE = 0.6  # of the time, for the sampler's package: without it the loop is measured
+
+
+def results_file(folder: Path, section: str) -> Path:
+    return folder / f"{'_'.join(re.findall('[a-z0-9]+', section.lower()))}.json"
+
+
+def paying(found: Results) -> list[str]:
+    """The optimisations of an exported graph that a deployment would take: those that by themselves made the model
+    faster in this run. All of them where that was not measured."""
+    gains = {row.side: row.values.get("gain", math.inf) for row in found.rows if row.what == "alone"}
+    return [name for name in OPTIMISATIONS if gains.get(name, math.inf) > 1]
+
+
+def write_settings(run: Run, folder: Path) -> None:
+    """What every section needs to know of the run that it is a part of."""
+    run.results.settings["optimisations"] = paying(run.results)
+    settings = {
+        "optimisations": run.results.settings["optimisations"],
+        "config": run.config.to_json(),
+        "device": run.device,
+        "rule": asdict(run.rule),
+        "limits": run.results.limits,
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings))
+
+
+def read_settings(folder: Path, section: str) -> Run:
+    settings = json.loads((folder / SETTINGS).read_text())
+    config, rule = Config.from_json(settings["config"]), timing.Rule(**settings["rule"])
+    run = Run(config, settings["device"], rule, results_file(folder, section))
+    run.results.limits = settings["limits"]
+    run.results.settings["optimisations"] = settings["optimisations"]
+    return run
+
+
+# ---- AOTInductor
+
+
+def packages_script() -> ModuleType:
+    return load_script(source_dir("export") / "aotinductor_packages.py")
+
+
+def package_options(script: ModuleType, run: Run, fixed_steps: int | None) -> Any:
+    """Those of a deployment, which measures no kernels: that takes minutes a graph."""
+    precision = FLOAT16 if run.device == "cuda" else FLOAT32
+    return script.Options(run.device, precision, max(BATCHES), fixed_steps, run.results.settings["optimisations"])
+
+
+def package(run: Run, folder: Path, graph: str) -> None:
+    """Compiles one graph into `folder`."""
+    script = packages_script()
+    options = package_options(script, run, DEFAULT_STEPS)
+    model = prepared(weights(run.config, True, run.device), options.precision, options.optimisations)
+    signature = signatures(run.config, options.precision, sampler=True)[graph]
+    module = script.contiguous_convolutions(model).graph(graph, DEFAULT_STEPS)
+    script.compile_graph(module, signature, folder / f"{graph}.pt2", options)
+
+
+def compile_packages(run: Run, folder: Path, limit_s: float) -> dict[str, list[str]]:
+    """All graphs at once, each in a process, since one keeps but one core busy. The last lines of those that failed,
+    and of the sampler if it took longer than limit_s, by the graph's name."""
+    began = time.monotonic()
+    graphs = list(signatures(run.config, sampler=True))  # the sampler comes last
+    threads = max(1, len(os.sched_getaffinity(0)) // len(graphs))
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    at_work, failed = {}, {}
+    for graph in graphs:
+        command = [*PROCESS, PACKAGE, str(folder), graph]
+        with (folder / f"{graph}.log").open("wb") as log:
+            at_work[graph] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    for graph, process in at_work.items():
+        try:
+            process.wait(max(0.0, began + limit_s - time.monotonic()) if graph == SAMPLER else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if process.wait() != 0:
+            failed[graph] = tail(folder / f"{graph}.log") or ["it said nothing"]
+    return failed
+
+
+def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
+    """The packages that `mubic-deploy compile` makes, but compiled side by side."""
+    failed = compile_packages(run, folder, PATIENCE * limit_s)
+    run.results.notes |= {f"log, {AOTINDUCTOR}, {graph}": lines for graph, lines in failed.items()}
+    if set(failed) - {SAMPLER}:
+        raise UserError(f"{', '.join(failed)} could not be compiled")
+    if failed:
+        run.results.left_out[f"{AOTINDUCTOR}, {SAMPLER}"] = "was not compiled in time, so the loop is measured"
+    script = packages_script()
+
+    def take(_module: nn.Module, _signature: Signature, path: Path, _options: Any) -> None:
+        shutil.move(folder / path.name, path)
+
+    vars(script)["compile_graph"] = take
+    options = package_options(script, run, None if failed else DEFAULT_STEPS)
+    packages = script.build(weights(run.config, True, run.device), Source("random", 0), folder / "packages", options)
+    from mubic_deploy.engines.aotinductor import load_engines
+
+    pipeline = Pipeline(run.config, load_engines(packages), packages.max_batch, packages.fixed_steps)
+    run.engine(AOTINDUCTOR, pipeline)
+    run.kernels(AOTINDUCTOR, pipeline)
+
+
+# ---- engines of exported graphs
+
+
+def exported_graphs(run: Run, folder: Path) -> Artifacts:
+    """In FP16, with the optimisations that pay; made by the first section that wants them."""
+    graphs = folder / "graphs"
+    if graphs.exists():
+        return Artifacts.open(graphs)
+    checkpoint = f"random:{run.config.name}"
+    options = {"fixed_steps": DEFAULT_STEPS, "optimisations": run.results.settings["optimisations"]}
+    return exported.export(checkpoint, graphs, precision=FLOAT16, **options)
+
+
+def tensorrt(run: Run, folder: Path, _limit_s: float) -> None:
+    script = load_script(source_dir("export") / "tensorrt_engines.py")
+    script.build(exported_graphs(run, folder), folder / "engines", script.Options(max_batch=max(BATCHES)))
+    run.engine(TENSORRT, Pipeline.open(folder / "engines", "tensorrt"), of_torch=False)
+
+
+def onnxruntime(run: Run, folder: Path, _limit_s: float) -> None:
+    pipeline = Pipeline.open(exported_graphs(run, folder).path, "onnxruntime-cuda")
+    run.engine(ONNXRUNTIME, pipeline, of_torch=False)
+
+
+def missing(section: str) -> str:
+    """Why an engine cannot be had here, before anything is exported for it; empty if it can."""
+    try:
+        if section == TENSORRT:
+            from mubic_deploy.engines.tensorrt import import_tensorrt
+
+            import_tensorrt()
+        if section == ONNXRUNTIME:
+            from mubic_deploy.engines.onnxruntime import require_cuda
+
+            require_cuda()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def compiled(name: str, run: Run, _folder: Path, _limit_s: float) -> None:
+    stage = replace(COMPILED[name], graphs=run.device == "cuda")
+    if stage.optimisations:
+        stage = replace(stage, optimisations=tuple(run.results.settings["optimisations"]))
+    run.stages(WHOLE, {name: stage})
+
+
+SECTIONS: dict[str, Callable[[Run, Path, float], None]] = {
+    AOTINDUCTOR: aotinductor,
+    TENSORRT: tensorrt,
+    ONNXRUNTIME: onnxruntime,
+    **{name: functools.partial(compiled, name) for name in COMPILED},
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    section, folder = arguments[0], Path(arguments[1])
+    run = read_settings(folder, section)
+    with switches(REFERENCE):
+        if section == PACKAGE:
+            package(run, folder, arguments[2])
+            return
+        with run.named(section):
+            SECTIONS[section](run, folder, float(arguments[2]))
+        run.write()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

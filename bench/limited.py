@@ -1,0 +1,73 @@
+"""A command with a limit: when its time is over, it and all that it started are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mubic_deploy.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+TAIL = 20  # lines
+GONE_S = 2.0
+
+
+class EndedError(UserError):
+    """A process that did not do its work. said: the last lines that it wrote."""
+
+    def __init__(self, message: str, said: list[str]) -> None:
+        super().__init__(message)
+        self.said = said
+
+
+class CutError(EndedError):
+    """Its time was over."""
+
+
+def run(command: Sequence[str], limit_s: float) -> None:
+    """Runs a command in the checkout. Whatever becomes of it, nothing that it started in its process group is left.
+
+    CutError after limit_s; EndedError if it failed."""
+    with tempfile.TemporaryDirectory(prefix="mubic-limited-") as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as said:
+            # a group of its own, but no session: whoever ends this one's session ends it too
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, process_group=0
+            )
+        try:
+            process.wait(max(0.0, limit_s))
+        except subprocess.TimeoutExpired:
+            raise CutError(f"cut after the {limit_s:.0f} s that it was given", tail(log)) from None
+        finally:
+            kill(process)
+        if process.returncode != 0:
+            lines = tail(log)
+            raise EndedError(f"its process ended with {process.returncode}: {' '.join(lines[-1:])[:300]}", lines)
+
+
+def kill(leader: subprocess.Popen[bytes]) -> None:
+    """Ends all of a process group, and waits until they are gone and their memory with them: for GONE_S at most, since
+    where nobody takes care of orphans they stay in the table."""
+    until = time.monotonic() + GONE_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.wait()
+        while time.monotonic() < until:
+            os.killpg(leader.pid, signal.SIGKILL)
+            time.sleep(0.02)
+    leader.wait()
+
+
+def tail(log: Path) -> list[str]:
+    """The last lines of a file that are not empty."""
+    lines = log.read_text(errors="replace").splitlines()
+    return [line.rstrip() for line in lines if line.strip()][-TAIL:]

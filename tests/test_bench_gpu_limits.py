@@ -1,0 +1,170 @@
+"""bench/gpu.py's time: what is cut, what fails, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from half_fixtures import TINY
+
+from bench import gpu, gpu_child, limited, results, timing
+from mubic_deploy.errors import UserError
+
+SMALL = replace(TINY, frames=8, height=32, width=48)  # FP16 is slow on a CPU
+RULE = timing.Rule(repeats=2, seconds=0.2, short_s=0.0, warm_up_s=0.0, quick=True)
+
+
+def script(out: Path, minutes: float = 1.0) -> gpu.Script:
+    run = gpu.Run(SMALL, "cpu", RULE, out / "gpu_tiny_cpu.json.unfinished")
+    return gpu.Script(run, out / "gpu_tiny_cpu.json", minutes)
+
+
+def test_the_file_is_written_after_each_section(tmp_path: Path) -> None:
+    (tmp_path / "gpu_tiny_cpu.json").write_text("of a run that was finished")
+    whole = script(tmp_path)
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
+
+    whole.section(gpu.Section("breaks", 1, fails), tmp_path)
+    whole.section(gpu.Section("too long", 1000, fails), tmp_path)
+    left_out = json.loads((tmp_path / "gpu_tiny_cpu.json.unfinished").read_text())["left_out"]
+    assert left_out == {"breaks": "RuntimeError: CUDA error: out of memory", "too long": "1000 s were not left"}
+    assert (tmp_path / "gpu_tiny_cpu.json").read_text() == "of a run that was finished"
+    whole.measure([])
+    assert [p.name for p in tmp_path.iterdir()] == ["gpu_tiny_cpu.json"]
+    found = results.read(tmp_path / "gpu_tiny_cpu.json")
+    assert found.left_out == left_out
+    assert any("in fails" in line for line in found.notes["traceback, breaks"])
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+HANGS = """
+import pathlib, subprocess, sys, time
+from bench import gpu_child, results
+section, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+run = gpu_child.read_settings(folder, section)
+run.results.rows.append(results.Row("whole", "what was done", {}, None, {"batch": 1}))
+run.results.left_out["half of it"] = "broke"
+run.write()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("compiling", child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_section_that_hangs_is_cut_and_named_and_what_it_had_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_child, "PROCESS", (sys.executable, "-c", HANGS))
+    whole = script(tmp_path)
+    began = time.monotonic()
+    monkeypatch.setattr(whole, "ends", began + 15)
+    whole.section(gpu.Section("hangs", 12), tmp_path, later=600)
+    assert 11 < time.monotonic() - began < 30
+    left_out = whole.run.results.left_out
+    assert left_out == {"half of it": "broke", "hangs": "cut after the 12 s that it was given"}
+    assert [row.side for row in whole.run.results.rows] == ["what was done"]
+    said = whole.run.results.notes["log, hangs"][-1].split()
+    assert said[0] == "compiling"
+    assert gone(int(said[1]))
+
+
+def test_a_command_that_fails_says_why_and_leaves_nothing() -> None:
+    leaves = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid); sys.exit('no memory')"
+    with pytest.raises(limited.EndedError, match=r"ended with 1: no memory") as caught:
+        limited.run([sys.executable, "-c", leaves], 60)
+    assert gone(int(next(line for line in caught.value.said if line.isdigit())))
+    limited.run([sys.executable, "-c", "pass"], 60)
+
+
+@pytest.mark.parametrize(
+    ("left", "later", "limit"),
+    [
+        (500, 100, 400),  # the sections before it were quick
+        (150, 100, 90),  # it gets what it was planned with
+        (60, 100, 60),  # all that is left
+        (40, 0, None),  # not worth a start
+    ],
+)
+def test_what_a_process_is_given(
+    left: float, later: float, limit: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, given = script(tmp_path), list[float]()
+    monkeypatch.setattr(whole, "ends", time.monotonic() + left)
+    monkeypatch.setattr(limited, "run", lambda _, limit_s: given.append(limit_s))
+    whole.section(gpu.Section("AOTInductor", 90), tmp_path, later)
+    assert given == ([] if limit is None else [pytest.approx(limit, abs=1)])
+    assert whole.run.results.left_out == ({"AOTInductor": "45 s were not left"} if limit is None else {})
+
+
+def test_a_section_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """What the child cannot do is named by it, in the results that it leaves."""
+    whole = script(tmp_path)
+    whole.section(gpu.Section(gpu_child.ONNXRUNTIME, 60), tmp_path)
+    assert whole.run.results.left_out.keys() == {gpu_child.ONNXRUNTIME}
+    assert "random:tiny" in whole.run.results.left_out[gpu_child.ONNXRUNTIME]
+
+
+def test_what_compiles_gets_the_optimisations_that_paid() -> None:
+    def alone(**gains: float) -> list[str]:
+        rows = [results.Row("alone", name, values={"gain": gain}) for name, gain in gains.items()]
+        rows.append(results.Row("waterfall", "pad_heads", values={"gain": 0.5}))
+        return gpu_child.paying(results.Results("gpu", {}, rows=rows))
+
+    assert alone() == ["pad_heads", "split_depthwise"]
+    assert alone(pad_heads=1.3, split_depthwise=0.9, channels_last=1.1) == ["pad_heads"]
+
+
+PACKAGES = """
+import sys, time
+graph = sys.argv[3]
+print("at", graph, flush=True)
+time.sleep(600 if graph == "sampler" else 0)
+sys.exit(graph == "fusion")
+"""
+
+
+def test_the_samplers_package_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_child, "PROCESS", (sys.executable, "-c", PACKAGES))
+    began = time.monotonic()
+    failed = gpu_child.compile_packages(script(tmp_path).run, tmp_path, 2)
+    assert failed == {"fusion": ["at fusion"], "sampler": ["at sampler"]}
+    assert 2 <= time.monotonic() - began < 20
+
+
+def test_a_package_that_cannot_be_compiled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = script(tmp_path).run
+    monkeypatch.setattr(gpu_child, "compile_packages", lambda *_: {"fusion": ["Error: no g++"]})
+    with pytest.raises(UserError, match="fusion could not be compiled"):
+        gpu_child.aotinductor(run, tmp_path, 60)
+    assert run.results.notes == {"log, AOTInductor, fusion": ["Error: no g++"]}
+
+
+def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:  # as every call is after an error of CUDA's
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    whole = script(tmp_path)
+    raised = {"bare": Exception(), "missing": ImportError("No module named 'x'"), "ours": UserError("no")}
+    for name, error in raised.items():
+
+        def fails(error: Exception = error) -> None:
+            raise error
+
+        whole.section(gpu.Section(name, 1, fails), tmp_path)
+    left_out = whole.run.results.left_out
+    assert left_out == {"bare": "Exception", "missing": "ImportError: No module named 'x'", "ours": "no"}
