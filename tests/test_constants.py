@@ -4,6 +4,7 @@ alone decide is a constant."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from mubic_deploy.model.visual import CONSTANTS, FoldedAttention
 
 GRAPHS = tuple(signatures(TINY, sampler=True))
 STEPS = 2
-WAYS = {
+WAYS: dict[str, Callable[[MUBiC], MUBiC]] = {
     "as trained": copy.deepcopy,
     "float32": prepared,
     "float16": lambda model: prepared(model, "float16", OPTIMISATIONS),
