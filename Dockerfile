@@ -14,6 +14,8 @@ RUN apt-get update \
     && python3 -m venv /opt/mubic
 
 # pycuda is compiled against the image's CUDA; of that only the driver's part is used, so CURAND is left out
+RUN test -f /usr/local/cuda/include/cuda.h \
+    || { echo "the Triton image has no CUDA headers (/usr/local/cuda/include/cuda.h): see docs/deployment.md" >&2; exit 1; }
 RUN printf '%s\n' 'CUDA_ROOT = "/usr/local/cuda"' 'CUDA_ENABLE_CURAND = False' > /etc/aksetup-defaults.py
 COPY requirements.txt ./
 RUN /opt/mubic/bin/pip install --constraint requirements.txt \

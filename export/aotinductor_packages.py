@@ -77,7 +77,7 @@ def build(
     out = Path(out)
     try:
         require_replaceable(out, MANIFEST, Packages.LAYOUT.files, "holds no earlier packages")
-        with replacing(out) as folder:
+        with eager.enough_memory("compiling the graphs"), replacing(out) as folder:
             _build_into(folder, model, source, options, facts, progress)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
@@ -145,9 +145,7 @@ def contiguous_convolutions(model: MUBiC) -> MUBiC:
 def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, options: Options) -> None:
     """One package, only the batch dynamic. UserError if the compiler fails."""
     inputs, shapes = traced_with(signature, options.max_batch, options.device)
-    settings: dict[str, Any] = {"aot_inductor.use_runtime_constant_folding": True}  # position tables, once
-    if options.autotune:
-        settings["max_autotune"] = True
+    settings = {"max_autotune": True} if options.autotune else {}
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a machine without CUDA it says so
     try:
         with warnings.catch_warnings(), torch.no_grad():

@@ -153,6 +153,10 @@ def build_plan(trt: Any, onnx: Path, signature: Signature, options: Options, cac
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     timings = config.create_timing_cache(cache)
+    if timings is None:
+        raise UserError(
+            f"{options.timing_cache or 'the timing cache'} is damaged: remove it, or name another --timing-cache"
+        )
     if not config.set_timing_cache(timings, False):
         raise UserError(f"{options.timing_cache} is of another GPU or TensorRT: name another --timing-cache")
     profile = builder.create_optimization_profile()
@@ -172,17 +176,23 @@ def build_plan(trt: Any, onnx: Path, signature: Signature, options: Options, cac
 
 
 def _require_signature(trt: Any, network: Any, signature: Signature, onnx: Path) -> None:
-    """UserError unless the network's inputs and outputs are the signature's: the file was not exported for this."""
+    """UserError unless the network's inputs and outputs are the signature's: the file was not exported for this. A -1
+    among an output's sizes is one that TensorRT finds out only with an input's shape (the engine looks again)."""
     kinds = {
         "uint8": trt.DataType.UINT8,
         "int32": trt.DataType.INT32,
         "float16": trt.DataType.HALF,
         "float32": trt.DataType.FLOAT,
     }
-    found = [network.get_input(i) for i in range(network.num_inputs)]
-    found += [network.get_output(i) for i in range(network.num_outputs)]
-    mine = {t.name: (t.dtype, tuple(t.shape)[1:]) for t in found}
     wanted = {t.name: (kinds[t.dtype], t.shape) for t in (*signature.inputs, *signature.outputs)}
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    mine = {t.name: (t.dtype, tuple(t.shape)[1:]) for t in (*inputs, *outputs)}
+    for t in outputs:
+        kind, shape = mine[t.name]
+        if t.name in wanted and len(shape) == len(wanted[t.name][1]):
+            known = zip(shape, wanted[t.name][1], strict=True)
+            mine[t.name] = (kind, tuple(want if n == -1 else n for n, want in known))
     if mine != wanted:
         odd = next(name for name in sorted(mine.keys() | wanted.keys()) if mine.get(name) != wanted.get(name))
         raise UserError(f"{onnx}: {odd} is {mine.get(odd)}, not {wanted.get(odd)}: export it again")

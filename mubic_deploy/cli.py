@@ -101,13 +101,13 @@ def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
     parser.add_argument("--fit", choices=FITS, default="letterbox", help="how frames meet the model's size")
 
 
-def _serving(parser: argparse.ArgumentParser, delay: str = "0") -> None:
+def _serving(parser: argparse.ArgumentParser) -> None:
     """How a server computes. Unset ones keep the repository's default."""
     parser.add_argument("--threads", type=natural, metavar="N", help="of each graph (default: one a core)")
     many = "processes of each graph, or of one model; may be repeated (default 1)"
     parser.add_argument("--instances", type=instances, action="append", metavar="N|MODEL=N", help=many)
     parser.add_argument("--max-batch", type=positive, metavar="N", help="clips that a model merges (default 8)")
-    waits = f"microseconds that a request waits for company (default {delay})"
+    waits = "microseconds that a request waits for company, in each model (default 0)"
     parser.add_argument("--queue-delay", type=natural, metavar="US", help=waits)
     calls = "the DDIM loop calls the model denoiser, which merges the steps of several clips"
     parser.add_argument("--call-denoiser", action="store_true", default=None, help=calls)
@@ -303,7 +303,7 @@ def build_parser() -> Parser:
     repository.add_argument("artifacts", metavar="DIR", type=Path, help="exported graphs, or TensorRT engines")
     repository.add_argument("--engine", choices=(*cpu.ENGINES, "tensorrt"), default=cpu.ENGINES[0])
     repository.add_argument("--out", metavar="REPOSITORY", type=Path, required=True)
-    _serving(repository, delay="0; tensorrt: 100")
+    _serving(repository)
     loops = "tensorrt: instances of the DDIM loop (default 4)"
     repository.add_argument("--loops", type=positive, help=loops)
     off: dict[str, Any] = {"action": "store_const", "const": False}

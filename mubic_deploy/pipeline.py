@@ -123,7 +123,9 @@ class Pipeline:
 
             device = eager.gpu() if engine == "eager-cuda" else "cpu"
             model, weights = checkpoint.load(str(source), variant, seed)
-            return cls(model.config, eager.load_engines(model.to(device)), source=weights.to_json())
+            with eager.enough_memory("the model"):
+                model.to(device)
+            return cls(model.config, eager.load_engines(model), source=weights.to_json())
         if engine == "tensorrt":
             from mubic_deploy.engines import tensorrt
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ FUNCTIONS = (
 ASK = """
 import json, sys
 import tensorrt_bindings as trt
-classes, enums = {}, {}
+classes, enums, overloads = {}, {}, {}
 for name in dir(trt):
     value = getattr(trt, name)
     if not isinstance(value, type):
@@ -40,17 +41,31 @@ for name in dir(trt):
         enums[name] = {key: int(member) for key, member in value.__members__.items()}
     else:
         classes[name] = [key for key in dir(value) if not key.startswith("_")]
-print(json.dumps({"version": trt.__version__, "classes": classes, "enums": enums}))
+        lines = {key: (getattr(value, key).__doc__ or "").splitlines() for key in [*classes[name], "__init__"]}
+        overloads[name] = {k: [x for x in text if k + "(self: " in x and " -> " in x] for k, text in lines.items()}
+print(json.dumps({"version": trt.__version__, "classes": classes, "enums": enums, "overloads": overloads}))
 """
 
 
 @dataclass(frozen=True)
 class Api:
-    """classes: public attributes by class; enums: members by enumeration."""
+    """classes    public attributes by class
+    enums      members by enumeration
+    arguments  by class and method, where the bindings say it: fewest and most arguments of each overload"""
 
     version: str
     classes: dict[str, list[str]]
     enums: dict[str, dict[str, int]]
+    arguments: dict[str, dict[str, list[tuple[int, int]]]]
+
+
+def counted(signature: str) -> tuple[int, int]:
+    """Fewest and most arguments, without self, of a line like `f(self: T, a: int, b: Tuple[int] = (1, 2)) -> C`."""
+    inside = signature[signature.index("(") + 1 : signature.rindex(") -> ")]
+    while (flat := re.sub(r"\[[^][]*\]|\([^()]*\)|<[^<>]*>", "", inside)) != inside:
+        inside = flat
+    parameters = inside.split(", ")[1:]
+    return sum(" = " not in p for p in parameters), len(parameters)
 
 
 def ask(major: int, folder: Path) -> Api:
@@ -69,4 +84,10 @@ def ask(major: int, folder: Path) -> Api:
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(wheel)}
     ran = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    return Api(**json.loads(ran.stdout))
+    told = json.loads(ran.stdout)
+    overloads = told.pop("overloads")
+    arguments = {
+        kind: {name: [counted(line) for line in lines] for name, lines in methods.items() if lines}
+        for kind, methods in overloads.items()
+    }
+    return Api(**told, arguments=arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import Packages, load_engines
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC
+from mubic_deploy.model.visual import CONSTANTS
 from mubic_deploy.parity import compare, random_clip
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.scenes.film import write_film
@@ -61,6 +63,16 @@ def test_the_folder_says_what_it_is_for(packages: Packages) -> None:
     assert manifest["profile"] == {"min": 1, "max": 4}
     assert packages.optimisations == ("pad_heads", "split_depthwise")
     assert manifest["parity"]["ok"]
+
+
+def test_positions_are_constants_of_the_package(packages: Packages) -> None:
+    """Nothing of the tables that they come from is left to compute them with, at a call or when it is loaded."""
+    with zipfile.ZipFile(packages.file("visual_encoder")) as package:
+        (wrapper,) = (package.read(name).decode() for name in package.namelist() if name.endswith("wrapper.cpp"))
+    blocks = range(sum(TINY.visual_depths))
+    assert all(f'"blocks.{i}.attn.{name}"' in wrapper for i in blocks for name in CONSTANTS)
+    assert "rel_pos" not in wrapper
+    assert "_FOLDED_CONST_" not in wrapper
 
 
 def test_packages_of_another_machine_are_refused(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import ast
 import math
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from argparse import Namespace
@@ -298,6 +299,7 @@ def test_engines_has_what_its_commands_import_and_no_more() -> None:
     first = ["mubic_deploy.cli", *homes.values()]
     first += [name for f in called for name in imports(f)]
     first += imports(ast.parse((ROOT / "export" / "tensorrt_engines.py").read_text()))
+    first.append("mubic_deploy.engines.onnxruntime")  # which the check asks for by its name
     modules = reached(first, deep=("mubic_deploy.engines.cuda", "mubic_deploy.engines.tensorrt"))
     wanted = third_party(modules)
     assert {"tensorrt", "pycuda", "onnxruntime", "tritonclient", "google"} <= wanted
@@ -318,6 +320,20 @@ def test_versions_are_the_tested_ones() -> None:
     assert re.search(r"dpkg-query .*'libnvinfer\[0-9\]\*'.* --no-deps \"\$\{name\}==\$\{version\}\"", installs[1])
 
 
+def test_headers_that_pycuda_needs_are_looked_for_before_it_is_compiled() -> None:
+    """In the real shell, with another root."""
+    runs = [rest for word, rest in stages()["packages"] if word == "RUN"]
+    (check,) = (rest for rest in runs if "cuda.h" in rest)
+    assert runs.index(check) < next(i for i, rest in enumerate(runs) if "pycuda" in rest)
+    (header,) = set(re.findall(r"/usr/local/cuda/include/cuda\.h", check))
+    for file, code in ((__file__, 0), ("/nowhere/cuda.h", 1)):
+        ran = subprocess.run(["sh", "-c", check.replace(header, file)], capture_output=True, text=True, check=False)
+        assert ran.returncode == code
+        assert ran.stderr.count("\n") == code
+    assert "has no CUDA headers" in ran.stderr
+    assert "`has no CUDA headers`" in GUIDE
+
+
 def test_guide_knows_every_variable_and_its_commands_are_ours() -> None:
     defaults = dict(VARIABLE.findall(COMPOSE))
     table = dict(re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]+?)`? \|", GUIDE, flags=re.M))
@@ -331,3 +347,7 @@ def test_guide_knows_every_variable_and_its_commands_are_ours() -> None:
             assert (arguments.artifacts, arguments.out) == (repository.artifacts, repository.out)
         if arguments.command == "export":
             assert (arguments.precision, arguments.out) == ("float16", Path("graphs"))
+            assert arguments.optimise == ["pad_heads"]  # what TensorRT's fused attention takes
+    # compose.yaml says the same command
+    (header,) = re.findall(r"^# (mubic-deploy export .*?)   ", COMPOSE, flags=re.M)
+    assert vars(build_parser().parse_args(shlex.split(header)[1:])) in [vars(arguments) for arguments in said]

@@ -67,7 +67,7 @@ def test_each_plan_is_a_model(written: Path, name: str) -> None:
     assert (written / name / "1" / "model.plan").read_bytes() == name.encode()
     assert [(g.kind, g.count) for g in model.instance_group] == [(ModelInstanceGroup.KIND_GPU, 1)]
     assert list(model.dynamic_batching.preferred_batch_size) == [2, 4]
-    assert model.dynamic_batching.max_queue_delay_microseconds == 100
+    assert model.dynamic_batching.max_queue_delay_microseconds == 0  # a lone client waits for nobody
     assert model.optimization.cuda.graphs
     assert [g.batch_size for g in model.optimization.cuda.graph_spec] == [1, 2, 4]
     signature = graphs.signatures(DEMO, sampler=True)[name]
@@ -86,16 +86,19 @@ def test_the_loop_takes_tensors_where_they_are(written: Path) -> None:
     assert ddim.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
     assert "ONNX" not in ddim.parameters  # it calls the denoiser
     assert ddim.instance_group[0].count == 4
+    assert ddim.HasField("dynamic_batching")  # without a delay too
+    assert ddim.dynamic_batching.max_queue_delay_microseconds == 0
     assert "FORCE_CPU_ONLY_INPUT_TENSORS" not in read(written, "host").parameters
 
 
 def test_settings(plans: Plans, tmp_path: Path) -> None:
-    settings = GpuSettings(instances=2, loops=7, queue_delay_us=0, cuda_graphs=False, warm_up=False)
+    settings = GpuSettings(instances=2, loops=7, queue_delay_us=80, cuda_graphs=False, warm_up=False)
     write_gpu_repository(plans, tmp_path / "r", settings)
     fusion = read(tmp_path / "r", "fusion")
     assert fusion.instance_group[0].count == 2
-    assert fusion.HasField("dynamic_batching")
-    assert fusion.dynamic_batching.max_queue_delay_microseconds == 0
+    delays = {name: read(tmp_path / "r", name).dynamic_batching.max_queue_delay_microseconds for name in GRAPHS}
+    assert delays == dict.fromkeys(GRAPHS, 80)
+    assert read(tmp_path / "r", "ddim").dynamic_batching.max_queue_delay_microseconds == 80
     assert not fusion.optimization.cuda.graphs
     assert not fusion.model_warmup
     assert read(tmp_path / "r", "ddim").instance_group[0].count == 7

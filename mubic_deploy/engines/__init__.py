@@ -47,5 +47,6 @@ class Engine(Protocol):
         """Arrays by tensor name, each [B, *shape] as the signature says, in; the outputs by name out.
 
         An engine on a GPU returns what it made where it is, perhaps before it is done, and takes such arrays of its own
-        kind as they are: so a chain of them moves nothing and waits once."""
+        kind as they are: so a chain of them moves nothing, and waits once, but for ONNX Runtime, which waits after each
+        graph."""
         ...

@@ -5,6 +5,8 @@ compiled for. The folder's `packages.json` says which, and is read before a pack
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch._inductor import aoti_load_package
 
 from mubic_deploy.artifacts import Folder, Layout
 from mubic_deploy.engines import Arrays, Engine
-from mubic_deploy.engines.eager import from_torch, to_torch
+from mubic_deploy.engines.eager import from_torch, require_gpu, to_torch
+from mubic_deploy.engines.memory import REMEDY, first_line, is_short, short_of_memory
 from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature
@@ -55,12 +58,11 @@ class Packages(Folder):
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """What a package depends on. UserError for cuda where there is none."""
+    """What a package depends on. UserError for cuda where there is none, or the driver is too old for PyTorch."""
     if device.type == "cpu":
         flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))]
         return {"type": "cpu", "instructions": sorted(set(flags[0].split(":")[1].split()))}
-    if not torch.cuda.is_available():
-        raise UserError("PyTorch finds no NVIDIA GPU here: use --engine onnxruntime, or --device cpu to compile")
+    require_gpu("use --engine onnxruntime, or --device cpu to compile")
     major, minor = torch.cuda.get_device_capability()
     return {"type": "cuda", "name": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
 
@@ -72,8 +74,9 @@ class AOTInductorEngine:
         self, path: Path, signature: Signature, device: torch.device, max_batch: int, cuda_graphs: bool
     ) -> None:
         self.signature, self.max_batch, self._device = signature, max_batch, device
-        # single-threaded: the runner's bookkeeping for several threads cannot be captured
-        package = aoti_load_package(str(path), run_single_threaded=device.type == "cuda")
+        with on_gpu(str(path), device):
+            # single-threaded: the runner's bookkeeping for several threads cannot be captured
+            package = aoti_load_package(str(path), run_single_threaded=device.type == "cuda")
         self._run = Replayed(package) if device.type == "cuda" and cuda_graphs else package
 
     def __call__(self, inputs: Arrays) -> Arrays:
@@ -86,10 +89,29 @@ class AOTInductorEngine:
                 f"a batch of {batch} is above the package's {self.max_batch}: send fewer at once, or compile with "
                 f"--max-batch {batch}"
             )
-        with torch.inference_mode():
+        with torch.inference_mode(), on_gpu(self.signature.name, self._device):
             # a package reads its inputs as they lay when it was compiled, and does not look
             outputs = self._run(*(to_torch(array, self._device).contiguous() for array in arrays))
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
+
+
+@contextlib.contextmanager
+def on_gpu(what: str, device: torch.device) -> Iterator[None]:
+    """A GPU that runs out of memory inside is a UserError. what: that needed it.
+
+    A package writes the cause of a failure to the error stream and raises no more than that there was one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_short(error):
+            raise short_of_memory(what, error) from None
+        if device.type != "cuda" or "API call failed" not in str(error):
+            raise
+        free, total = (n / 1e9 for n in torch.cuda.mem_get_info())
+        raise UserError(
+            f"{what} failed on the GPU ({first_line(error)}), where {free:.1f} of {total:.1f} GB are free: if that is "
+            f"little, {REMEDY}"
+        ) from error
 
 
 def load_engines(packages: Packages, cuda_graphs: bool = True) -> dict[str, Engine]:

@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import functools
 import math
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from mubic_deploy.engines import Array, DeviceArray
+from mubic_deploy.engines.memory import short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Tensor
 
 CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
 OLDEST_DRIVER = 12_000  # as cuDriverGetVersion counts: CUDA 12.0
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 WAITING = 16  # uploads of one tensor that may wait for their turn: more than a clip has steps
 
 
@@ -38,18 +42,10 @@ class GPU:
     """The first NVIDIA GPU that the process may see (CUDA_VISIBLE_DEVICES), through its primary context, which PyTorch
     and ONNX Runtime share. Take it from `gpu`: one for the life of the process, for one thread at a time.
 
-    UserError if there is none, it cannot be had, or the driver or pycuda is missing or too old."""
+    UserError if there is none, it cannot be had, its memory is short, or the driver or pycuda is missing or too old."""
 
     def __init__(self) -> None:
-        try:
-            import pycuda.driver as driver
-        except ImportError as error:
-            if "libcuda" in str(error):
-                raise UserError(f"there is no NVIDIA driver here ({error}): use --engine onnxruntime") from None
-            raise UserError(
-                f"pycuda cannot be used ({error}): install it with pip install 'mubic-deploy[tensorrt]'"
-            ) from None
-        self.driver: Any = driver
+        self.driver = driver = import_driver()
         try:
             driver.init()
             device = driver.Device(0)
@@ -64,6 +60,8 @@ class GPU:
             self._context = device.retain_primary_context()
             with self.active():
                 self.stream = driver.Stream()
+        except driver.MemoryError as error:
+            raise short_of_memory("a context", error) from None
         except driver.Error as error:
             raise UserError(f"there is no NVIDIA GPU to use ({error}): use --engine onnxruntime") from None
 
@@ -73,6 +71,8 @@ class GPU:
         self._context.push()
         try:
             yield
+        except self.driver.MemoryError as error:
+            raise short_of_memory("this", error) from None
         except self.driver.Error as error:
             raise UserError(f"{self.facts.name} failed ({error}): see whether another process uses it") from None
         finally:
@@ -86,7 +86,7 @@ class GPU:
             free = self.driver.mem_get_info()[0]
             raise UserError(
                 f"{count / 1e6:.0f} MB are wanted on {self.facts.name}, {free / 1e6:.0f} MB are free: "
-                f"end what uses it, or build engines for a smaller --max-batch"
+                f"end what uses it (nvidia-smi), or build engines for a smaller --max-batch"
             ) from None
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -97,6 +97,26 @@ class GPU:
             raise UserError(
                 f"the host cannot pin an array of {shape}: free memory, or build engines for a smaller --max-batch"
             ) from None
+
+
+def import_driver() -> Any:
+    """The module pycuda.driver. UserError if it cannot be loaded: no driver, an old one, or no pycuda."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pycuda's own, of what is said below
+            import pycuda.driver as driver
+    except ImportError as error:
+        if "libcuda" in str(error):
+            raise UserError(f"there is no NVIDIA driver here ({error}): use --engine onnxruntime") from None
+        if missing := re.search(r"undefined symbol: (cu[A-Z]\w*)", str(error)):  # of libcuda, so the driver's
+            raise UserError(
+                f"the NVIDIA driver is too old for the CUDA that pycuda was built with (it lacks {missing[1]}): "
+                f"install one for that CUDA version, {OLDEST_DRIVER // 1000} or newer"
+            ) from None
+        raise UserError(
+            f"pycuda cannot be used ({error}): install it with pip install 'mubic-deploy[tensorrt]'"
+        ) from None
+    return driver
 
 
 @functools.cache
@@ -179,6 +199,8 @@ class CapturedGraph:
         finally:
             # the stream must leave capture whatever happened, or nothing runs on it any more
             ended = self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
+        if ended == OUT_OF_MEMORY:
+            raise short_of_memory("a CUDA graph", f"CUDA error {ended}")
         if ended:
             raise UserError(f"the GPU cannot replay this as a CUDA graph (error {ended}): use --no-cuda-graphs")
         try:
@@ -195,5 +217,7 @@ class CapturedGraph:
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._cuda, name)(*arguments)
+        if code == OUT_OF_MEMORY:
+            raise short_of_memory("a CUDA graph", f"{name} failed with CUDA error {code}")
         if code:
             raise UserError(f"{name} failed with CUDA error {code}: use --no-cuda-graphs")

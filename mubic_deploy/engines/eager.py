@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine
+from mubic_deploy.engines.memory import short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC
@@ -20,17 +25,41 @@ class EagerEngine:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         device = next(self.module.parameters()).device
-        tensors = [to_torch(t.check(inputs[t.name]), device) for t in self.signature.inputs]
-        with torch.inference_mode():
-            outputs = self.module(*tensors)
+        with enough_memory(self.signature.name):
+            tensors = [to_torch(t.check(inputs[t.name]), device) for t in self.signature.inputs]
+            with torch.inference_mode():
+                outputs = self.module(*tensors)
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 
 def gpu() -> torch.device:
-    """The first NVIDIA GPU. UserError if PyTorch finds none."""
-    if not torch.cuda.is_available():
-        raise UserError("PyTorch finds no NVIDIA GPU here: use --engine eager, or a machine with one")
+    """The first NVIDIA GPU. UserError if PyTorch finds none, or the driver is too old for it."""
+    require_gpu("use --engine eager, or a machine with one")
     return torch.device("cuda", 0)
+
+
+def require_gpu(remedy: str) -> None:
+    """UserError if PyTorch has no NVIDIA GPU here. remedy: what to do where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is said below
+        if torch.cuda.is_available():
+            return
+    try:
+        torch.cuda.init()  # which says why
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0]
+        if "too old" in reason:
+            raise UserError(f"PyTorch {torch.__version__}: {reason}: install a newer NVIDIA driver") from None
+    raise UserError(f"PyTorch finds no NVIDIA GPU here: {remedy}")
+
+
+@contextlib.contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """A GPU that runs out of memory inside is a UserError. what: that needed it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise short_of_memory(what, error) from None
 
 
 def to_torch(array: Array, device: torch.device) -> torch.Tensor:

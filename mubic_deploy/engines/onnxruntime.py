@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import onnxruntime as ort
 
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.engines import Arrays, DeviceArray, Engine, HostArrays
+from mubic_deploy.engines.memory import first_line, is_short, short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, Tensor
 
@@ -75,7 +78,10 @@ class Places:
 
 class BoundEngine:
     """A session whose inputs and outputs stay on its device, in places that never move: so that with `graph_replay`
-    ONNX Runtime captures a batch size's kernels as a CUDA graph at its first run and replays them afterwards."""
+    ONNX Runtime captures a batch size's kernels as a CUDA graph at its first run and replays them afterwards.
+
+    Each run waits for its device. The sessions of a chain have a CUDA stream each, which is not the one that copies go
+    through: without the wait an engine could read what the one before has not written yet."""
 
     def __init__(self, session: ort.InferenceSession, signature: Signature, places: Places, graph_replay: bool) -> None:
         self.signature, self._session, self._places, self._replay = signature, session, places, graph_replay
@@ -86,9 +92,10 @@ class BoundEngine:
         batch, *others = {len(array) for array in arrays.values()}
         if others:
             raise UserError(f"the tensors of {self.signature.name} must have the same batch size")
-        for tensor in self.signature.inputs:
-            self._places.write(tensor, arrays[tensor.name])
-        self._session.run_with_iobinding(*self._binding(batch))
+        with enough_memory(f"{self.signature.name} at a batch of {batch}"):
+            for tensor in self.signature.inputs:
+                self._places.write(tensor, arrays[tensor.name])
+            self._session.run_with_iobinding(*self._binding(batch))
         return {t.name: self._places.array(t, batch) for t in self.signature.outputs}
 
     def _binding(self, batch: int) -> tuple[ort.IOBinding, ort.RunOptions]:
@@ -101,6 +108,17 @@ class BoundEngine:
             options.add_run_config_entry("gpu_graph_id", str(batch) if self._replay else "-1")  # -1: not captured
             self._bindings[batch] = (binding, options)
         return self._bindings[batch]
+
+
+@contextlib.contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """A GPU that runs out of memory inside is a UserError. what: that needed it."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's own, of many kinds
+        if not is_short(error):
+            raise
+        raise short_of_memory(what, error) from None
 
 
 def require_cuda() -> None:
@@ -131,7 +149,9 @@ def _cuda_session(path: Path, cuda_graphs: bool) -> ort.InferenceSession:
     try:
         session = ort.InferenceSession(str(path), options, providers=[(CUDA_PROVIDER, provider)])
     except Exception as error:  # ONNX Runtime's own, of many kinds
-        reason = str(error).splitlines()[0]
+        if is_short(error):
+            raise short_of_memory(str(path), error) from None
+        reason = first_line(error)
         raise UserError(f"ONNX Runtime cannot run {path} on a GPU ({reason}): use --engine onnxruntime") from None
     if CUDA_PROVIDER not in session.get_providers():  # it goes on without when a library is missing
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 from mubic_deploy.artifacts import Folder, Layout
 from mubic_deploy.engines import Arrays, DeviceArray, Engine, cuda
 from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts, Memory
+from mubic_deploy.engines.memory import is_short, short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature
 
@@ -116,8 +117,7 @@ class TensorRTEngine:
         with gpu.active():
             self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
             if self._engine is None:
-                reason = "; ".join(runtime.logger.errors[-2:]) or "no reason given"
-                raise UserError(f"{path} cannot be loaded ({reason}): {AGAIN}")
+                raise self._failure(f"{path} cannot be loaded", str(path), AGAIN)
             self._scratch = gpu.allocate(max(1, self._engine.device_memory_size_v2))
             for tensor in (*signature.inputs, *signature.outputs):
                 memory.place(tensor)
@@ -149,26 +149,32 @@ class TensorRTEngine:
         """The execution context of a batch size, its shapes and addresses set."""
         if batch not in self._contexts:
             context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            name = self.signature.name
             if context is None:
-                raise UserError(f"TensorRT cannot run {self.signature.name}{self._why()}: end what uses the GPU")
+                raise self._failure(f"TensorRT cannot run {name}", name, "end what else uses the GPU")
             context.set_device_memory(int(self._scratch), self._engine.device_memory_size_v2)
             taken = [context.set_input_shape(t.name, (batch, *t.shape)) for t in self.signature.inputs]
             tensors = (*self.signature.inputs, *self.signature.outputs)
             taken += [context.set_tensor_address(t.name, int(self._memory.place(t))) for t in tensors]
             if not all(taken):
-                raise UserError(f"TensorRT does not take a batch of {batch} for {self.signature.name}{self._why()}")
+                raise self._failure(f"TensorRT does not take a batch of {batch} for {name}", name, AGAIN)
+            for t in self.signature.outputs:  # now that the inputs' are known: until then a plan may leave them open
+                shape = tuple(context.get_tensor_shape(t.name))
+                if shape != (batch, *t.shape):
+                    raise UserError(f"{t.name} of {name} is {shape} in the plan, not {(batch, *t.shape)}: {AGAIN}")
             self._contexts[batch] = context
         return self._contexts[batch]
 
     def _enqueue(self, batch: int) -> None:
         context = self._context(batch)
         if not context.execute_async_v3(self._gpu.stream.handle):
-            raise UserError(f"TensorRT could not run {self.signature.name} at a batch of {batch}{self._why()}")
+            said = f"TensorRT could not run {self.signature.name} at a batch of {batch}"
+            raise self._failure(said, self.signature.name, "see whether another process uses the GPU")
 
-    def _why(self) -> str:
-        """What TensorRT logged last, in brackets."""
-        errors = self._runtime.logger.errors[-2:]
-        return f" ({'; '.join(errors)})" if errors else ""
+    def _failure(self, said: str, what: str, remedy: str) -> UserError:
+        """`said`, with what TensorRT logged last, and the remedy; if that is about memory, what says so of `what`."""
+        reason = "; ".join(self._runtime.logger.errors[-2:]) or "no reason given"
+        return short_of_memory(what, reason) if is_short(reason) else UserError(f"{said} ({reason}): {remedy}")
 
 
 def load_engines(plans: Plans, cuda_graphs: bool = True) -> dict[str, Engine]:

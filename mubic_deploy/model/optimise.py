@@ -55,7 +55,7 @@ def pad_heads(model: MUBiC) -> None:
     for module in model.modules():
         if isinstance(module, FoldedAttention):
             module.__class__ = PaddedAttention  # same weights and settings
-            module._kept = None
+            module._kept = module._fixed = None
         elif isinstance(module, CrossAttention | NoiseAttention | TemporalRefinement):
             widen_projections(module)
 

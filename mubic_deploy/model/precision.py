@@ -33,11 +33,15 @@ LARGEST = 16_384.0  # of an activation: a quarter of what FP16 holds
 
 
 def prepared(model: MUBiC, precision: str = FLOAT32, optimisations: Collection[str] = ()) -> MUBiC:
-    """A copy of `model` as it is traced or compiled: with some of `optimise.REWRITES`, float32 or float16.
+    """A copy of `model` as it is traced or compiled: with some of `optimise.REWRITES`, float32 or float16, the visual
+    encoder's positions as constants of the configured size. Its weights' names stay the model's.
 
     UserError for an unknown optimisation, or a weight that is too large for FP16."""
-    rewritten = optimised(model, optimisations)
-    return rewritten if precision == FLOAT32 else half(rewritten)
+    out = optimised(model, optimisations)
+    if precision != FLOAT32:
+        out = half(out)
+    out.visual_encoder.fix_positions()
+    return out
 
 
 def half(model: MUBiC) -> MUBiC:

@@ -13,6 +13,7 @@ from mubic_deploy.model.layers import product
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of the Kinetics-400 weights
 STRIDE_KV = (8, 4, 2, 1)  # keys and values are pooled to the coarsest grid at every scale
 STOCHASTIC_DEPTH = 0.2
+CONSTANTS = ("table_t", "table_h", "table_w", "indicators")  # buffers of attention whose positions are fixed
 
 
 def relative_table(weight: Tensor, q_size: int, k_size: int) -> Tensor:
@@ -31,12 +32,14 @@ def relative_table(weight: Tensor, q_size: int, k_size: int) -> Tensor:
 def one_hot_positions(thw: tuple[int, int, int], like: Tensor) -> Tensor:
     """Indicators of each key's (t, h, w), the class token's row zero: [1 + t h w, t + h + w]."""
     t, h, w = thw
+    # made where they are used: a copy from the host cannot be captured in a CUDA graph
+    by_t, by_h, by_w = (torch.eye(n, dtype=like.dtype, device=like.device) for n in thw)
     rows = [
-        torch.eye(t)[:, None, None].expand(t, h, w, t),
-        torch.eye(h)[None, :, None].expand(t, h, w, h),
-        torch.eye(w)[None, None, :].expand(t, h, w, w),
+        by_t[:, None, None].expand(t, h, w, t),
+        by_h[None, :, None].expand(t, h, w, h),
+        by_w[None, None, :].expand(t, h, w, w),
     ]
-    return F.pad(torch.cat(rows, -1).flatten(0, 2), (0, 0, 1, 0)).to(like)
+    return F.pad(torch.cat(rows, -1).flatten(0, 2), (0, 0, 1, 0))
 
 
 class FoldedAttention(MultiscaleAttention):
@@ -49,9 +52,22 @@ class FoldedAttention(MultiscaleAttention):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
+        self._fixed: tuple | None = None
+
+    def fix_positions(self, q_thw: tuple[int, int, int], k_thw: tuple[int, int, int]) -> None:
+        """Keeps tables and indicators of these grids as constants, whatever becomes of the weights: for a copy that
+        will be traced or compiled, whose compiler would compute them again at every call."""
+        with torch.no_grad():
+            tables, indicators = self._positions(q_thw, k_thw)
+        for name, x in zip(CONSTANTS, (*tables, indicators), strict=True):
+            self.register_buffer(name, x, persistent=False)
+        self._kept, self._fixed = None, (q_thw, k_thw)
 
     def positions(self, q_thw: tuple[int, int, int], k_thw: tuple[int, int, int]) -> tuple[list[Tensor], Tensor]:
         """Tables [q, k, d] of the three axes and the key indicators; without gradients computed once a weight."""
+        if self._fixed == (q_thw, k_thw):
+            *fixed, ones = (self.get_buffer(name) for name in CONSTANTS)
+            return fixed, ones
         weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         # a tensor's version counts its changes in place
@@ -115,6 +131,12 @@ class FoldedAttention(MultiscaleAttention):
         return torch.cat([by_t, by_h, by_w], -1)
 
 
+def pooled_size(thw: tuple[int, int, int], stride: list[int]) -> tuple[int, int, int]:
+    """What a pooling convolution leaves of a grid: kernel 3, padding 1."""
+    t, h, w = (-(-n // s) for n, s in zip(thw, stride, strict=True))
+    return t, h, w
+
+
 def block_settings(c: Config) -> list[MSBlockConfig]:
     """The blocks of all four scales; the first block of scales 2 to 4 halves the grid and widens."""
     settings = []
@@ -155,6 +177,15 @@ class VisualEncoder(nn.Module):
         for index, setting in enumerate(settings):
             self.blocks.append(self._block(size, setting, folded, STOCHASTIC_DEPTH * index / (len(settings) - 1)))
             size = [n // s for n, s in zip(size, setting.stride_q, strict=True)]
+
+    def fix_positions(self) -> None:
+        """`FoldedAttention.fix_positions` in every block, for the configured size. In place."""
+        size = (self.config.time, *self.config.grids[0])
+        for block, setting in zip(self.blocks, block_settings(self.config), strict=True):
+            q_thw, k_thw = (pooled_size(size, stride) for stride in (setting.stride_q, setting.stride_kv))
+            if isinstance(block.attn, FoldedAttention):
+                block.attn.fix_positions(q_thw, k_thw)
+            size = q_thw
 
     @staticmethod
     def _block(size: list[int], setting: MSBlockConfig, folded: bool, drop: float) -> MultiscaleBlock:

@@ -94,13 +94,15 @@ def _check_delay(queue_delay_us: int) -> None:
 class GpuSettings:
     """instances       of each engine, on each GPU
     loops           instances of `ddim`: as many batches of clips step side by side, and none waits for another's loop
-    queue_delay_us  microseconds that a request waits for company
+    queue_delay_us  microseconds that a request waits for company, in every engine and in `ddim`, so one by itself
+                    waits for the encoders (side by side), for fusion, for the loop and for each of its steps; 0
+                    merges only what waits already
     cuda_graphs     Triton captures each preferred batch size of each engine and replays it
     warm_up         random requests to each engine before the server says that it is ready"""
 
     instances: int = 1
     loops: int = 4
-    queue_delay_us: int = 100
+    queue_delay_us: int = 0
     cuda_graphs: bool = True
     warm_up: bool = True
 
@@ -129,6 +131,7 @@ def write_gpu_repository(
         model = _model(signature, config)
         model.platform, model.max_batch_size = "tensorrt_plan", plans.max_batch
         model.default_model_filename = PLAN
+        model.dynamic_batching.SetInParent()  # without a delay too
         model.dynamic_batching.preferred_batch_size.extend(n for n in batches if n > 1)
         model.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
         model.instance_group.add(count=settings.instances, kind=ModelInstanceGroup.KIND_GPU)
@@ -152,6 +155,7 @@ def _gpu_ddim(config: Config, precision: str, max_batch: int, settings: GpuSetti
     model = _ddim(config, precision, None)
     model.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
     model.max_batch_size = max_batch
+    model.dynamic_batching.SetInParent()
     model.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
     # the loop itself computes nothing: its tensors are on the GPU, its process is not
     model.instance_group.add(count=settings.loops, kind=ModelInstanceGroup.KIND_CPU)
