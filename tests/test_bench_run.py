@@ -114,22 +114,31 @@ def test_steps_over_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert four is not None
     assert eight is not None
     assert one is not None
-    assert row.values["loop_s"] == pytest.approx(eight.median - four.median)
+    assert len(eight.samples) == len(four.samples) == len(one.samples)
+    assert row.values["loop_s"] == pytest.approx(np.median(np.subtract(eight.samples, four.samples)))
     assert row.values["calls_s"] == pytest.approx(4 * one.median)
     assert 0 < one.median < four.median
 
 
 def test_a_loop_that_adds_to_its_calls_shows() -> None:
     """0.1 s a call, and 0.02 s that the loop adds to each: which calls timed inside would share."""
+    rng = np.random.default_rng(0)
 
     def around(seconds: float) -> timing.Timing:
-        return timing.Timing(tuple(np.random.default_rng(0).normal(seconds, seconds / 100, 60)))
+        return timing.Timing(tuple(rng.normal(seconds, seconds / 100, 60)))
 
     values = steps.over_calls(around(0.96), around(0.48), around(0.1))
     assert values["loop_over_lone_calls"] == pytest.approx(1.2, rel=0.02)
     assert 1.1 < values["loop_over_lone_calls_low"] < 1.2 < values["loop_over_lone_calls_high"] < 1.3
     equal = steps.over_calls(around(0.8), around(0.4), around(0.1))
     assert equal["loop_over_lone_calls_low"] < 1 < equal["loop_over_lone_calls_high"]
+
+
+def test_a_machine_that_slows_down_is_not_in_the_loop_s_cost() -> None:
+    pace = np.repeat([1.0, 1.4], 30)
+    eight, four, one = (timing.Timing(tuple(pace * s)) for s in (0.8, 0.4, 0.1))
+    values = steps.over_calls(eight, four, one)
+    assert (values["loop_over_lone_calls_low"], values["loop_over_lone_calls_high"]) == pytest.approx((1, 1))
 
 
 def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:

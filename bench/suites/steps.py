@@ -46,7 +46,8 @@ def _loop(context: Context, name: str, pipeline: Pipeline, rule: Rule) -> list[R
         denoiser({t.name: tensors[i % CLIPS][t.name] for t in inputs})
 
     longer = rule if rule.quick else replace(rule, repeats=LOOP_CALLS, seconds=LOOP_S)
-    timings = timing.measure({"8": loop(8), "4": loop(4), "1": alone}, longer, progress=context.count)
+    sides = {"8": loop(8), "4": loop(4), "1": alone}
+    timings = timing.measure(sides, longer, progress=context.count, in_step=True)
     rows = [Row("loop", name, {"steps": n}, timings[str(n)]) for n in (4, 8)]
     rows.append(Row("denoiser alone", name, {}, timings["1"]))
     rows.append(Row("8 steps over 4", name, values=over_calls(timings["8"], timings["4"], timings["1"])))
@@ -54,9 +55,10 @@ def _loop(context: Context, name: str, pipeline: Pipeline, rule: Rule) -> list[R
 
 
 def over_calls(eight: Timing, four: Timing, one: Timing) -> dict[str, float]:
-    """Loops of 8 minus 4 steps over four calls of the denoiser, by medians, with the bootstrap interval."""
-    low, high = timing.interval((eight.resampled(0) - four.resampled(1)) / (4 * one.resampled(2)))
-    loop_s, calls_s = eight.median - four.median, 4 * one.median
+    """Loops of 8 minus 4 steps over four calls of the denoiser by itself: the median over the k-th calls of all three,
+    which were made together, with its bootstrap interval. ValueError unless each was called as often."""
+    loops, calls = np.subtract(eight.samples, four.samples), 4 * np.array(one.samples)
+    over, low, high = timing.paired_ratio(loops, calls)
     figure = "loop_over_lone_calls"
-    values = {"loop_s": loop_s, "calls_s": calls_s}
-    return values | {figure: loop_s / calls_s, f"{figure}_low": low, f"{figure}_high": high}
+    values = {"loop_s": float(np.median(loops)), "calls_s": float(np.median(calls))}
+    return values | {figure: over, f"{figure}_low": low, f"{figure}_high": high}
