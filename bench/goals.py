@@ -214,7 +214,7 @@ def _worst_map(pick: Callable[[list[float]], int], name: str) -> Callable[[Resul
 
 
 def _on_gpu() -> list[Goal]:
-    """Those of issue 4, of one H100 or H200."""
+    """Of one H100 or H200 (docs/benchmarks.md)."""
     one = "one clip, best engine"
     return [
         Goal(f"{one}, median", GPU, _latency_ms, most=4, unit="ms"),

@@ -110,8 +110,8 @@ def test_a_folder_of_another_variant(demo_artifacts: Artifacts, engine: str) -> 
         Pipeline.open(demo_artifacts.path, engine, "no_beca")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_eager_on_a_gpu_that_is_not_there() -> None:
+def test_eager_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="PyTorch finds no NVIDIA GPU here: use --engine eager"):
         Pipeline.open(engine="eager-cuda")
 
