@@ -170,7 +170,8 @@ def measure(
     """Times every side. Each is first called until it settles; then the calls of all of them follow in one random
     order, each side's spread evenly over the whole time, so that what the machine does meanwhile meets all alike.
 
-    in_step: each as often as the one that needs the most calls, so that the k-th calls of all are made together.
+    in_step: each as often as the one that needs the most calls, so that the k-th calls of all are made together; the
+    warm-up calls too, of which what is common to all sides is no unrest of one.
     `progress` hears a side's name, and how many calls of how many are done."""
     counts = dict.fromkeys(sides, 0)
 
@@ -181,9 +182,15 @@ def measure(
 
     warm: dict[str, list[float]] = {}
     settled: dict[str, bool] = {}
-    for i, name in enumerate(sides):
-        progress(f"{name}, warming up", i, len(sides))
-        warm[name], settled[name] = _warmed(lambda name=name: timed(name), rule)  # type: ignore[misc]
+    for group in [list(sides)] if in_step else [[name] for name in sides]:
+
+        def warming(name: str) -> float:
+            progress(f"{name}, warming up", list(sides).index(name), len(sides))
+            return timed(name)
+
+        times, calm = _warmed(group, warming, rule)
+        warm |= times
+        settled |= calm
     samples: dict[str, list[float]] = {name: [] for name in sides}
     wanted = {name: rule.calls(float(np.median(w[1:][-WINDOW:]))) for name, w in warm.items()}
     missing = dict.fromkeys(wanted, max(wanted.values())) if in_step else wanted
@@ -204,23 +211,40 @@ def shuffled(calls: Mapping[str, int], seed: int) -> list[str]:
     return [name for _, name in sorted(places)]
 
 
-def _warmed(timed: Callable[[], float], rule: Rule) -> tuple[list[float], bool]:
-    """Seconds of the calls that it took to settle, and whether they did: WINDOW calls are like the WINDOW before; or,
-    where fewer than 2 WINDOW could be made in the time, two calls are alike, of which none is the first, whose time is
-    that of loading and compiling too. Not before AT_LEAST calls is it said that they did not, however slow they are."""
-    times = [timed(), timed()]
+def _warmed(
+    sides: Sequence[str], timed: Callable[[str], float], rule: Rule
+) -> tuple[dict[str, list[float]], dict[str, bool]]:
+    """Seconds of the calls, in turn, that it took until every side settled or was given up, and whether it settled:
+    WINDOW calls are like the WINDOW before; or, where fewer than 2 WINDOW could be made in the time, two calls are
+    alike, of which none is the first, whose time is that of loading and compiling too. Not before AT_LEAST calls is a
+    side given up, however slow it is."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    settled = dict.fromkeys(sides, False)
     while True:
-        slow = len(times) < 2 * WINDOW and sum(times) > rule.warm_up_s
-        window = 1 if slow else WINDOW
-        if len(times) >= (3 if slow else 2 * WINDOW) and _alike(times, window):
-            return times, True
-        longest = rule.warm_up_s * (SLOWER if slow else 1)
-        if sum(times) > longest and (len(times) >= AT_LEAST or rule.quick):
-            return times, False
-        times.append(timed())
+        for name in sides:
+            times[name].append(timed(name))
+        calls, pace, waiting = len(times[sides[0]]), _pace(times), False
+        for name in sides:
+            spent = sum(times[name])
+            slow = calls < 2 * WINDOW and spent > rule.warm_up_s
+            window = 1 if slow else WINDOW
+            if calls >= (3 if slow else 2 * WINDOW) and not settled[name]:
+                settled[name] = _alike(np.array(times[name]) / pace, window)
+            longest = rule.warm_up_s * (SLOWER if slow else 1)
+            over = calls > 1 and spent > longest and (calls >= AT_LEAST or rule.quick)
+            waiting |= not (settled[name] or over)
+        if not waiting:
+            return times, settled
 
 
-def _alike(times: Sequence[float], window: int) -> bool:
+def _pace(times: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """How slow the machine was at each call, against the last: the median over the sides, or 1 where there are too few
+    to tell it from one of them."""
+    of_each = np.array(list(times.values()))
+    return np.median(of_each / of_each[:, -1:], axis=0) if len(times) > 2 else np.ones(of_each.shape[1])
+
+
+def _alike(times: Sequence[float] | np.ndarray, window: int) -> bool:
     """Whether the medians of the last `window` calls and of those before them are."""
     before, now = np.median(times[-2 * window : -window]), np.median(times[-window:])
     return bool(abs(now - before) <= STABLE * before)

@@ -111,6 +111,30 @@ def test_sides_in_step_are_called_as_often() -> None:
     assert len(timings["a"].samples) == len(timings["b"].samples) > 15
 
 
+def test_in_step_what_slows_every_side_is_no_unrest_of_one() -> None:
+    weather = [1.0, 2.0, 1.0, 2.0, 1.5, 1.0]
+    sides = {"a": [w * 50 for w in weather], "b": [w * 20 for w in weather], "c": [w * 30 for w in weather]}
+    rule = Rule(5, 5, 0, 10)
+    timings, clock = measured(sides, rule, in_step=True)
+    assert [(t.warm_ups, t.settled) for t in timings.values()] == [(3, True)] * 3
+    assert clock.calls[:6] == ["a", "b", "c"] * 2
+    assert not any(t.settled for t in measured(sides, rule)[0].values())  # each by itself
+    timings, _ = measured({"a": sides["a"], "b": sides["b"]}, rule, in_step=True)
+    assert not any(t.settled for t in timings.values())  # of two sides nobody knows which one it is
+
+
+def test_in_step_a_side_that_warms_up_is_waited_for() -> None:
+    weather = [1.0, 1.3, 0.9, 1.2, 1.0, 1.3]
+    slow_start = [9.0, 3.0, 2.0, 1.0, 1.0, 1.0]
+    sides = {"a": [w * s * 50 for w, s in zip(weather, slow_start, strict=True)]}
+    sides |= {name: [w * 20 for w in weather] for name in "bc"}
+    timings, _ = measured(sides, Rule(5, 5, 0, 10), in_step=True)
+    assert [(t.warm_ups, t.settled) for t in timings.values()] == [(5, True)] * 3
+    sides["a"] = [w * s * 50 for w, s in zip(weather, (16, 8, 4, 2, 1, 1), strict=True)]
+    timings, _ = measured(sides, Rule(5, 5, 0, 10), in_step=True)
+    assert [(t.warm_ups, t.settled) for t in timings.values()] == [(5, False), (5, True), (5, True)]
+
+
 def test_a_ratio_of_one_run_is_that_of_its_pairs() -> None:
     """A machine that is half as fast in the second half: the medians wander with it, the pairs do not."""
     rng = np.random.default_rng(1)

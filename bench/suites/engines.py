@@ -28,14 +28,15 @@ WHOLE = (
     "onnxruntime",
     "openvino",
 )
-WHOLE_S = 40.0  # seconds of calls of a side
+WHOLE_S = 30.0  # seconds of calls of a side
 GRAPHS = ("eager, torchvision", "eager", "torch.compile", "onnxruntime", "openvino")  # of these each graph alone too
 
 
 def measure(context: Context, rule: Rule, results: Results) -> None:
     predictors, results.left_out = load(WHOLE, context)
     longer = rule if rule.quick else replace(rule, seconds=WHOLE_S)
-    timings = timing.measure({name: call(context, p) for name, p in predictors.items()}, longer, progress=context.count)
+    sides = {name: call(context, predictor) for name, predictor in predictors.items()}
+    timings = timing.measure(sides, longer, progress=context.count, in_step=True)
     results.add("whole", timings, batch=1, steps=DEFAULT_STEPS)
     costs = cost(context.config)
     for row in results.rows:
@@ -50,7 +51,7 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
         }
         weights = context.artifacts.file(graph).stat().st_size  # a graph's file is little else
         work = {"macs": float(costs.macs[graph]), "bytes": moved_bytes(signature, weights)}
-        for name, timed in timing.measure(of_graph, rule, progress=context.count).items():
+        for name, timed in timing.measure(of_graph, rule, progress=context.count, in_step=True).items():
             results.rows.append(Row(graph, name, {"batch": 1}, timed, dict(work)))
 
 
