@@ -9,8 +9,11 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/mubic-deploy demo --out out
 
+# in so many processes at once
+JOBS ?= 2
+
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

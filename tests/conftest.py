@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,11 +16,20 @@ from mubic_deploy.config import DEMO_CHECKPOINT
 pytest_plugins = ("triton_fixtures", "field_fixtures", "half_fixtures")
 
 
+@pytest.fixture(scope="session")
+def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of this run share, where it has several."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache(of_the_run: Path) -> Iterator[None]:
     """Exports go to a folder of this run, not to the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MUBIC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MUBIC_CACHE", str(of_the_run / "cache"))
         yield
 
 

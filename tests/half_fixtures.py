@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from mubic_deploy import checkpoint
+from mubic_deploy import checkpoint, folders
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO
 from mubic_deploy.model.mubic import MUBiC, random_model
@@ -31,7 +32,11 @@ def tiny_model() -> MUBiC:
 
 
 @pytest.fixture(scope="session")
-def half_artifacts(tiny_model: MUBiC, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    out = tmp_path_factory.mktemp("half") / "graphs"
-    script = load_script(source_dir("export") / "onnx_graphs.py")
-    return script.export(tiny_model, checkpoint.Source("test", 3), out, precision="float16", fixed_steps=2)[0]
+def half_artifacts(tiny_model: MUBiC, of_the_run: Path) -> Artifacts:
+    out, lock = of_the_run / "half", of_the_run / "half.lock"
+    lock.touch()
+    with folders.locked(lock, wait=True):
+        if out.exists():
+            return Artifacts.open(out)
+        script = load_script(source_dir("export") / "onnx_graphs.py")
+        return script.export(tiny_model, checkpoint.Source("test", 3), out, precision="float16", fixed_steps=2)[0]
