@@ -180,15 +180,14 @@ def measure(
         counts[name] += 1
         return clock(lambda: sides[name](index))
 
+    def warming_up(name: str) -> float:
+        progress(f"{name}, warming up", list(sides).index(name), len(sides))
+        return timed(name)
+
     warm: dict[str, list[float]] = {}
     settled: dict[str, bool] = {}
     for group in [list(sides)] if in_step else [[name] for name in sides]:
-
-        def warming(name: str) -> float:
-            progress(f"{name}, warming up", list(sides).index(name), len(sides))
-            return timed(name)
-
-        times, calm = _warmed(group, warming, rule)
+        times, calm = _warmed(group, warming_up, rule)
         warm |= times
         settled |= calm
     samples: dict[str, list[float]] = {name: [] for name in sides}
