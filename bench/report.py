@@ -127,7 +127,10 @@ def _goals(found: dict[str, Results]) -> str:
         if figure and not figure.settled:
             interval += " <mark>not settled</mark>"
         strong = f"<strong>{said}</strong>" if said in (NO, UNDECIDED) else said
-        rows.append([escape(goal.name), escape(goal.bounds), measured, interval, strong])
+        bounds = escape(goal.bounds)
+        if goal.unit:
+            bounds = bounds.replace(f" {goal.unit}", f"&nbsp;{goal.unit}")  # or a line would begin with it
+        rows.append([escape(goal.name), bounds, measured, interval, strong])
     if not rows:
         return ""
     headings = ["what", "goal", "measured", "interval", "reached"]
