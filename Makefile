@@ -9,7 +9,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/mubic-deploy demo --out out
 
-# in so many processes at once
+# processes that test at once
 JOBS ?= 2
 
 test: .venv/installed
