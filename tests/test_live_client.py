@@ -138,6 +138,16 @@ def test_bytes_of_raw_frames(toy_server: TritonServer, film: Path) -> None:
     assert 16 * 112 * 192 * 3 * len(found) > 12 * sent
 
 
+def test_a_proxy_is_not_asked_for_this_machine(
+    toy_server: TritonServer, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody listens
+    with StreamClient(toy_server.url, stride=20, steps=1) as client:
+        assert len(maps_of(client, film)) > 1
+
+
 def test_asyncio(toy_server: TritonServer, toy_pipeline: Pipeline, film: Path) -> None:
     """Two tasks on one event loop, which goes on meanwhile."""
     expected = list(predict_clips(toy_pipeline, film))

@@ -19,7 +19,7 @@ from mubic_deploy.config import ADAPTIVE, get_config
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline
-from mubic_deploy.triton.client import TritonPredictor
+from mubic_deploy.triton.client import TritonPredictor, channel
 from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("triton_fixtures",)
@@ -113,6 +113,16 @@ def test_concurrent_clients(server: TritonServer, toy_pipeline: Pipeline) -> Non
         for seed, saliency in enumerate(maps):
             expected, _ = toy_pipeline.predict(video[[i]], audio[[i]], seed, steps[i])
             np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "[::1]", "localhost"])
+def test_this_machine_is_asked_without_a_proxy(host: str) -> None:
+    assert ("grpc.enable_http_proxy", 0) in channel(f"{host}:8001")
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "triton.example", "[fe80::1]"])
+def test_others_are_asked_as_the_environment_says(host: str) -> None:
+    assert "grpc.enable_http_proxy" not in dict(channel(f"{host}:8001"))
 
 
 def send(url: str, arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -91,6 +91,20 @@ def test_start_and_stop(repository: Path) -> None:
     server.stop()  # harmless
 
 
+def test_a_host_may_be_a_name(repository: Path) -> None:
+    """Of HTTP, which tells whether it is ready, as of gRPC."""
+    with TritonServer(repository, host="localhost", **FREE_PORTS) as server:
+        assert server.url == f"127.0.0.1:{server.grpc_port}"
+        with TritonPredictor(f"localhost:{server.grpc_port}") as predictor:
+            assert predictor.config.name == "demo"
+
+
+@pytest.mark.parametrize("host", ["::1", "no such host", "", "x" * 300])
+def test_a_host_that_triton_cannot_listen_on(repository: Path, host: str) -> None:
+    with pytest.raises(UserError, match=r"has no IPv4 address, which Triton needs: use 127\.0\.0\.1"):
+        TritonServer(repository, host=host)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_ends_with_a_signal(repository: Path, tmp_path: Path, number: signal.Signals) -> None:
     process, url, prefix, _ = start_serve(repository, tmp_path)

@@ -17,6 +17,7 @@ from mubic_deploy.live.backlog import Request
 from mubic_deploy.live.packets import Encoder
 from mubic_deploy.live.settings import RAW
 from mubic_deploy.live.streams import FULL, UNKNOWN
+from mubic_deploy.triton.client import channel
 
 # what a new sequence cures, perhaps after a while; the first two lines are Triton's own
 _PASSING = (
@@ -24,12 +25,8 @@ _PASSING = (
     "Server is stopping", "is not healthy",
     UNKNOWN, FULL, f"{graphs.ENSEMBLE}:",
 )  # fmt: skip
-# messages of any size; and no memory of a server that was gone: gRPC would try it less and less often
-_CHANNEL = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),
-]
+# no memory of a server that was gone: gRPC would try it less and less often
+_FORGETFUL = ("grpc.use_local_subchannel_pool", 1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class Link:
         self._sequence = secrets.randbelow(2**63 - 1) + 1
         self._count = 1
         self.bytes = 0  # of tensors that were sent
-        self._client = triton.InferenceServerClient(address, channel_args=_CHANNEL)
+        self._client = triton.InferenceServerClient(address, channel_args=[*channel(address), _FORGETFUL])
         self._client.start_stream(self._answered)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from concurrent.futures import Future
 from types import TracebackType
@@ -41,6 +42,21 @@ def destination(url: str) -> tuple[str, str]:
     return place, model or graphs.ENSEMBLE
 
 
+def channel(address: str) -> list[tuple[str, int]]:
+    """gRPC's options of a connection to "HOST:PORT": messages of any size, and to this machine no proxy, which gRPC
+    would ask (`http_proxy`) for 127.0.0.1 too."""
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    return [*options, ("grpc.enable_http_proxy", 0)] if _is_here(address) else options
+
+
+def _is_here(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class TritonPredictor:
     """A `Predictor` (see `pipeline`) that asks the server at `url`: triton://HOST:PORT or HOST:PORT, gRPC's port; with
     /mubic_fixed behind it, the ensemble whose number of steps is fixed.
@@ -55,7 +71,7 @@ class TritonPredictor:
     def __init__(self, url: str, timeout: float = 60.0) -> None:
         self.address, self.model = destination(url)
         self.timeout = timeout
-        self._client = triton.InferenceServerClient(self.address)
+        self._client = triton.InferenceServerClient(self.address, channel_args=channel(self.address))
         try:
             answer = self._client.get_model_config(self.model, client_timeout=min(timeout, _CONNECT_TIMEOUT)).config
             if not {parameters.CONFIG, parameters.SOURCE} <= set(answer.parameters):

@@ -53,7 +53,7 @@ class TritonServer:
         timeout: float = 120.0,
     ) -> None:
         self.repository = Path(repository).resolve()
-        self.host = host
+        self.host = _number(host)
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
         self.timeout = timeout
         self.log = log
@@ -275,7 +275,17 @@ def _environment(package: Path) -> dict[str, str]:
 
 def _reachable(host: str) -> str:
     """An address at which a server that listens on `host` answers."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return "127.0.0.1" if host == "0.0.0.0" else host
+
+
+def _number(host: str) -> str:
+    """The IPv4 address of `host`: Triton's HTTP server takes a name, or an address of IPv6, for 255.255.255.255."""
+    try:
+        return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        raise UserError(
+            f"{host!r} has no IPv4 address, which Triton needs: use 127.0.0.1, 0.0.0.0 or one of this machine's"
+        ) from None
 
 
 def _ports(host: str, ports: dict[str, int]) -> list[int]:
