@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -15,6 +16,8 @@ import pytest
 from films import frame_times, write_film
 
 from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.errors import UserError
+from mubic_deploy.live.source import FileSource, Item
 from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("triton_fixtures",)
@@ -150,3 +153,47 @@ def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: Triton
         seconds = [f.time or 0 for f in overlay.decode(audio=0)]
     assert seconds[-1] < report["frames"] / 25 + 0.1
     assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("odd planes"), "film.mp4 cannot be read any further: ValueError('odd planes')"),
+        (UserError("film.mp4 is cut off"), "film.mp4 is cut off"),
+    ],
+    ids=["unforeseen", "foreseen"],
+)
+@pytest.mark.parametrize("after", [0, 60])
+def test_a_source_that_fails_is_no_success(
+    run,
+    film: Path,
+    toy_server: TritonServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    line: str,
+    after: int,
+) -> None:
+    """The files hold what came until then; without a map there are none."""
+    items = FileSource.items
+
+    def failing(self: FileSource) -> Iterator[Item]:
+        frames = 0
+        for item in items(self):
+            frames += hasattr(item, "image")
+            if frames > after:
+                raise error
+            yield item
+
+    monkeypatch.setattr(FileSource, "items", failing)
+    overlay, maps = tmp_path / "o.mp4", tmp_path / "m.npz"
+    ran = run("stream", film, "--url", toy_server.url, "--stride", 8, "-o", overlay, "--maps", maps)
+    assert (ran.code, ran.err) == (2, f"mubic-deploy: {line}\n")
+    if not after:
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert np.load(maps)["frame_index"].tolist() == [8, 16, 24, 32, 40, 48]
+    with av.open(overlay) as written:
+        assert len(list(written.decode(video=0))) == 60
+    with av.open(overlay) as written:  # the film's sound lasts 5.28 s
+        assert max(f.time or 0 for f in written.decode(audio=0)) < 60 / 25 + 0.1

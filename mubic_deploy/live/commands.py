@@ -82,16 +82,19 @@ def stream(arguments: Namespace) -> int:
                 if time.monotonic() >= due:
                     progress(_status(client.report()), feeder.fed, None)
                     due = time.monotonic() + _STATUS_S
+        if feeder.problem is not None and not outputs.count:
+            raise feeder.problem
         outputs.finish(whole=not stopped.is_set() and feeder.problem is None)
         report = client.report()
     warnings = untrained(client.source["seed"]) + source.warnings + [gap.text for gap in gaps]
-    warnings += [str(feeder.problem)] if feeder.problem else []
     if arguments.json:
         print_json({**vars(report), "frames": feeder.fed, "gaps": [vars(gap) for gap in gaps], "warnings": warnings})
-        return 0
-    warn(warnings)
-    if not piped:
-        say(_summary(report, feeder.fed))
+    else:
+        warn(warnings)
+        if not piped:
+            say(_summary(report, feeder.fed))
+    if feeder.problem is not None:
+        raise feeder.problem
     return 0
 
 
@@ -119,7 +122,10 @@ class Feeder:
                     return
                 self._feed(item)
         except UserError as error:
-            self.problem = error
+            if not self._stopped.is_set():  # else the client was finished under it
+                self.problem = error
+        except Exception as error:  # the thread's end must not pass for the source's
+            self.problem = UserError(f"{self._source.name} cannot be read any further: {error!r}")
         finally:
             with contextlib.suppress(UserError):  # it is over already, and who reads it knows
                 self._client.finish()
@@ -139,7 +145,9 @@ class Feeder:
 
 
 class Outputs:
-    """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called."""
+    """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called.
+
+    count  how many maps came"""
 
     def __init__(
         self,
@@ -154,7 +162,7 @@ class Outputs:
         self._source, self._targets, self._plain, self._window = source, targets, plain, window
         self._last_pts: int | None = None
         self._shift = 0
-        self._count = 0
+        self.count = 0
         self.overlay: OverlayWriter | None = None
         self._maps: MapsWriter | None = None
         self._lines: TextIO | None = None
@@ -205,7 +213,7 @@ class Outputs:
         image.pts = self._last_pts = pts
 
     def add_map(self, found: LiveMap) -> None:
-        self._count += 1
+        self.count += 1
         if self._window is not None:
             self._window.add_map(found)
         if self.overlay is not None:
@@ -225,7 +233,7 @@ class Outputs:
 
     def finish(self, whole: bool) -> None:
         """Completes the files. UserError if there was no map."""
-        if not self._count:
+        if not self.count:
             raise UserError(f"no map came of {self._source.name}: let it run for longer")
         if self.overlay is not None:
             with self._naming("overlay"):
