@@ -90,12 +90,11 @@ def test_stream_writes_what_predict_writes(
         assert two.streams.audio[0].codec_context.name == one.streams.audio[0].codec_context.name
 
 
-def test_stream_from_a_pipe(film: Path, toy_server: TritonServer, tmp_path: Path) -> None:
-    """Standard input, as from another program; lines of JSON to standard output."""
-    command = ["stream", "-", "--url", toy_server.url, "--stride", "32", "--ndjson", "-", "--on-lag", "queue"]
-    command += ["-o", str(tmp_path / "o.mp4")]
-    transport = tmp_path / "film.ts"  # what a pipe can carry
-    with av.open(str(film)) as source, av.open(transport, "w") as out:
+@pytest.fixture(scope="module")
+def transport(film: Path) -> Path:
+    """The film as a pipe can carry it."""
+    path = film.with_name("film.ts")
+    with av.open(str(film)) as source, av.open(path, "w") as out:
         video = out.add_stream_from_template(source.streams.video[0])
         sound = out.add_stream("aac", 48_000)
         resampler = av.AudioResampler("fltp", "stereo", 48_000)
@@ -109,6 +108,15 @@ def test_stream_from_a_pipe(film: Path, toy_server: TritonServer, tmp_path: Path
                     for block in resampler.resample(decoded):
                         out.mux(sound.encode(block))
         out.mux(sound.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("source", ["-", "pipe:0"])
+def test_stream_from_a_pipe(transport: Path, toy_server: TritonServer, tmp_path: Path, source: str) -> None:
+    """Standard input, as from another program; lines of JSON to standard output. The overlay is there already."""
+    (tmp_path / "o.mp4").touch()
+    command = ["stream", source, "--url", toy_server.url, "--stride", "32", "--ndjson", "-", "--on-lag", "queue"]
+    command += ["-o", str(tmp_path / "o.mp4")]
     with transport.open("rb") as stdin:
         ran = subprocess.run(
             [sys.executable, "-m", "mubic_deploy.cli", *command],

@@ -51,7 +51,8 @@ def stream(arguments: Namespace) -> int:
         source = open_source(arguments.source, arguments.realtime)
         feeder: Feeder | None = None
         stack.callback(lambda: _let_go(source, feeder))
-        check_targets(files, KINDS, Path(arguments.source) if is_file(arguments.source) else None)
+        place = Path(arguments.source)  # no file where it is -, pipe:0 or an address
+        check_targets(files, KINDS, place if is_file(arguments.source) and place.exists() else None)
         live = arguments.realtime or isinstance(source, LiveSource)
         on_lag = arguments.on_lag or (DROP if live else QUEUE)
         client = stack.enter_context(
