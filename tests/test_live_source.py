@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import itertools
 import os
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -37,6 +40,27 @@ for _ in range(2):
                 out.mux(packet)
     time.sleep(4)
 """
+
+
+@contextlib.contextmanager
+def web(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """The address of a server that answers each GET with this."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/film"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def kinds(items: list[Item]) -> tuple[int, int, int]:
@@ -142,7 +166,30 @@ def test_an_address_that_breaks_off_and_comes_back(tmp_path: Path) -> None:
     assert [i.index for i in items if isinstance(i, Frame)] == list(range(frames))
     times = [i.time_s for i in items if isinstance(i, Frame)]
     assert sum(b <= a for a, b in itertools.pairwise(times)) == 1
-    assert f"{address} broke off and did not come back within 8 s" in source.warnings
+    assert f"{address} broke off (nothing came for 2 s) and did not come back within 8 s" in source.warnings
+
+
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_what_breaks_off_says_so(tmp_path: Path, part: float) -> None:
+    """An answer that is shorter than it promised; a whole one ends without a word."""
+    film = write_film(tmp_path / "film.mkv", frame_times(25, 100), DARK, sound=click(0.5, 4)).read_bytes()
+
+    def answer(to: http.server.BaseHTTPRequestHandler) -> None:
+        to.send_response(200)
+        to.send_header("Content-Length", str(len(film)))
+        to.end_headers()
+        with contextlib.suppress(ConnectionError):
+            to.wfile.write(film[: round(part * len(film))])
+
+    with web(answer) as address:
+        source = LiveSource(address)
+        frames, _, _ = kinds(list(source.items()))
+        source.close()
+    if part == 1:
+        assert (frames, source.warnings) == (100, [])
+    else:
+        assert 40 < frames < 60
+        assert source.warnings == [f"{address} broke off (Input/output error)"]
 
 
 def test_a_pipe_is_read_once(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ class LiveSource:
         self._patience_s, self._timeout_s = patience_s, timeout_s
         self._upright = Upright()
         self._damaged = 0
+        self._broke_off = ""  # why, with a space before it; nothing where it just ended
         self._deaf = False  # no sound was found when it was first opened: none is waited for, or taken, any more
         self._open()
         self._deaf = self._audio is None
@@ -129,6 +130,8 @@ class LiveSource:
                 break
         else:
             self.close()
+            if self._broke_off:
+                raise UserError(f"{self.name} broke off{self._broke_off} before its first frame: check it")
             raise UserError(f"{self.name}: no frame can be decoded: send H.264 with its key frames")
         image = item.image
         width = round(image.width * (self._video.sample_aspect_ratio or 1)) or image.width
@@ -163,7 +166,11 @@ class LiveSource:
             for item in self._run(index):
                 index += isinstance(item, Frame)
                 yield item
-            if not self.source.startswith(_LIVE) or not self._comes_back():
+            if not self.source.startswith(_LIVE):
+                if self._broke_off:
+                    self.warnings.append(f"{self.name} broke off{self._broke_off}")
+                break
+            if not self._comes_back():
                 break
         if self._damaged:
             self.warnings.append(f"{self.name}: {self._damaged} part(s) could not be decoded")
@@ -178,7 +185,9 @@ class LiveSource:
             except UserError:
                 continue
             return True
-        self.warnings.append(f"{self.name} broke off and did not come back within {self._patience_s:g} s")
+        self.warnings.append(
+            f"{self.name} broke off{self._broke_off} and did not come back within {self._patience_s:g} s"
+        )
         return False
 
     def _run(self, index: int) -> Iterator[Item]:
@@ -206,10 +215,17 @@ class LiveSource:
     def _decode(self) -> Iterator[av.VideoFrame | av.AudioFrame]:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]
         packets = self._container.demux(*streams)
+        self._broke_off = ""
         while True:
             try:
                 packet = next(packets)
-            except (StopIteration, av.FFmpegError):  # the end, or it broke off
+            except (StopIteration, av.error.EOFError):
+                return
+            except av.error.ExitError:  # PyAV's, for a timeout
+                self._broke_off = f" (nothing came for {self._timeout_s:g} s)"
+                return
+            except av.FFmpegError as error:
+                self._broke_off = f" ({_reason(error)})"
                 return
             try:
                 for decoded in packet.decode():
@@ -240,5 +256,9 @@ def open_live(source: str, name: str, timeout_s: float) -> av.container.InputCon
     try:
         return av.open(place, format=kind, options=options, timeout=timeout_s if "://" in source else None)
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        reason = _reason(error)
         raise UserError(f"{name} cannot be opened ({reason}): check the address, and that something is sent") from error
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
