@@ -63,6 +63,20 @@ def web(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterato
             thread.join()
 
 
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 s of sound and of pictures that cannot be decoded: no key frame is among them."""
+    folder = tmp_path_factory.mktemp("blind")
+    path = write_film(folder / "film.ts", frame_times(25, 50), DARK, sound=click(0.5, 2), codec="aac")
+    with av.open(str(path)) as source, av.open(folder / "blind.ts", "w") as out:
+        streams = {stream.index: out.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None and not (packet.stream.type == "video" and packet.is_keyframe):
+                packet.stream = streams[packet.stream.index]
+                out.mux(packet)
+    return folder / "blind.ts"
+
+
 def kinds(items: list[Item]) -> tuple[int, int, int]:
     """How many frames, pieces of sound, and ends of the sound."""
     return tuple(sum(isinstance(i, kind) for i in items) for kind in (Frame, Heard, SoundEnd))  # type: ignore[return-value]
@@ -167,6 +181,29 @@ def test_an_address_that_breaks_off_and_comes_back(tmp_path: Path) -> None:
     times = [i.time_s for i in items if isinstance(i, Frame)]
     assert sum(b <= a for a, b in itertools.pairwise(times)) == 1
     assert f"{address} broke off (nothing came for 2 s) and did not come back within 8 s" in source.warnings
+
+
+def test_an_address_that_comes_back_without_a_frame(
+    tmp_path: Path, blind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up after its last frame, however often it opens."""
+    address = "udp://127.0.0.1:9"
+    path = write_film(tmp_path / "film.ts", frame_times(25, 50), DARK, sound=click(0.5, 2), codec="aac")
+    opened = []
+
+    def open_live(*_: object) -> av.container.InputContainer:
+        opened.append(path if len(opened) in (0, 2) else blind)
+        assert len(opened) < 12
+        return av.open(str(opened[-1]))
+
+    monkeypatch.setattr("mubic_deploy.live.source.open_live", open_live)
+    source = LiveSource(address, patience_s=3.5)
+    frames, _, _ = kinds(list(source.items()))
+    source.close()
+    assert frames == 100
+    assert opened[:4] == [path, blind, path, blind]
+    assert len(opened) <= 7  # one a second
+    assert source.warnings[0] == f"{address} broke off and did not come back within 3.5 s"
 
 
 @pytest.mark.parametrize("part", [0.5, 1.0])

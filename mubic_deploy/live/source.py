@@ -119,8 +119,10 @@ class LiveSource:
         self._upright = Upright()
         self._damaged = 0
         self._broke_off = ""  # why, with a space before it; nothing where it just ended
+        self._last_s = 0.0  # when somebody took the last frame, at first when it was opened
         self._deaf = False  # no sound was found when it was first opened: none is waited for, or taken, any more
         self._open()
+        self._last_s = time.monotonic()
         self._deaf = self._audio is None
         self._reading = self._read()
         self._first: list[Item] = []
@@ -177,8 +179,7 @@ class LiveSource:
 
     def _comes_back(self) -> bool:
         self._container.close()
-        end = time.monotonic() + self._patience_s
-        while time.monotonic() < end:
+        while time.monotonic() < self._last_s + self._patience_s:
             time.sleep(_PAUSE_S)
             try:
                 self._open()
@@ -208,6 +209,7 @@ class LiveSource:
             image.time_base = self.time_base
             last = image.pts
             yield Frame(index, float(image.pts * self.time_base), image)
+            self._last_s = time.monotonic()  # now, because whoever took it may have had to wait for the server
             index += 1
         yield from (Heard(*piece) for piece in placer.flush())
         self._damaged += placer.damaged
