@@ -189,7 +189,7 @@ def test_an_address_that_comes_back_without_a_frame(
     """It is given up after its last frame, however often it opens."""
     address = "udp://127.0.0.1:9"
     path = write_film(tmp_path / "film.ts", frame_times(25, 50), DARK, sound=click(0.5, 2), codec="aac")
-    opened = []
+    opened: list[Path] = []
 
     def open_live(*_: object) -> av.container.InputContainer:
         opened.append(path if len(opened) in (0, 2) else blind)
