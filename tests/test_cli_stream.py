@@ -163,6 +163,26 @@ def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: Triton
     assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_silent_pipe_can_be_stopped(number: int, code: int) -> None:
+    """FFmpeg, which waits for its first byte, goes on waiting after a signal."""
+    script = """
+import sys, mubic_deploy.live.commands
+from mubic_deploy import cli
+print("reading", flush=True)
+sys.exit(cli.main(["stream", "-", "--url", "127.0.0.1:9"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"reading\n"
+            time.sleep(1)
+            running.send_signal(number)
+            assert running.wait(5) == code
+        finally:
+            running.kill()
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -20,6 +22,7 @@ from mubic_deploy.media.sound import Placer, excerpt_start
 from mubic_deploy.media.source import STRAY_S, comes_once, is_file
 
 STDIN = "-"
+_TICK_S = 0.1  # in which a signal is heard
 _PAUSE_S = 1.0  # before an address is opened again
 _LIVE = ("rtsp://", "rtmp://", "udp://", "rtp://", "srt://")  # these come back after they broke off
 
@@ -121,21 +124,10 @@ class LiveSource:
         self._broke_off = ""  # why, with a space before it; nothing where it just ended
         self._last_s = 0.0  # when somebody took the last frame, at first when it was opened
         self._deaf = False  # no sound was found when it was first opened: none is waited for, or taken, any more
-        self._open()
-        self._last_s = time.monotonic()
-        self._deaf = self._audio is None
+        self._given_up = threading.Event()
         self._reading = self._read()
         self._first: list[Item] = []
-        for item in self._reading:
-            self._first.append(item)
-            if isinstance(item, Frame):
-                break
-        else:
-            self.close()
-            if self._broke_off:
-                raise UserError(f"{self.name} broke off{self._broke_off} before its first frame: check it")
-            raise UserError(f"{self.name}: no frame can be decoded: send H.264 with its key frames")
-        image = item.image
+        image = self._wait_for_a_frame()
         width = round(image.width * (self._video.sample_aspect_ratio or 1)) or image.width
         self.display = (width, image.height) if self._upright.turned else (image.height, width)
 
@@ -150,6 +142,38 @@ class LiveSource:
     def items(self) -> Iterator[Item]:
         yield from self._first
         yield from self._reading
+
+    def _wait_for_a_frame(self) -> av.VideoFrame:
+        """The first one. FFmpeg goes on waiting after a signal, so it waits on a thread of its own."""
+        begun: Future[av.VideoFrame] = Future()
+
+        def run() -> None:
+            try:
+                begun.set_result(self._begin())
+            except BaseException as error:
+                begun.set_exception(error)
+
+        threading.Thread(target=run, name="mubic-open", daemon=True).start()
+        try:
+            while not wait([begun], _TICK_S).done:
+                pass
+            return begun.result()
+        except BaseException:
+            self._given_up.set()
+            raise
+
+    def _begin(self) -> av.VideoFrame:
+        self._open()
+        self._last_s = time.monotonic()
+        self._deaf = self._audio is None
+        for item in self._reading:
+            self._first.append(item)
+            if isinstance(item, Frame):
+                return item.image
+        self.close()
+        if self._broke_off:
+            raise UserError(f"{self.name} broke off{self._broke_off} before its first frame: check it")
+        raise UserError(f"{self.name}: no frame can be decoded: send H.264 with its key frames")
 
     def _open(self) -> None:
         self._container = open_live(self.source, self.name, self._timeout_s)
@@ -179,7 +203,7 @@ class LiveSource:
 
     def _comes_back(self) -> bool:
         self._container.close()
-        while time.monotonic() < self._last_s + self._patience_s:
+        while time.monotonic() < self._last_s + self._patience_s and not self._given_up.is_set():
             time.sleep(_PAUSE_S)
             try:
                 self._open()
@@ -218,7 +242,7 @@ class LiveSource:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]
         packets = self._container.demux(*streams)
         self._broke_off = ""
-        while True:
+        while not self._given_up.is_set():
             try:
                 packet = next(packets)
             except (StopIteration, av.error.EOFError):
