@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -204,6 +205,26 @@ def test_an_address_that_comes_back_without_a_frame(
     assert opened[:4] == [path, blind, path, blind]
     assert len(opened) <= 7  # one a second
     assert source.warnings[0] == f"{address} broke off and did not come back within 3.5 s"
+
+
+def test_a_broadcast_without_a_frame(blind: Path) -> None:
+    """Its sound goes on and on; it is given up, and read no further."""
+    end = time.monotonic() + 15
+
+    def answer(to: http.server.BaseHTTPRequestHandler) -> None:
+        to.send_response(200)
+        to.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < end:
+                to.wfile.write(blind.read_bytes())
+                time.sleep(0.1)
+
+    with web(answer) as address:
+        with pytest.raises(UserError, match=f"{address}: no frame could be decoded in 2 s: send H.264"):
+            LiveSource(address, patience_s=2)
+        while "mubic-open" in {thread.name for thread in threading.enumerate()}:
+            assert time.monotonic() < end - 5
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("part", [0.5, 1.0])

@@ -113,8 +113,8 @@ class LiveSource:
     clock may have jumped by then. Everything else ends where it ends."""
 
     def __init__(self, source: str, patience_s: float = 30.0, timeout_s: float = 10.0) -> None:
-        """timeout_s: that an address may take to answer, and to send something. UserError if it cannot be opened or
-        has no picture."""
+        """patience_s: see above; also that the first frame may take once the source is open. timeout_s: that an
+        address may take to answer, and to send something. UserError if it cannot be opened or has no picture."""
         self.source, self.name = source, "standard input" if source == STDIN else source
         self.has_sound = False  # it cannot be opened a second time
         self.warnings: list[str] = []
@@ -156,7 +156,11 @@ class LiveSource:
         threading.Thread(target=run, name="mubic-open", daemon=True).start()
         try:
             while not wait([begun], _TICK_S).done:
-                pass
+                if self._last_s and time.monotonic() > self._last_s + self._patience_s:
+                    raise UserError(
+                        f"{self.name}: no frame could be decoded in {self._patience_s:g} s: send H.264 with its key "
+                        f"frames"
+                    )
             return begun.result()
         except BaseException:
             self._given_up.set()
