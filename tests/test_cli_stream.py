@@ -6,17 +6,21 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from films import frame_times, write_film
+from triton_serving import serving
 
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.source import FileSource, Item
 from mubic_deploy.triton.server import TritonServer
 
@@ -133,7 +137,10 @@ def test_stream_from_a_pipe(transport: Path, toy_server: TritonServer, tmp_path:
         assert len(list(overlay.decode(video=0))) == 132
 
 
-def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: TritonServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_stream_with_complete_files(
+    film: Path, toy_server: TritonServer, tmp_path: Path, number: int
+) -> None:
     command = ["stream", str(film), "--url", toy_server.url, "--realtime", "--stride", "8", "--json"]
     command += [
         "-o",
@@ -149,7 +156,7 @@ def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: Triton
     while not lines.exists() or lines.read_text().count("\n") < 2:
         assert time.monotonic() < end
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     output, _ = running.communicate(timeout=30)
     assert running.returncode == 0
     report = json.loads(output)
@@ -161,6 +168,36 @@ def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: Triton
         seconds = [f.time or 0 for f in overlay.decode(audio=0)]
     assert seconds[-1] < report["frames"] / 25 + 0.1
     assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
+
+
+def test_a_lost_server_leaves_what_came(
+    run, film: Path, toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mubic_deploy.live.commands.StreamClient", partial(StreamClient, timeout=2, give_up_s=1))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    overlay, maps, lines = (folder / name for name in ("o.mp4", "m.npz", "m.ndjson"))
+    with serving(toy_artifacts, tmp_path / "triton") as server:
+
+        def lose() -> None:
+            end = time.monotonic() + 30
+            while time.monotonic() < end and not (lines.exists() and lines.read_text().count("\n") >= 2):
+                time.sleep(0.05)
+            server.stop()
+
+        losing = threading.Thread(target=lose)
+        losing.start()
+        outputs = ("-o", overlay, "--maps", maps, "--ndjson", lines)
+        ran = run("stream", film, "--url", server.url, "--realtime", "--stride", 8, *outputs, "--json")
+        losing.join()
+    assert ran.code == 2
+    assert ran.err.startswith(f"mubic-deploy: the Triton server at {server.url} gave no answer for 1 s (")
+    assert ran.err.count("\n") == 1
+    report = json.loads(ran.out)
+    assert len(np.load(maps)["maps"]) == report["maps"] == lines.read_text().count("\n") >= 2
+    with av.open(overlay) as written:
+        assert 16 <= len(list(written.decode(video=0))) <= 132
+    assert {p.name for p in folder.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

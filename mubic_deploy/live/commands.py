@@ -71,7 +71,7 @@ def stream(arguments: Namespace) -> int:
         staged = stack.enter_context(replacing({k: path for k, path in files.items() if k != "ndjson"}))
         plain = not arguments.json and not piped
         outputs = stack.enter_context(Outputs(source, staged, targets, plain, window, on_lag == DROP))
-        stopped = stack.enter_context(_stop_with_ctrl_c())
+        stopped = stack.enter_context(_stop_with_a_signal())
         if window is not None:
             window.open(source.display, source.name, stopped.set)
         feeder = Feeder(source, client, stopped, frames=outputs.wants_frames)
@@ -276,7 +276,12 @@ def _maps(client: StreamClient, feeder: Feeder, outputs: Outputs, stopped: threa
                 client.finish()
         if end is not None and time.monotonic() > end:
             break
-        found = client.poll(_TICK_S if outputs.wants_frames else _STATUS_S)
+        try:
+            found = client.poll(_TICK_S if outputs.wants_frames else _STATUS_S)
+        except UserError as error:  # the server is gone, or refused something: what came until then is kept
+            feeder.problem = feeder.problem or error
+            stopped.set()
+            break
         while not feeder.waiting.empty():
             outputs.add_frame(feeder.waiting.get())
         yield found
@@ -306,16 +311,22 @@ def _status(report: Report) -> str:
 
 
 @contextlib.contextmanager
-def _stop_with_ctrl_c() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C, so that the outputs are completed; the second one is Python's own."""
+def _stop_with_a_signal() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM, so that the outputs are completed; the next one is what it was before."""
     stopped = threading.Event()
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        restore()
         stopped.set()
 
-    before = signal.signal(signal.SIGINT, stop)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
