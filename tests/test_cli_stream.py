@@ -6,15 +6,22 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from films import frame_times, write_film
+from triton_serving import serving
 
 from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.errors import UserError
+from mubic_deploy.live.client import StreamClient
+from mubic_deploy.live.source import FileSource, Item
 from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("triton_fixtures",)
@@ -87,12 +94,11 @@ def test_stream_writes_what_predict_writes(
         assert two.streams.audio[0].codec_context.name == one.streams.audio[0].codec_context.name
 
 
-def test_stream_from_a_pipe(film: Path, toy_server: TritonServer, tmp_path: Path) -> None:
-    """Standard input, as from another program; lines of JSON to standard output."""
-    command = ["stream", "-", "--url", toy_server.url, "--stride", "32", "--ndjson", "-", "--on-lag", "queue"]
-    command += ["-o", str(tmp_path / "o.mp4")]
-    transport = tmp_path / "film.ts"  # what a pipe can carry
-    with av.open(str(film)) as source, av.open(transport, "w") as out:
+@pytest.fixture(scope="module")
+def transport(film: Path) -> Path:
+    """The film as a pipe can carry it."""
+    path = film.with_name("film.ts")
+    with av.open(str(film)) as source, av.open(path, "w") as out:
         video = out.add_stream_from_template(source.streams.video[0])
         sound = out.add_stream("aac", 48_000)
         resampler = av.AudioResampler("fltp", "stereo", 48_000)
@@ -106,6 +112,15 @@ def test_stream_from_a_pipe(film: Path, toy_server: TritonServer, tmp_path: Path
                     for block in resampler.resample(decoded):
                         out.mux(sound.encode(block))
         out.mux(sound.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("source", ["-", "pipe:0"])
+def test_stream_from_a_pipe(transport: Path, toy_server: TritonServer, tmp_path: Path, source: str) -> None:
+    """Standard input, as from another program; lines of JSON to standard output. The overlay is there already."""
+    (tmp_path / "o.mp4").touch()
+    command = ["stream", source, "--url", toy_server.url, "--stride", "32", "--ndjson", "-", "--on-lag", "queue"]
+    command += ["-o", str(tmp_path / "o.mp4")]
     with transport.open("rb") as stdin:
         ran = subprocess.run(
             [sys.executable, "-m", "mubic_deploy.cli", *command],
@@ -122,7 +137,10 @@ def test_stream_from_a_pipe(film: Path, toy_server: TritonServer, tmp_path: Path
         assert len(list(overlay.decode(video=0))) == 132
 
 
-def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: TritonServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_stream_with_complete_files(
+    film: Path, toy_server: TritonServer, tmp_path: Path, number: int
+) -> None:
     command = ["stream", str(film), "--url", toy_server.url, "--realtime", "--stride", "8", "--json"]
     command += [
         "-o",
@@ -138,7 +156,7 @@ def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: Triton
     while not lines.exists() or lines.read_text().count("\n") < 2:
         assert time.monotonic() < end
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     output, _ = running.communicate(timeout=30)
     assert running.returncode == 0
     report = json.loads(output)
@@ -150,3 +168,97 @@ def test_ctrl_c_ends_a_stream_with_complete_files(film: Path, toy_server: Triton
         seconds = [f.time or 0 for f in overlay.decode(audio=0)]
     assert seconds[-1] < report["frames"] / 25 + 0.1
     assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
+
+
+def test_a_lost_server_leaves_what_came(
+    run, film: Path, toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mubic_deploy.live.commands.StreamClient", partial(StreamClient, timeout=2, give_up_s=1))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    overlay, maps, lines = (folder / name for name in ("o.mp4", "m.npz", "m.ndjson"))
+    with serving(toy_artifacts, tmp_path / "triton") as server:
+
+        def lose() -> None:
+            end = time.monotonic() + 30
+            while time.monotonic() < end and not (lines.exists() and lines.read_text().count("\n") >= 2):
+                time.sleep(0.05)
+            server.stop()
+
+        losing = threading.Thread(target=lose)
+        losing.start()
+        outputs = ("-o", overlay, "--maps", maps, "--ndjson", lines)
+        ran = run("stream", film, "--url", server.url, "--realtime", "--stride", 8, *outputs, "--json")
+        losing.join()
+    assert ran.code == 2
+    assert ran.err.startswith(f"mubic-deploy: the Triton server at {server.url} gave no answer for 1 s (")
+    assert ran.err.count("\n") == 1
+    report = json.loads(ran.out)
+    assert len(np.load(maps)["maps"]) == report["maps"] == lines.read_text().count("\n") >= 2
+    with av.open(overlay) as written:
+        assert 16 <= len(list(written.decode(video=0))) <= 132
+    assert {p.name for p in folder.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_silent_pipe_can_be_stopped(number: int, code: int) -> None:
+    """FFmpeg, which waits for its first byte, goes on waiting after a signal."""
+    script = """
+import sys, mubic_deploy.live.commands
+from mubic_deploy import cli
+print("reading", flush=True)
+sys.exit(cli.main(["stream", "-", "--url", "127.0.0.1:9"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"reading\n"
+            time.sleep(1)
+            running.send_signal(number)
+            assert running.wait(5) == code
+        finally:
+            running.kill()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("odd planes"), "film.mp4 cannot be read any further: ValueError('odd planes')"),
+        (UserError("film.mp4 is cut off"), "film.mp4 is cut off"),
+    ],
+    ids=["unforeseen", "foreseen"],
+)
+@pytest.mark.parametrize("after", [0, 60])
+def test_a_source_that_fails_is_no_success(
+    run,
+    film: Path,
+    toy_server: TritonServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    line: str,
+    after: int,
+) -> None:
+    """The files hold what came until then; without a map there are none."""
+    items = FileSource.items
+
+    def failing(self: FileSource) -> Iterator[Item]:
+        frames = 0
+        for item in items(self):
+            frames += hasattr(item, "image")
+            if frames > after:
+                raise error
+            yield item
+
+    monkeypatch.setattr(FileSource, "items", failing)
+    overlay, maps = tmp_path / "o.mp4", tmp_path / "m.npz"
+    ran = run("stream", film, "--url", toy_server.url, "--stride", 8, "-o", overlay, "--maps", maps)
+    assert (ran.code, ran.err) == (2, f"mubic-deploy: {line}\n")
+    if not after:
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert np.load(maps)["frame_index"].tolist() == [8, 16, 24, 32, 40, 48]
+    with av.open(overlay) as written:
+        assert len(list(written.decode(video=0))) == 60
+    with av.open(overlay) as written:  # the film's sound lasts 5.28 s
+        assert max(f.time or 0 for f in written.decode(audio=0)) < 60 / 25 + 0.1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import itertools
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -37,6 +41,41 @@ for _ in range(2):
                 out.mux(packet)
     time.sleep(4)
 """
+
+
+@contextlib.contextmanager
+def web(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """The address of a server that answers each GET with this."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/film"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 s of sound and of pictures that cannot be decoded: no key frame is among them."""
+    folder = tmp_path_factory.mktemp("blind")
+    path = write_film(folder / "film.ts", frame_times(25, 50), DARK, sound=click(0.5, 2), codec="aac")
+    with av.open(str(path)) as source, av.open(folder / "blind.ts", "w") as out:
+        streams = {stream.index: out.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None and not (packet.stream.type == "video" and packet.is_keyframe):
+                packet.stream = streams[packet.stream.index]
+                out.mux(packet)
+    return folder / "blind.ts"
 
 
 def kinds(items: list[Item]) -> tuple[int, int, int]:
@@ -142,7 +181,73 @@ def test_an_address_that_breaks_off_and_comes_back(tmp_path: Path) -> None:
     assert [i.index for i in items if isinstance(i, Frame)] == list(range(frames))
     times = [i.time_s for i in items if isinstance(i, Frame)]
     assert sum(b <= a for a, b in itertools.pairwise(times)) == 1
-    assert f"{address} broke off and did not come back within 8 s" in source.warnings
+    assert f"{address} broke off (nothing came for 2 s) and did not come back within 8 s" in source.warnings
+
+
+def test_an_address_that_comes_back_without_a_frame(
+    tmp_path: Path, blind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up after its last frame, however often it opens."""
+    address = "udp://127.0.0.1:9"
+    path = write_film(tmp_path / "film.ts", frame_times(25, 50), DARK, sound=click(0.5, 2), codec="aac")
+    opened: list[Path] = []
+
+    def open_live(*_: object) -> av.container.InputContainer:
+        opened.append(path if len(opened) in (0, 2) else blind)
+        assert len(opened) < 12
+        return av.open(str(opened[-1]))
+
+    monkeypatch.setattr("mubic_deploy.live.source.open_live", open_live)
+    source = LiveSource(address, patience_s=3.5)
+    frames, _, _ = kinds(list(source.items()))
+    source.close()
+    assert frames == 100
+    assert opened[:4] == [path, blind, path, blind]
+    assert len(opened) <= 7  # one a second
+    assert source.warnings[0] == f"{address} broke off and did not come back within 3.5 s"
+
+
+def test_a_broadcast_without_a_frame(blind: Path) -> None:
+    """Its sound goes on and on; it is given up, and read no further."""
+    end = time.monotonic() + 15
+
+    def answer(to: http.server.BaseHTTPRequestHandler) -> None:
+        to.send_response(200)
+        to.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < end:
+                to.wfile.write(blind.read_bytes())
+                time.sleep(0.1)
+
+    with web(answer) as address:
+        with pytest.raises(UserError, match=f"{address}: no frame could be decoded in 2 s: send H.264"):
+            LiveSource(address, patience_s=2)
+        while "mubic-open" in {thread.name for thread in threading.enumerate()}:
+            assert time.monotonic() < end - 5
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_what_breaks_off_says_so(tmp_path: Path, part: float) -> None:
+    """An answer that is shorter than it promised; a whole one ends without a word."""
+    film = write_film(tmp_path / "film.mkv", frame_times(25, 100), DARK, sound=click(0.5, 4)).read_bytes()
+
+    def answer(to: http.server.BaseHTTPRequestHandler) -> None:
+        to.send_response(200)
+        to.send_header("Content-Length", str(len(film)))
+        to.end_headers()
+        with contextlib.suppress(ConnectionError):
+            to.wfile.write(film[: round(part * len(film))])
+
+    with web(answer) as address:
+        source = LiveSource(address)
+        frames, _, _ = kinds(list(source.items()))
+        source.close()
+    if part == 1:
+        assert (frames, source.warnings) == (100, [])
+    else:
+        assert 40 < frames < 60
+        assert source.warnings == [f"{address} broke off (Input/output error)"]
 
 
 def test_a_pipe_is_read_once(tmp_path: Path) -> None:

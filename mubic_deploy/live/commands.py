@@ -51,7 +51,8 @@ def stream(arguments: Namespace) -> int:
         source = open_source(arguments.source, arguments.realtime)
         feeder: Feeder | None = None
         stack.callback(lambda: _let_go(source, feeder))
-        check_targets(files, KINDS, Path(arguments.source) if is_file(arguments.source) else None)
+        place = Path(arguments.source)  # no file where it is -, pipe:0 or an address
+        check_targets(files, KINDS, place if is_file(arguments.source) and place.exists() else None)
         live = arguments.realtime or isinstance(source, LiveSource)
         on_lag = arguments.on_lag or (DROP if live else QUEUE)
         client = stack.enter_context(
@@ -70,7 +71,7 @@ def stream(arguments: Namespace) -> int:
         staged = stack.enter_context(replacing({k: path for k, path in files.items() if k != "ndjson"}))
         plain = not arguments.json and not piped
         outputs = stack.enter_context(Outputs(source, staged, targets, plain, window, on_lag == DROP))
-        stopped = stack.enter_context(_stop_with_ctrl_c())
+        stopped = stack.enter_context(_stop_with_a_signal())
         if window is not None:
             window.open(source.display, source.name, stopped.set)
         feeder = Feeder(source, client, stopped, frames=outputs.wants_frames)
@@ -82,16 +83,19 @@ def stream(arguments: Namespace) -> int:
                 if time.monotonic() >= due:
                     progress(_status(client.report()), feeder.fed, None)
                     due = time.monotonic() + _STATUS_S
+        if feeder.problem is not None and not outputs.count:
+            raise feeder.problem
         outputs.finish(whole=not stopped.is_set() and feeder.problem is None)
         report = client.report()
     warnings = untrained(client.source["seed"]) + source.warnings + [gap.text for gap in gaps]
-    warnings += [str(feeder.problem)] if feeder.problem else []
     if arguments.json:
         print_json({**vars(report), "frames": feeder.fed, "gaps": [vars(gap) for gap in gaps], "warnings": warnings})
-        return 0
-    warn(warnings)
-    if not piped:
-        say(_summary(report, feeder.fed))
+    else:
+        warn(warnings)
+        if not piped:
+            say(_summary(report, feeder.fed))
+    if feeder.problem is not None:
+        raise feeder.problem
     return 0
 
 
@@ -119,7 +123,10 @@ class Feeder:
                     return
                 self._feed(item)
         except UserError as error:
-            self.problem = error
+            if not self._stopped.is_set():  # else the client was finished under it
+                self.problem = error
+        except Exception as error:  # the thread's end must not pass for the source's
+            self.problem = UserError(f"{self._source.name} cannot be read any further: {error!r}")
         finally:
             with contextlib.suppress(UserError):  # it is over already, and who reads it knows
                 self._client.finish()
@@ -139,7 +146,9 @@ class Feeder:
 
 
 class Outputs:
-    """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called."""
+    """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called.
+
+    count  how many maps came"""
 
     def __init__(
         self,
@@ -154,7 +163,7 @@ class Outputs:
         self._source, self._targets, self._plain, self._window = source, targets, plain, window
         self._last_pts: int | None = None
         self._shift = 0
-        self._count = 0
+        self.count = 0
         self.overlay: OverlayWriter | None = None
         self._maps: MapsWriter | None = None
         self._lines: TextIO | None = None
@@ -205,7 +214,7 @@ class Outputs:
         image.pts = self._last_pts = pts
 
     def add_map(self, found: LiveMap) -> None:
-        self._count += 1
+        self.count += 1
         if self._window is not None:
             self._window.add_map(found)
         if self.overlay is not None:
@@ -225,7 +234,7 @@ class Outputs:
 
     def finish(self, whole: bool) -> None:
         """Completes the files. UserError if there was no map."""
-        if not self._count:
+        if not self.count:
             raise UserError(f"no map came of {self._source.name}: let it run for longer")
         if self.overlay is not None:
             with self._naming("overlay"):
@@ -267,7 +276,12 @@ def _maps(client: StreamClient, feeder: Feeder, outputs: Outputs, stopped: threa
                 client.finish()
         if end is not None and time.monotonic() > end:
             break
-        found = client.poll(_TICK_S if outputs.wants_frames else _STATUS_S)
+        try:
+            found = client.poll(_TICK_S if outputs.wants_frames else _STATUS_S)
+        except UserError as error:  # the server is gone, or refused something: what came until then is kept
+            feeder.problem = feeder.problem or error
+            stopped.set()
+            break
         while not feeder.waiting.empty():
             outputs.add_frame(feeder.waiting.get())
         yield found
@@ -297,16 +311,22 @@ def _status(report: Report) -> str:
 
 
 @contextlib.contextmanager
-def _stop_with_ctrl_c() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C, so that the outputs are completed; the second one is Python's own."""
+def _stop_with_a_signal() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM, so that the outputs are completed; the next one is what it was before."""
     stopped = threading.Event()
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        restore()
         stopped.set()
 
-    before = signal.signal(signal.SIGINT, stop)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

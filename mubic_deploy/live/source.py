@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -20,6 +22,7 @@ from mubic_deploy.media.sound import Placer, excerpt_start
 from mubic_deploy.media.source import STRAY_S, comes_once, is_file
 
 STDIN = "-"
+_TICK_S = 0.1  # in which a signal is heard
 _PAUSE_S = 1.0  # before an address is opened again
 _LIVE = ("rtsp://", "rtmp://", "udp://", "rtp://", "srt://")  # these come back after they broke off
 
@@ -110,27 +113,21 @@ class LiveSource:
     clock may have jumped by then. Everything else ends where it ends."""
 
     def __init__(self, source: str, patience_s: float = 30.0, timeout_s: float = 10.0) -> None:
-        """timeout_s: that an address may take to answer, and to send something. UserError if it cannot be opened or
-        has no picture."""
+        """patience_s: see above; also that the first frame may take once the source is open. timeout_s: that an
+        address may take to answer, and to send something. UserError if it cannot be opened or has no picture."""
         self.source, self.name = source, "standard input" if source == STDIN else source
         self.has_sound = False  # it cannot be opened a second time
         self.warnings: list[str] = []
         self._patience_s, self._timeout_s = patience_s, timeout_s
         self._upright = Upright()
         self._damaged = 0
+        self._broke_off = ""  # why, with a space before it; nothing where it just ended
+        self._last_s = 0.0  # when somebody took the last frame, at first when it was opened
         self._deaf = False  # no sound was found when it was first opened: none is waited for, or taken, any more
-        self._open()
-        self._deaf = self._audio is None
+        self._given_up = threading.Event()
         self._reading = self._read()
         self._first: list[Item] = []
-        for item in self._reading:
-            self._first.append(item)
-            if isinstance(item, Frame):
-                break
-        else:
-            self.close()
-            raise UserError(f"{self.name}: no frame can be decoded: send H.264 with its key frames")
-        image = item.image
+        image = self._wait_for_a_frame()
         width = round(image.width * (self._video.sample_aspect_ratio or 1)) or image.width
         self.display = (width, image.height) if self._upright.turned else (image.height, width)
 
@@ -145,6 +142,42 @@ class LiveSource:
     def items(self) -> Iterator[Item]:
         yield from self._first
         yield from self._reading
+
+    def _wait_for_a_frame(self) -> av.VideoFrame:
+        """The first one. FFmpeg goes on waiting after a signal, so it waits on a thread of its own."""
+        begun: Future[av.VideoFrame] = Future()
+
+        def run() -> None:
+            try:
+                begun.set_result(self._begin())
+            except BaseException as error:
+                begun.set_exception(error)
+
+        threading.Thread(target=run, name="mubic-open", daemon=True).start()
+        try:
+            while not wait([begun], _TICK_S).done:
+                if self._last_s and time.monotonic() > self._last_s + self._patience_s:
+                    raise UserError(
+                        f"{self.name}: no frame could be decoded in {self._patience_s:g} s: send H.264 with its key "
+                        f"frames"
+                    )
+            return begun.result()
+        except BaseException:
+            self._given_up.set()
+            raise
+
+    def _begin(self) -> av.VideoFrame:
+        self._open()
+        self._last_s = time.monotonic()
+        self._deaf = self._audio is None
+        for item in self._reading:
+            self._first.append(item)
+            if isinstance(item, Frame):
+                return item.image
+        self.close()
+        if self._broke_off:
+            raise UserError(f"{self.name} broke off{self._broke_off} before its first frame: check it")
+        raise UserError(f"{self.name}: no frame can be decoded: send H.264 with its key frames")
 
     def _open(self) -> None:
         self._container = open_live(self.source, self.name, self._timeout_s)
@@ -163,22 +196,27 @@ class LiveSource:
             for item in self._run(index):
                 index += isinstance(item, Frame)
                 yield item
-            if not self.source.startswith(_LIVE) or not self._comes_back():
+            if not self.source.startswith(_LIVE):
+                if self._broke_off:
+                    self.warnings.append(f"{self.name} broke off{self._broke_off}")
+                break
+            if not self._comes_back():
                 break
         if self._damaged:
             self.warnings.append(f"{self.name}: {self._damaged} part(s) could not be decoded")
 
     def _comes_back(self) -> bool:
         self._container.close()
-        end = time.monotonic() + self._patience_s
-        while time.monotonic() < end:
+        while time.monotonic() < self._last_s + self._patience_s and not self._given_up.is_set():
             time.sleep(_PAUSE_S)
             try:
                 self._open()
             except UserError:
                 continue
             return True
-        self.warnings.append(f"{self.name} broke off and did not come back within {self._patience_s:g} s")
+        self.warnings.append(
+            f"{self.name} broke off{self._broke_off} and did not come back within {self._patience_s:g} s"
+        )
         return False
 
     def _run(self, index: int) -> Iterator[Item]:
@@ -199,6 +237,7 @@ class LiveSource:
             image.time_base = self.time_base
             last = image.pts
             yield Frame(index, float(image.pts * self.time_base), image)
+            self._last_s = time.monotonic()  # now, because whoever took it may have had to wait for the server
             index += 1
         yield from (Heard(*piece) for piece in placer.flush())
         self._damaged += placer.damaged
@@ -206,10 +245,17 @@ class LiveSource:
     def _decode(self) -> Iterator[av.VideoFrame | av.AudioFrame]:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]
         packets = self._container.demux(*streams)
-        while True:
+        self._broke_off = ""
+        while not self._given_up.is_set():
             try:
                 packet = next(packets)
-            except (StopIteration, av.FFmpegError):  # the end, or it broke off
+            except (StopIteration, av.error.EOFError):
+                return
+            except av.error.ExitError:  # PyAV's, for a timeout
+                self._broke_off = f" (nothing came for {self._timeout_s:g} s)"
+                return
+            except av.FFmpegError as error:
+                self._broke_off = f" ({_reason(error)})"
                 return
             try:
                 for decoded in packet.decode():
@@ -240,5 +286,9 @@ def open_live(source: str, name: str, timeout_s: float) -> av.container.InputCon
     try:
         return av.open(place, format=kind, options=options, timeout=timeout_s if "://" in source else None)
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        reason = _reason(error)
         raise UserError(f"{name} cannot be opened ({reason}): check the address, and that something is sent") from error
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
