@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -263,6 +264,14 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
     writer.join()
     assert frames == 40
     assert pieces > 50
+
+
+def test_a_file_in_shared_memory_is_a_file() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = write_film(Path(folder) / "film.mp4", frame_times(25, 20), DARK)
+        source = open_source(str(path))
+        assert isinstance(source, FileSource)
+        source.close()
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:

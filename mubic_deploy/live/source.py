@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Protocol
 
 import av
@@ -267,7 +268,7 @@ class LiveSource:
 
 def open_source(source: str, realtime: bool = False) -> FileSource | LiveSource:
     """A file as such, everything else as live. UserError if there is nothing in it, or realtime asked of what is."""
-    device = source.startswith("/dev/")
+    device = source.startswith("/dev/") and not Path(source).is_file()  # /dev/shm has files
     if source != STDIN and is_file(source) and not device and not comes_once(source):
         return FileSource(source, realtime)
     if realtime:
