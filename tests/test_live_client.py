@@ -472,6 +472,10 @@ def test_what_is_wrong_at_once(toy_server: TritonServer, port: int) -> None:
             StreamClient(toy_server.url, **options)
     with pytest.raises(UserError, match=f"no Triton server answers at 127.0.0.1:{port}"):
         StreamClient(f"127.0.0.1:{port}")
+    with pytest.raises(UserError, match="live streams are made by mubic, not mubic_fixed: leave out its name"):
+        StreamClient(f"{toy_server.url}/mubic_fixed")
+    with StreamClient(f"{toy_server.url}/mubic") as client:
+        assert client.poll() is None
     with StreamClient(toy_server.url) as client:
         with pytest.raises(UserError, match=r"sound must be float32 \[n\], not int16 \[7\]"):
             client.sound(np.zeros(7, np.int16), 0)

@@ -10,6 +10,7 @@ from types import TracebackType
 import av
 import numpy as np
 
+from mubic_deploy import graphs
 from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.backlog import SOUND_KEPT_S
@@ -84,7 +85,9 @@ class StreamClient:
         self._fit_name, self._on_lag, self._max_waiting = check_fit(fit), on_lag, max_waiting
         check_stride(stride)
         check_encoding(encoding)
-        address, _ = destination(url)
+        address, model = destination(url)
+        if model != graphs.ENSEMBLE:
+            raise UserError(f"{url!r}: live streams are made by {graphs.ENSEMBLE}, not {model}: leave out its name")
         with TritonPredictor(address) as served:
             self.config, self.source = served.config, served.source
             served.require_streams()
