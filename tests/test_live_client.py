@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -246,6 +247,35 @@ def test_frames_of_another_size(toy_server: TritonServer) -> None:
         client.finish()
         (found,) = client
     assert found.saliency.shape == (36, 64)
+
+
+def test_bad_frames_and_sound_leave_the_stream_as_it_was(toy_server: TritonServer) -> None:
+    gaps: list[Gap] = []
+    bad_sound = noise(0.01)[0].copy()
+    bad_sound[7] = np.nan
+    with StreamClient(toy_server.url, on_gap=gaps.append) as client:
+        frames_of(client, range(10))
+        for time_s in (math.nan, math.inf, -math.inf, 1e300):
+            with pytest.raises(UserError, match=r"the sound has the time stamp .*: give seconds"):
+                client.sound(noise(0.01)[0], time_s)
+            with pytest.raises(UserError, match=r"the frame has the time stamp .*: give seconds"):
+                client.frame(picture(10), time_s)
+        with pytest.raises(UserError, match="the sound holds numbers that are none"):
+            client.sound(bad_sound, 0.4)
+        for shape, dtype in (
+            ((36, 64, 3), np.float32),
+            ((36, 64), np.uint8),
+            ((36, 64, 4), np.uint8),
+            ((0, 64, 3), "u1"),
+        ):
+            with pytest.raises(UserError, match=r"a frame must be uint8 \[h, w, 3\], RGB, not "):
+                client.frame(np.zeros(shape, dtype), 0.4)
+        frames_of(client, range(10, 20))
+        client.finish()
+        found = list(client)
+    assert [m.frame_index for m in found] == [8, 12]
+    assert found[0].heard == pytest.approx(20 * 640 / 16_608)  # all that was given
+    assert gaps == []
 
 
 # ---- lag
