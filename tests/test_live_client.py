@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -169,6 +171,62 @@ def test_asyncio(toy_server: TritonServer, toy_pipeline: Pipeline, film: Path) -
     found, beats = asyncio.run(stream())
     same(found, expected)
     assert beats > 75
+
+
+def test_asyncio_clients_whose_readers_pause(toy_server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them wait than asyncio has threads: they can be read and closed all the same."""
+
+    async def feed(client: AsyncStreamClient) -> None:
+        for i in range(40):
+            await client.frame(picture(i), i / 25)
+        await client.finish()
+
+    async def stream() -> list[list[int]]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        clients = [AsyncStreamClient(toy_server.url, stride=1, max_waiting=1, in_flight=1) for _ in range(3)]
+        async with contextlib.AsyncExitStack() as stack:
+            for client in clients:
+                await stack.enter_async_context(client)
+                await client.end_sound()
+            feeding = [asyncio.create_task(feed(client)) for client in clients]
+            await asyncio.sleep(1)
+            found = [[m.frame_index async for m in client] for client in clients]
+            await asyncio.gather(*feeding)
+        with pytest.raises(UserError, match="the stream was finished or closed"):
+            await clients[0].frame(picture(0), 0)
+        assert [m async for m in clients[0]] == []
+        return found
+
+    before = threading.active_count()
+    monkeypatch.setattr("mubic_deploy.live.sender.UNREAD", 4)
+    assert asyncio.run(asyncio.wait_for(stream(), 30)) == [list(range(8, 33))] * 3
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.1)
+    assert threading.active_count() <= before
+
+
+def test_asyncio_reads_that_are_cancelled(toy_server: TritonServer) -> None:
+    """As `wait_for` does it, while a thread waits for the map: none is lost."""
+
+    async def stream() -> tuple[list[int], int]:
+        found, cancelled = [], 0
+        async with AsyncStreamClient(toy_server.url, stride=1, max_waiting=99) as client:
+            await client.end_sound()
+            for i in range(50):
+                await client.frame(picture(i), i / 25)
+            await client.finish()
+            while True:
+                try:
+                    found.append((await asyncio.wait_for(anext(client), 0.002)).frame_index)
+                except TimeoutError:
+                    cancelled += 1
+                except StopAsyncIteration:
+                    return found, cancelled
+
+    found, cancelled = asyncio.run(stream())
+    assert found == list(range(8, 43))
+    assert cancelled > 5
 
 
 # ---- the clock, the size, the sound
