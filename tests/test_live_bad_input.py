@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,21 @@ def test_windows_of_streams_that_ended_count() -> None:
     streams.push("one more", True, False, whole)
     with pytest.raises(UserError, match="the server holds 2 streams"):
         streams.push("one more", True, False, whole)  # begins anew; what it had is still there
+
+
+def test_nothing_is_held_of_a_stream_that_ended() -> None:
+    """Though no other one starts: its frames would stay as long as the server does."""
+    streams = Streams(DEMO, StreamSettings())
+    whole = {"SOUND_END": np.array([True]), "FRAMES": frames(20), "FRAME_TIME": times(20)}
+    stream, windows = streams.push("ended", True, True, whole)
+    held = weakref.ref(stream)
+    streams.expire()
+    stream.waiting -= len(windows)
+    del stream
+    assert held() is not None
+    streams.expire()
+    gc.collect()
+    assert held() is None
 
 
 # ---- limits, on servers of their own

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import os
 import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -180,6 +183,62 @@ def test_asyncio(toy_server: TritonServer, toy_pipeline: Pipeline, film: Path) -
     assert beats > 75
 
 
+def test_asyncio_clients_whose_readers_pause(toy_server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them wait than asyncio has threads: they can be read and closed all the same."""
+
+    async def feed(client: AsyncStreamClient) -> None:
+        for i in range(40):
+            await client.frame(picture(i), i / 25)
+        await client.finish()
+
+    async def stream() -> list[list[int]]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        clients = [AsyncStreamClient(toy_server.url, stride=1, max_waiting=1, in_flight=1) for _ in range(3)]
+        async with contextlib.AsyncExitStack() as stack:
+            for client in clients:
+                await stack.enter_async_context(client)
+                await client.end_sound()
+            feeding = [asyncio.create_task(feed(client)) for client in clients]
+            await asyncio.sleep(1)
+            found = [[m.frame_index async for m in client] for client in clients]
+            await asyncio.gather(*feeding)
+        with pytest.raises(UserError, match="the stream was finished or closed"):
+            await clients[0].frame(picture(0), 0)
+        assert [m async for m in clients[0]] == []
+        return found
+
+    before = threading.active_count()
+    monkeypatch.setattr("mubic_deploy.live.sender.UNREAD", 4)
+    assert asyncio.run(asyncio.wait_for(stream(), 30)) == [list(range(8, 33))] * 3
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.1)
+    assert threading.active_count() <= before
+
+
+def test_asyncio_reads_that_are_cancelled(toy_server: TritonServer) -> None:
+    """As `wait_for` does it, while a thread waits for the map: none is lost."""
+
+    async def stream() -> tuple[list[int], int]:
+        found, cancelled = [], 0
+        async with AsyncStreamClient(toy_server.url, stride=1, max_waiting=99) as client:
+            await client.end_sound()
+            for i in range(50):
+                await client.frame(picture(i), i / 25)
+            await client.finish()
+            while True:
+                try:
+                    found.append((await asyncio.wait_for(anext(client), 0.002)).frame_index)
+                except TimeoutError:
+                    cancelled += 1
+                except StopAsyncIteration:
+                    return found, cancelled
+
+    found, cancelled = asyncio.run(stream())
+    assert found == list(range(8, 43))
+    assert cancelled > 5
+
+
 # ---- the clock, the size, the sound
 
 
@@ -256,6 +315,35 @@ def test_frames_of_another_size(toy_server: TritonServer) -> None:
         client.finish()
         (found,) = client
     assert found.saliency.shape == (36, 64)
+
+
+def test_bad_frames_and_sound_leave_the_stream_as_it_was(toy_server: TritonServer) -> None:
+    gaps: list[Gap] = []
+    bad_sound = noise(0.01)[0].copy()
+    bad_sound[7] = np.nan
+    with StreamClient(toy_server.url, on_gap=gaps.append) as client:
+        frames_of(client, range(10))
+        for time_s in (math.nan, math.inf, -math.inf, 1e300):
+            with pytest.raises(UserError, match=r"the sound has the time stamp .*: give seconds"):
+                client.sound(noise(0.01)[0], time_s)
+            with pytest.raises(UserError, match=r"the frame has the time stamp .*: give seconds"):
+                client.frame(picture(10), time_s)
+        with pytest.raises(UserError, match="the sound holds numbers that are none"):
+            client.sound(bad_sound, 0.4)
+        for shape, dtype in (
+            ((36, 64, 3), np.float32),
+            ((36, 64), np.uint8),
+            ((36, 64, 4), np.uint8),
+            ((0, 64, 3), "u1"),
+        ):
+            with pytest.raises(UserError, match=r"a frame must be uint8 \[h, w, 3\], RGB, not "):
+                client.frame(np.zeros(shape, dtype), 0.4)
+        frames_of(client, range(10, 20))
+        client.finish()
+        found = list(client)
+    assert [m.frame_index for m in found] == [8, 12]
+    assert found[0].heard == pytest.approx(20 * 640 / 16_608)  # all that was given
+    assert gaps == []
 
 
 # ---- lag
@@ -482,6 +570,10 @@ def test_what_is_wrong_at_once(toy_server: TritonServer, port: int) -> None:
             StreamClient(toy_server.url, **options)
     with pytest.raises(UserError, match=f"no Triton server answers at 127.0.0.1:{port}"):
         StreamClient(f"127.0.0.1:{port}")
+    with pytest.raises(UserError, match="live streams are made by mubic, not mubic_fixed: leave out its name"):
+        StreamClient(f"{toy_server.url}/mubic_fixed")
+    with StreamClient(f"{toy_server.url}/mubic") as client:
+        assert client.poll() is None
     with StreamClient(toy_server.url) as client:
         with pytest.raises(UserError, match=r"sound must be float32 \[n\], not int16 \[7\]"):
             client.sound(np.zeros(7, np.int16), 0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.report import LiveMap, Report
 
+T = TypeVar("T")
 _TICK = 0.2  # s that a thread waits for a map, so that one that nobody waits for any more ends
 
 
@@ -29,6 +32,11 @@ class AsyncStreamClient:
     def __init__(self, url: str, **options: Any) -> None:
         self._url, self._options = url, options
         self._client: StreamClient | None = None
+        # threads of its own for what waits: those of asyncio are few, and all clients that wait would take them all
+        self._feeder, self._reader = ThreadPoolExecutor(1, "mubic-feed"), ThreadPoolExecutor(1, "mubic-read")
+        self._closed = False
+        self._reading = asyncio.Lock()
+        self._next: asyncio.Task[LiveMap | None] | None = None  # what the reader waits for
 
     async def __aenter__(self) -> AsyncStreamClient:
         self._client = await asyncio.to_thread(StreamClient, self._url, **self._options)
@@ -37,7 +45,17 @@ class AsyncStreamClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.to_thread(self.client.close)
+        try:
+            await asyncio.to_thread(self.client.close)
+        finally:
+            self._closed = True
+            for threads in (self._feeder, self._reader):
+                threads.shutdown(wait=False)  # they end by themselves, since nothing waits any more
+
+    async def _on(self, threads: ThreadPoolExecutor, call: Callable[..., T], *given: object) -> T:
+        if self._closed:
+            return call(*given)
+        return await asyncio.get_running_loop().run_in_executor(threads, call, *given)
 
     @property
     def client(self) -> StreamClient:
@@ -50,7 +68,7 @@ class AsyncStreamClient:
         self, image: np.ndarray | av.VideoFrame, time_s: float, display: tuple[int, int] | None = None
     ) -> int:
         """See `StreamClient.frame`."""
-        return await asyncio.to_thread(self.client.frame, image, time_s, display)
+        return await self._on(self._feeder, self.client.frame, image, time_s, display)
 
     async def sound(self, samples: np.ndarray, time_s: float) -> None:
         """See `StreamClient.sound`."""
@@ -72,8 +90,17 @@ class AsyncStreamClient:
         return self
 
     async def __anext__(self) -> LiveMap:
-        while not self.client.through:
-            found = await asyncio.to_thread(self.client.poll, _TICK)
-            if found is not None:
-                return found
+        """The next map. May be cancelled: the map that it waited for is the next call's."""
+        async with self._reading:
+            while self._next is not None or not self.client.through:
+                if self._next is None:
+                    self._next = asyncio.create_task(self._on(self._reader, self.client.poll, _TICK))
+                try:
+                    found = await asyncio.shield(self._next)
+                except Exception:
+                    self._next = None
+                    raise
+                self._next = None
+                if found is not None:
+                    return found
         raise StopAsyncIteration

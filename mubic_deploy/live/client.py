@@ -10,6 +10,7 @@ from types import TracebackType
 import av
 import numpy as np
 
+from mubic_deploy import graphs
 from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.backlog import SOUND_KEPT_S
@@ -17,7 +18,7 @@ from mubic_deploy.live.link import Settings
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.sender import Limits, Sender
 from mubic_deploy.live.settings import DROP, IN_FLIGHT, MAX_IN_FLIGHT, ON_LAG, QUEUE, RAW, WAITING, check_encoding
-from mubic_deploy.live.timeline import check_stride
+from mubic_deploy.live.timeline import MAX_TIME_S, check_stride
 from mubic_deploy.media.film import Resizer
 from mubic_deploy.media.fit import Fit, check_fit, make_fit
 from mubic_deploy.media.sound import NOTABLE_S
@@ -52,7 +53,8 @@ class StreamClient:
 
     A connection that is lost is made again, with growing pauses, and a new sequence begins with the oldest window that
     was not answered: its frames and its sound are kept until then. UserError when made: no such server, or a setting
-    out of range; from `frame`, `sound`, `poll` and iteration: the server refused something, or is gone for good.
+    out of range; from `frame`, `sound`, `poll` and iteration: the server refused something, or is gone for good; from
+    `frame` and `sound` also for what is no frame, sound or time: nothing of it is taken, and the stream can go on.
     Close it, or use `with`."""
 
     def __init__(
@@ -84,7 +86,9 @@ class StreamClient:
         self._fit_name, self._on_lag, self._max_waiting = check_fit(fit), on_lag, max_waiting
         check_stride(stride)
         check_encoding(encoding)
-        address, _ = destination(url)
+        address, model = destination(url)
+        if model != graphs.ENSEMBLE:
+            raise UserError(f"{url!r}: live streams are made by {graphs.ENSEMBLE}, not {model}: leave out its name")
         with TritonPredictor(address) as served:
             self.config, self.source = served.config, served.source
             served.require_streams()
@@ -121,6 +125,7 @@ class StreamClient:
         Waits if the server is too slow and on_lag is queue. A time stamp that does not grow is a jump of the source's
         clock: after a gap the stream goes on with the new time."""
         captured = time.monotonic()
+        _check_time(time_s, "the frame")
         small = self._fitted(image, display)
         sender = self._sender
         with sender.changed:
@@ -140,8 +145,11 @@ class StreamClient:
         """The next sound. samples: float32 [n], 16 kHz mono in [-1, 1]; time_s: of the first one, on the same clock
         as the frames'. A time stamp that goes back by more than a second is a jump of the clock; what overlaps with
         earlier sound by less is cut off. It never waits: sound may come up to 10 minutes before its frames."""
+        _check_time(time_s, "the sound")
         if samples.ndim != 1 or samples.dtype != np.float32:
             raise UserError(f"sound must be float32 [n], not {samples.dtype} {list(samples.shape)}: resample it first")
+        if not np.isfinite(samples).all():
+            raise UserError("the sound holds numbers that are none: give samples in [-1, 1]")
         if not self.config.has_audio:
             return
         start = round(time_s * SAMPLE_RATE)
@@ -181,6 +189,8 @@ class StreamClient:
 
     def _fitted(self, image: np.ndarray | av.VideoFrame, display: tuple[int, int] | None) -> np.ndarray:
         if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise UserError(f"a frame must be uint8 [h, w, 3], RGB, not {image.dtype} {list(image.shape)}")
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
         if self.fit is None:
             size = self.config.height, self.config.width
@@ -250,3 +260,8 @@ class StreamClient:
         with self._sender.changed:
             make = self._sender.report()
         return make()
+
+
+def _check_time(time_s: float, what: str) -> None:
+    if not abs(time_s) < MAX_TIME_S:
+        raise UserError(f"{what} has the time stamp {time_s}: give seconds of the stream's clock")

@@ -160,10 +160,11 @@ class Streams:
             raise
 
     def expire(self) -> None:
-        """Drops the streams that were idle for too long."""
+        """Drops the streams that were idle for too long, and the ended ones that are answered."""
         before = self._clock() - self._settings.idle_s
         for key in [key for key, stream in self._streams.items() if not stream.waiting and stream.last_s < before]:
             del self._streams[key]
+        self._ended = [stream for stream in self._ended if stream.waiting]
 
     def _let_go(self, key: Hashable) -> None:
         if key in self._streams:
