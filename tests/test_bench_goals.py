@@ -223,7 +223,7 @@ def test_batches_steps_and_maps_of_a_gpu() -> None:
 
 def test_the_report_says_them() -> None:
     said = report._goals(engines(2.1))
-    assert "at least 5 x" in said
+    assert "at least 5&nbsp;x" in said
     assert "4.762 x" in said
     assert "4.762 to 4.762" in said
     assert "<strong>no</strong>" in said

@@ -117,3 +117,45 @@ def test_an_outage_before_any_window_is_complete(monkeypatch: pytest.MonkeyPatch
     wait_for(sender, lambda: gaps)
     assert [gap.kind for gap in gaps] == ["connection"]
     sender.close()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_server_that_has_much_to_do_is_waited_for(monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
+    """One that lives is not asked twice for the same window; one that does not is."""
+    late: list[tuple[FakeLink, str, Window]] = []
+    asked: list[str] = []
+
+    def slow(link: FakeLink, request: str, windows: list[Window]) -> None:
+        late.extend((link, request, window) for window in windows)
+        if not windows:
+            link.done(request)
+
+    def lives(address: str) -> bool:
+        asked.append(address)
+        return alive
+
+    monkeypatch.setattr(module, "lives", lives)
+    gaps: list[Gap] = []
+    sender = started(monkeypatch, slow, Limits(8, 4, 0.3, 30.0), gaps)
+    feed(sender, 16, 25)
+    time.sleep(1.5)
+    with sender.changed:
+        assert asked[:2] == ["127.0.0.1:1"] * 2  # again and again, not once
+        assert len(asked) <= 6
+        assert (len(late) == 1) == alive
+    link, request, window = late[-1]
+    if alive:
+        link.map(request, window)
+        link.done(request)
+        wait_for(sender, lambda: sender.results)
+        assert gaps == []
+    sender.close()
+
+
+def test_a_server_that_lives_and_sends_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "lives", lambda address: True)
+    sender = started(monkeypatch, lambda *_: None, Limits(8, 4, 0.2, 1.0), [])
+    feed(sender, 16, 25)
+    wait_for(sender, lambda: sender.failure)
+    assert "gave no answer for 1 s (it lives, but sent nothing for 1 s)" in str(sender.failure)
+    sender.close()

@@ -25,6 +25,7 @@ _PASSING = (
     "Server is stopping", "is not healthy",
     UNKNOWN, FULL, f"{graphs.ENSEMBLE}:",
 )  # fmt: skip
+ALIVE_S = 2.0  # in which a server says that it lives, however much it has to do
 # no memory of a server that was gone: gRPC would try it less and less often
 _FORGETFUL = ("grpc.use_local_subchannel_pool", 1)
 
@@ -81,6 +82,15 @@ def arrays(
     if request.skip:
         tensors["SKIP"] = np.array(request.skip, np.int64)
     return tensors
+
+
+def lives(address: str) -> bool:
+    """Whether a server answers at "HOST:PORT" within ALIVE_S, on a connection of its own."""
+    with triton.InferenceServerClient(address, channel_args=[*channel(address), _FORGETFUL]) as client:
+        try:
+            return bool(client.is_server_live(client_timeout=ALIVE_S))
+        except InferenceServerException:
+            return False
 
 
 class Link:

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.backlog import Backlog, Request, Waiting
-from mubic_deploy.live.link import Answer, Link, Settings
+from mubic_deploy.live.link import Answer, Link, Settings, lives
 from mubic_deploy.live.report import KEPT, Gap, Report, percentiles
 
 FLUSH_S = 0.5  # what completes no window is sent after this time
@@ -70,6 +70,7 @@ class Sender:
         self._broken: str | None = None  # why a new sequence must begin
         self._outstanding: dict[str, float] = {}  # when each request was sent
         self._heard_s = self._sent_s = 0.0  # when the server last answered, when something was last sent
+        self._alive_s = 0.0  # when it last said that it lives, which one that has much to do does without a map
         self._outage: tuple[float, float, int, str] | None = None  # since, stream's time, dropped before, why
         self._pause = _FIRST_PAUSE
         self._sound_late = False
@@ -153,8 +154,11 @@ class Sender:
         backlog = self.backlogs[0]
         if self._broken is None and self._outstanding:
             since = max(self._heard_s, min(self._outstanding.values()))
-            if now - since > self._limits.timeout:
-                self._broken = f"no answer for {self._limits.timeout:g} s"
+            longest = max(self._limits.timeout, self._limits.give_up_s)
+            if now - since > longest:
+                self._broken = f"it lives, but sent nothing for {longest:g} s"
+            elif now - max(since, self._alive_s) > self._limits.timeout:
+                return partial(self._ask, f"no answer for {self._limits.timeout:g} s")
         if self._broken is not None:
             return partial(self._mend, self._broken)
         if len(self.results) < UNREAD:
@@ -183,6 +187,15 @@ class Sender:
             with self.changed:
                 self._broken = error.message()
 
+    def _ask(self, why: str) -> None:
+        """Whether the server lives. If it does, it is waited for: asking it for the same window again, which it cannot
+        know to be the same, would only give it more to do."""
+        alive = lives(self._address)
+        with self.changed:
+            self._alive_s = time.monotonic()
+            if not alive and self._outstanding:
+                self._broken = why
+
     def _end_run(self) -> None:
         self._close_link()
         with self.changed:
@@ -206,7 +219,7 @@ class Sender:
             if now - self._outage[0] > self._limits.give_up_s:
                 raise UserError(
                     f"the Triton server at {self._address} gave no answer for {self._limits.give_up_s:g} s ({why}): "
-                    f"start it with mubic-deploy serve, or check the network"
+                    f"start it with mubic-deploy serve, check the network, or give it less to do"
                 )
             # clients that lost the same server shall not all come back at once
             pause = self._pause * random.uniform(0.7, 1.3)
