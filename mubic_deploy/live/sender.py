@@ -70,7 +70,7 @@ class Sender:
         self._broken: str | None = None  # why a new sequence must begin
         self._outstanding: dict[str, float] = {}  # when each request was sent
         self._heard_s = self._sent_s = 0.0  # when the server last answered, when something was last sent
-        self._alive_s = 0.0  # when it last said that it lives, which one that has much to do does without a map
+        self._asked_s = 0.0  # when it was last asked whether it lives, which it says without a map
         self._outage: tuple[float, float, int, str] | None = None  # since, stream's time, dropped before, why
         self._pause = _FIRST_PAUSE
         self._sound_late = False
@@ -157,7 +157,7 @@ class Sender:
             longest = max(self._limits.timeout, self._limits.give_up_s)
             if now - since > longest:
                 self._broken = f"it lives, but sent nothing for {longest:g} s"
-            elif now - max(since, self._alive_s) > self._limits.timeout:
+            elif now - max(since, self._asked_s) > self._limits.timeout:
                 return partial(self._ask, f"no answer for {self._limits.timeout:g} s")
         if self._broken is not None:
             return partial(self._mend, self._broken)
@@ -192,7 +192,7 @@ class Sender:
         know to be the same, would only give it more to do."""
         alive = lives(self._address)
         with self.changed:
-            self._alive_s = time.monotonic()
+            self._asked_s = time.monotonic()
             if not alive and self._outstanding:
                 self._broken = why
 
