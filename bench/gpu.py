@@ -36,9 +36,15 @@ from bench.goals import outcomes
 from bench.gpu_run import RULE, WHOLE, Run
 from bench.results import FOLDER, LOOKS, Results
 from bench.stages import ALONE, COMPETITORS, COMPILED, HALF, REFERENCE, WATERFALL, WITHOUT, Stage, build, switches
-from mubic_deploy.config import CONFIGS, Config, get_config
+from mubic_deploy.config import CONFIGS, TOKENS, Config, get_config
 
 OPTIMISED = "PyTorch FP16, optimised"
+# the waterfall goes on with what was compiled, as it was measured whole
+COMPILED_WATERFALL = {
+    "torch.compile": next(iter(COMPILED)),
+    f"{TOKENS}, AOTInductor": gpu_child.AOTINDUCTOR,
+}
+SLACK = 5.0  # seconds, for what it takes to end a process, so that the sections after it find what they want
 LEAST = 0.5  # of the seconds that a section in a process of its own is planned with: less is not worth a start
 
 
@@ -62,10 +68,15 @@ class Script:
         self.console = Console(stderr=True)
 
     def measure(self, plan: Sequence[Section]) -> None:
-        with tempfile.TemporaryDirectory(prefix="mubic-gpu-") as folder:
-            for i, section in enumerate(plan):
-                later = sum(s.seconds for s in plan[i + 1 :] if not (s.missing or s.name in self.skipped))
-                self.section(section, Path(folder), later)
+        planned = {s.name for s in plan if not (s.missing or s.name in self.skipped)}
+        with tempfile.TemporaryDirectory(prefix="mubic-gpu-") as name:
+            folder = Path(name)
+            aotinductor = gpu_child.AOTINDUCTOR in planned
+            with gpu_child.compiling(self.run, folder) if aotinductor else contextlib.nullcontext():
+                for i, section in enumerate(plan):
+                    self.section(section, folder, sum(s.seconds for s in plan[i + 1 :] if s.name in planned))
+        self.run.compiled_waterfall(COMPILED_WATERFALL)
+        self.run.write()
         self.run.file.replace(self.path)
 
     def section(self, section: Section, folder: Path, later: float = 0.0) -> None:
@@ -84,7 +95,7 @@ class Script:
                 if section.measure is not None:
                     section.measure()
                 else:
-                    self.apart(section.name, folder, min(left, max(section.seconds, left - later)))
+                    self.apart(section.name, folder, min(left, max(section.seconds, left - later - SLACK)))
         gc.collect()
         with contextlib.suppress(RuntimeError):  # which an error of CUDA's in this process leaves for all that follows
             torch.cuda.empty_cache()  # for other processes; without a GPU it does nothing
@@ -107,7 +118,10 @@ class Script:
 
 
 def sections(run: Run, whole_search: bool = False) -> list[Section]:
-    """The most telling first. They are 480 s together, without those for which more must be installed or asked for."""
+    """They are 480 s together, without those for which more must be installed or asked for.
+
+    First what the GPU alone decides, while AOTInductor's packages are compiled beside it. What waits for the host, as
+    eager PyTorch does, comes when they are done."""
     on_gpu = run.device == "cuda"
     waterfall = WATERFALL if on_gpu else {k: s for k, s in WATERFALL.items() if not (s.graphs or s.one)}
     alone, without = ({name: replace(s, graphs=on_gpu) for name, s in stages.items()} for stages in (ALONE, WITHOUT))
@@ -119,26 +133,21 @@ def sections(run: Run, whole_search: bool = False) -> list[Section]:
         return build(stage, run.config, run.device)
 
     limited_search, optimised, whole = COMPILED
-    apart = [
-        Section(gpu_child.AOTINDUCTOR, 150),
-        Section(limited_search, 95),
-        Section(optimised, 70),
-    ]
-    if whole_search:
-        apart[1] = Section(whole, 480)
     return [
-        Section("limits", 10, run.limits),
-        Section(WHOLE, 30, lambda: run.stages(WHOLE, {**COMPETITORS, OPTIMISED: best})),
-        Section("waterfall", 25, lambda: run.stages("waterfall", waterfall, run.look)),
-        Section("steps", 10, lambda: run.steps(OPTIMISED, made(looped))),
-        Section("graphs", 10, lambda: run.graphs(looped)),
+        Section("limits", 5, run.limits),
+        Section("graphs", 6, lambda: run.graphs(looped)),
+        Section("each alone", 14, lambda: run.stages("alone", alone, run.look)),
+        Section("without", 7, lambda: run.stages("without", without, run.look)),
         Section("batches", 25, lambda: run.batches(OPTIMISED, made(best))),
-        Section("each alone", 28, lambda: run.stages("alone", alone, run.look)),
-        Section("without", 10, lambda: run.stages("without", without, run.look)),
-        Section("kernels", 8, lambda: run.kernels("optimised", made(unreplayed))),
-        Section("kernels of eager FP16", 8, lambda: run.kernels("eager FP16", made(HALF))),
+        Section("kernels", 7, lambda: run.kernels("optimised", made(unreplayed))),
+        Section("kernels of eager FP16", 6, lambda: run.kernels("eager FP16", made(HALF))),
+        Section(whole, 480) if whole_search else Section(limited_search, 110),
+        Section(gpu_child.AOTINDUCTOR, 130),
+        Section(WHOLE, 25, lambda: run.stages(WHOLE, {**COMPETITORS, OPTIMISED: best})),
+        Section("waterfall", 22, lambda: run.stages("waterfall", waterfall, run.look)),
+        Section("steps", 5, lambda: run.steps(OPTIMISED, made(looped))),
+        Section(optimised, 110),
         Section(gpu_child.TENSORRT, 240, missing=gpu_child.missing(gpu_child.TENSORRT)),
-        *apart,
         Section(gpu_child.ONNXRUNTIME, 120, missing=gpu_child.missing(gpu_child.ONNXRUNTIME)),
     ]
 

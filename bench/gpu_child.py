@@ -6,6 +6,7 @@ are some. SECONDS: how long it may take."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from typing import Any
 
 from torch import nn
 
-from bench import timing
+from bench import limited, timing
 from bench.gpu_run import BATCHES, WHOLE, Run
 from bench.limited import ROOT, tail
 from bench.results import Results
@@ -40,8 +41,9 @@ from mubic_deploy.sources import load_script, source_dir
 
 AOTINDUCTOR, TENSORRT, ONNXRUNTIME = "AOTInductor", "TensorRT", "ONNX Runtime CUDA"
 PROCESS = (sys.executable, "-m", "bench.gpu_child")
-PACKAGE = "package"  # not a section: the compiler of one graph of AOTInductor's
+PACKAGE, PACKAGES = "package", "packages"  # no sections: the compiler of one graph of AOTInductor's, and of all
 SETTINGS = "settings.json"
+NICE = 10
 PATIENCE = 0.6  # of the time, for the sampler's package: without it the loop is measured
 
 
@@ -66,7 +68,14 @@ def write_settings(run: Run, folder: Path) -> None:
         "rule": asdict(run.rule),
         "limits": run.results.limits,
     }
-    (folder / SETTINGS).write_text(json.dumps(settings))
+    write_whole(folder / SETTINGS, json.dumps(settings))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """So that whoever reads it meanwhile finds all of it."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def read_settings(folder: Path, section: str) -> Run:
@@ -88,44 +97,67 @@ def packages_script() -> ModuleType:
 def package_options(script: ModuleType, run: Run, fixed_steps: int | None) -> Any:
     """Those of a deployment, which measures no kernels: that takes minutes a graph."""
     precision = FLOAT16 if run.device == "cuda" else FLOAT32
-    return script.Options(run.device, precision, max(BATCHES), fixed_steps, run.results.settings["optimisations"])
+    return script.Options(run.device, precision, max(BATCHES), fixed_steps)
 
 
 def package(run: Run, folder: Path, graph: str) -> None:
     """Compiles one graph into `folder`."""
     script = packages_script()
     options = package_options(script, run, DEFAULT_STEPS)
-    model = prepared(weights(run.config, True, run.device), options.precision, options.optimisations)
+    model = prepared(weights(run.config, True, run.device), options.precision, options.rewrites)
     signature = signatures(run.config, options.precision, sampler=True)[graph]
     module = script.contiguous_convolutions(model).graph(graph, DEFAULT_STEPS)
     script.compile_graph(module, signature, folder / f"{graph}.pt2", options)
 
 
-def compile_packages(run: Run, folder: Path, limit_s: float) -> dict[str, list[str]]:
-    """All graphs at once, each in a process, since one keeps but one core busy. The last lines of those that failed,
-    and of the sampler if it took longer than limit_s, by the graph's name."""
-    began = time.monotonic()
-    graphs = list(signatures(run.config, sampler=True))  # the sampler comes last
-    threads = max(1, len(os.sched_getaffinity(0)) // len(graphs))
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-    at_work, failed = {}, {}
+def compile_packages(run: Run, folder: Path) -> None:
+    """All graphs at once, each in a process, since one keeps but one core busy. As each ends its last lines are left
+    in `folder`, none if it was compiled."""
+    graphs = signatures(run.config, sampler=True)
+    cores, at_work = len(os.sched_getaffinity(0)), {}
     for graph in graphs:
+        # the visual encoder has as many kernels as most others together, and is waited for
+        threads = max(1, cores // (2 if graph == "visual_encoder" else 8))
+        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         command = [*PROCESS, PACKAGE, str(folder), graph]
         with (folder / f"{graph}.log").open("wb") as log:
             at_work[graph] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    for graph, process in at_work.items():
-        try:
-            process.wait(max(0.0, began + limit_s - time.monotonic()) if graph == SAMPLER else None)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        if process.wait() != 0:
-            failed[graph] = tail(folder / f"{graph}.log") or ["it said nothing"]
-    return failed
+    while at_work:
+        for graph in [name for name, process in at_work.items() if process.poll() is not None]:
+            failed = at_work.pop(graph).returncode != 0
+            said = (tail(folder / f"{graph}.log") or ["it said nothing"]) if failed else []
+            write_whole(folder / f"{graph}.ended", json.dumps(said))
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def compiling(run: Run, folder: Path) -> Iterator[None]:
+    """The packages are compiled meanwhile, by processes that give way to others."""
+    write_settings(run, folder)
+    process = subprocess.Popen([*PROCESS, PACKAGES, str(folder), "0"], cwd=ROOT, process_group=0)
+    try:
+        yield
+    finally:
+        limited.kill(process)
+
+
+def compiled_packages(run: Run, folder: Path, limit_s: float) -> dict[str, list[str]]:
+    """Waits for them. The last lines of those that failed, and of the sampler if it took longer than limit_s, by the
+    graph's name."""
+    until = time.monotonic() + limit_s
+    waited_for = set(signatures(run.config, sampler=True))
+    while waited_for and not (waited_for == {SAMPLER} and time.monotonic() > until):
+        waited_for -= {graph for graph in waited_for if (folder / f"{graph}.ended").exists()}
+        time.sleep(0.1)
+    failed = {graph: tail(folder / f"{graph}.log") or ["it said nothing"] for graph in waited_for}
+    ended = (graph for graph in signatures(run.config, sampler=True) if graph not in waited_for)
+    said = {graph: json.loads((folder / f"{graph}.ended").read_text()) for graph in ended}
+    return failed | {graph: lines for graph, lines in said.items() if lines}
 
 
 def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
-    """The packages that `mubic-deploy compile` makes, but compiled side by side."""
-    failed = compile_packages(run, folder, PATIENCE * limit_s)
+    """The packages that `mubic-deploy compile --device cuda --precision float16` makes, but compiled side by side."""
+    failed = compiled_packages(run, folder, PATIENCE * limit_s)
     run.results.notes |= {f"log, {AOTINDUCTOR}, {graph}": lines for graph, lines in failed.items()}
     if set(failed) - {SAMPLER}:
         raise UserError(f"{', '.join(failed)} could not be compiled")
@@ -188,8 +220,6 @@ def missing(section: str) -> str:
 
 def compiled(name: str, run: Run, _folder: Path, _limit_s: float) -> None:
     stage = replace(COMPILED[name], graphs=run.device == "cuda")
-    if stage.optimisations:
-        stage = replace(stage, optimisations=tuple(run.results.settings["optimisations"]))
     run.stages(WHOLE, {name: stage})
 
 
@@ -207,6 +237,10 @@ def main(arguments: Sequence[str]) -> None:
     with switches(REFERENCE):
         if section == PACKAGE:
             package(run, folder, arguments[2])
+            return
+        if section == PACKAGES:
+            os.nice(NICE)
+            compile_packages(run, folder)
             return
         with run.named(section):
             SECTIONS[section](run, folder, float(arguments[2]))

@@ -135,6 +135,14 @@ class Run:
         if name in timings and over in timings:
             self.results.row(what, name).values["gain"] = timings[over].median / timings[name].median
 
+    def compiled_waterfall(self, sides: Mapping[str, str]) -> None:
+        """Puts what was measured whole behind the last of the waterfall, as far as it was. sides: by the name there."""
+        for name, side in sides.items():
+            before = [row.timing.median for row in self.results.rows if row.what == "waterfall" and row.timing]
+            for row in [row for row in self.results.rows if (row.what, row.side) == (WHOLE, side) and row.timing]:
+                values = {"gain": before[-1] / row.timing.median} if before and row.timing else {}
+                self.results.rows.append(Row("waterfall", name, row.axes, row.timing, values))
+
     def engine(self, name: str, pipeline: Pipeline, of_torch: bool = True) -> None:
         """All of an engine. of_torch: whether it takes PyTorch's tensors on the device."""
         self.predictors(WHOLE, {name: pipeline}, self.rule)
@@ -155,7 +163,7 @@ class Run:
     def batches(self, name: str, predictor: Predictor, of_torch: bool = True) -> None:
         """Clips a second over the batch, as a user gets them; beside it the GPU's own time, with the clips and their
         noise there already, and which share of the peak that is."""
-        rule = replace(self.rule, repeats=10, seconds=1.0, short_s=min(self.rule.short_s, 0.3))
+        rule = replace(self.rule, repeats=10, seconds=0.7, short_s=min(self.rule.short_s, 0.3), warm_up_s=1.0)
         for batch in BATCHES:
             with self.named(f"{name}, batch {batch}"):  # where memory is short
                 clip = random_clip(self.config, 0, batch)

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from bench.sides import Monolith, WholeGraph, monolith_signature
-from mubic_deploy.config import DEFAULT_STEPS, OPTIMISATIONS, Config
+from mubic_deploy.config import CHANNELS_LAST, DEFAULT_STEPS, ON_GPU, PAD_HEADS, REWRITES, TOKENS, Config
 from mubic_deploy.engines import eager
 from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.model.mubic import MUBiC, random_model
-from mubic_deploy.model.optimise import REWRITES
-from mubic_deploy.model.precision import fold_batch_norm, prepared
+from mubic_deploy.model.optimise import fold_batch_norm
+from mubic_deploy.model.precision import prepared
+from mubic_deploy.model.tokens import INDUCTOR
 from mubic_deploy.model.visual import FoldedAttention
 from mubic_deploy.pipeline import Pipeline, Predictor
 
@@ -65,12 +66,11 @@ WATERFALL = {  # each is the one before and one thing more
     "eager FP32, torchvision's attention": Stage(folded=False),
     "positions folded into the product": REFERENCE,
     "FP16": HALF,
-    "pad_heads": (third := replace(HALF, optimisations=("pad_heads",))),
-    "split_depthwise": (fourth := replace(third, optimisations=("pad_heads", "split_depthwise"))),
-    "channels_last": (fifth := replace(fourth, optimisations=(*fourth.optimisations, "channels_last"))),
-    "CUDA graphs": (sixth := replace(fifth, graphs=True)),
-    "sampler": (seventh := replace(sixth, sampler=True)),
-    "one CUDA graph": replace(seventh, one=True, graphs=False),
+    "pad_heads": (third := replace(HALF, optimisations=(PAD_HEADS,))),
+    "channels_last": (fourth := replace(third, optimisations=(PAD_HEADS, CHANNELS_LAST))),
+    "CUDA graphs": (fifth := replace(fourth, graphs=True)),
+    "sampler": (sixth := replace(fifth, sampler=True)),
+    "one CUDA graph": replace(sixth, one=True, graphs=False),
 }
 # each technique by itself, against the first of its precision
 ALONE = {
@@ -103,7 +103,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 COMPILED = {
     "torch.compile max-autotune FP16, limited search": (compiled := replace(HALF, search=LIMITED, graphs=True)),
-    "torch.compile max-autotune FP16, limited search, optimised": replace(compiled, optimisations=OPTIMISATIONS),
+    "torch.compile max-autotune FP16, limited search, optimised": replace(compiled, optimisations=ON_GPU),
     "torch.compile max-autotune FP16": replace(compiled, search=UNLIMITED),
 }
 
@@ -177,7 +177,8 @@ def build(stage: Stage, config: Config, device: str) -> Predictor:
     for engine in engines.values():
         module = engine.module  # type: ignore[attr-defined]
         if stage.search is not None:
-            module = torch.compile(module, options=SEARCHES[stage.search], dynamic=False)
+            settings = SEARCHES[stage.search] | (INDUCTOR if TOKENS in stage.optimisations else {})
+            module = torch.compile(module, options=settings, dynamic=False)
         if constants is not None or not stage.strict:
             module = Switched(module, stage, constants)
         engine.module = Graphed(module) if stage.graphs else module  # type: ignore[attr-defined]

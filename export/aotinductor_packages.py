@@ -25,7 +25,7 @@ from torch._inductor import aoti_compile_and_package
 
 from mubic_deploy.artifacts import describe, sha256
 from mubic_deploy.checkpoint import Source
-from mubic_deploy.config import OPTIMISATIONS
+from mubic_deploy.config import ON_GPU, REWRITES, TOKENS
 from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
 from mubic_deploy.errors import UserError
@@ -33,6 +33,7 @@ from mubic_deploy.folders import replacing, require_replaceable
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC, traced_with
 from mubic_deploy.model.precision import prepared
+from mubic_deploy.model.tokens import INDUCTOR
 from mubic_deploy.parity import CLIPS, compare
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
@@ -46,14 +47,14 @@ class Options:
     precision    float32, or float16 under the policy of `mubic_deploy.model.precision`, on cuda
     max_batch    batches go from 1 to this
     fixed_steps  also the sampler of so many steps
-    optimisations  some of `config.OPTIMISATIONS`
+    optimisations  some of `config.REWRITES`; None for `config.ON_GPU` on cuda, none on cpu
     autotune     measure every kernel that is to choose from: minutes instead of seconds a graph"""
 
     device: str = "cpu"
     precision: str = FLOAT32
     max_batch: int = 8
     fixed_steps: int | None = None
-    optimisations: Collection[str] = ()
+    optimisations: Collection[str] | None = None
     autotune: bool = False
 
     def __post_init__(self) -> None:
@@ -61,6 +62,22 @@ class Options:
             raise UserError("on a CPU packages compute in FP32: leave out --precision, or name --device cuda")
         if self.max_batch < 2:
             raise UserError(f"max batch {self.max_batch} is out of range: use 2 or more")  # else no axis is dynamic
+
+    @property
+    def rewrites(self) -> list[str]:
+        """The optimisations, in the order in which they are applied."""
+        chosen = self.optimisations
+        if chosen is None:
+            chosen = ON_GPU if self.device == "cuda" else ()
+        return [name for name in REWRITES if name in chosen]
+
+    @property
+    def inductor(self) -> dict[str, Any]:
+        """Settings of the compiler."""
+        tuned: dict[str, Any] = {"max_autotune": True} if self.autotune else {}
+        # what launches the kernels runs once, when they are captured, and takes a minute to optimise
+        host = {"aot_inductor.compile_wrapper_opt_level": "O0"} if self.device == "cuda" else {}
+        return tuned | host | (INDUCTOR if TOKENS in self.rewrites else {})
 
 
 def build(
@@ -89,7 +106,7 @@ def _build_into(
 ) -> None:
     device, steps = torch.device(options.device), options.fixed_steps
     model = copy.deepcopy(model).eval().to(device)
-    compiled = contiguous_convolutions(prepared(model, options.precision, options.optimisations))
+    compiled = contiguous_convolutions(prepared(model, options.precision, options.rewrites))
     graphs = signatures(model.config, options.precision, sampler=steps is not None)
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
@@ -99,7 +116,7 @@ def _build_into(
         "config": model.config.to_json(),
         "precision": options.precision,
         "fixed_steps": steps,
-        "optimisations": [name for name in OPTIMISATIONS if name in options.optimisations],
+        "optimisations": options.rewrites,
         "torch": torch.__version__,
         "device": facts,
         "profile": {"min": 1, "max": options.max_batch},
@@ -145,13 +162,12 @@ def contiguous_convolutions(model: MUBiC) -> MUBiC:
 def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, options: Options) -> None:
     """One package, only the batch dynamic. UserError if the compiler fails."""
     inputs, shapes = traced_with(signature, options.max_batch, options.device)
-    settings = {"max_autotune": True} if options.autotune else {}
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a machine without CUDA it says so
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=options.inductor)
     except torch._inductor.exc.InductorError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

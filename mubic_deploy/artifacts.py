@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from mubic_deploy.config import OPTIMISATIONS, PRECISIONS, Config
+from mubic_deploy.config import PRECISIONS, REWRITES, Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, signatures
 
@@ -71,7 +71,7 @@ class Layout:
             steps = manifest["fixed_steps"]
             if steps is not None:
                 config.check_fixed_steps(steps)
-            if unknown := set(manifest["optimisations"]) - set(OPTIMISATIONS):
+            if unknown := set(manifest["optimisations"]) - set(REWRITES):
                 raise UserError(f"{path}: the optimisation {min(unknown)!r} is not known: {self.again}")
             for name, signature in signatures(config, manifest["precision"], sampler=steps is not None).items():
                 self._check(path, name, manifest[self.files][name], signature)

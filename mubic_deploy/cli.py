@@ -14,7 +14,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mubic_deploy.config import ADAPTIVE, CONFIGS, DEFAULT_STEPS, MAX_STEPS, OPTIMISATIONS, PRECISIONS, VARIANTS
+from mubic_deploy.config import (
+    ADAPTIVE,
+    CONFIGS,
+    DEFAULT_STEPS,
+    MAX_STEPS,
+    ON_GPU,
+    OPTIMISATIONS,
+    PRECISIONS,
+    REWRITES,
+    VARIANTS,
+)
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW, WAITING
@@ -76,9 +86,9 @@ def _weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=VARIANTS, help="of random weights, or that the file must be of")
 
 
-def _optimise(parser: argparse.ArgumentParser) -> None:
-    text = "a rewrite for a GPU's kernels, same result; may be repeated"
-    parser.add_argument("--optimise", action="append", choices=OPTIMISATIONS, default=[], help=text)
+def _optimise(parser: argparse.ArgumentParser, choices: Sequence[str], default: str = "none") -> None:
+    text = f"a rewrite for a GPU's kernels, same result; may be repeated (default {default})"
+    parser.add_argument("--optimise", action="append", choices=choices, help=text)
 
 
 def _weights_seed(parser: argparse.ArgumentParser) -> None:
@@ -246,7 +256,7 @@ def build_parser() -> Parser:
     export.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help=f"default {PRECISIONS[0]}")
     fixed = "also the loop of N steps as one graph, for the lowest latency"
     export.add_argument("--fixed-steps", type=positive, metavar="N", help=fixed)
-    _optimise(export)
+    _optimise(export, OPTIMISATIONS)
     _weights(export)
     _weights_seed(export)
     _json(export)
@@ -271,7 +281,7 @@ def build_parser() -> Parser:
     compiled.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help=f"default {PRECISIONS[0]}")
     compiled.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
     compiled.add_argument("--fixed-steps", type=positive, metavar="N", help=fixed)
-    _optimise(compiled)
+    _optimise(compiled, REWRITES, f"on cuda {', '.join(ON_GPU)}, on a CPU none")
     compiled.add_argument("--autotune", action="store_true", help="measure all kernels there are to choose from")
     _weights(compiled)
     _weights_seed(compiled)

@@ -76,7 +76,7 @@ def export(arguments: Namespace) -> int:
             progress,
             arguments.precision,
             arguments.fixed_steps,
-            arguments.optimise,
+            arguments.optimise or (),
         )
     parity = artifacts.manifest["parity"]
     if arguments.json:

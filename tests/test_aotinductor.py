@@ -16,7 +16,7 @@ from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import Packages, load_engines
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC
-from mubic_deploy.model.visual import CONSTANTS
+from mubic_deploy.model.visual import FoldedAttention
 from mubic_deploy.parity import compare, random_clip
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.scenes.film import write_film
@@ -70,7 +70,7 @@ def test_positions_are_constants_of_the_package(packages: Packages) -> None:
     with zipfile.ZipFile(packages.file("visual_encoder")) as package:
         (wrapper,) = (package.read(name).decode() for name in package.namelist() if name.endswith("wrapper.cpp"))
     blocks = range(sum(TINY.visual_depths))
-    assert all(f'"blocks.{i}.attn.{name}"' in wrapper for i in blocks for name in CONSTANTS)
+    assert all(f'"blocks.{i}.attn.{name}"' in wrapper for i in blocks for name in FoldedAttention.constants)
     assert "rel_pos" not in wrapper
     assert "_FOLDED_CONST_" not in wrapper
 

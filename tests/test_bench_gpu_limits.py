@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +97,7 @@ def test_a_command_that_fails_says_why_and_leaves_nothing() -> None:
 @pytest.mark.parametrize(
     ("left", "later", "limit"),
     [
-        (500, 100, 400),  # the sections before it were quick
+        (500, 100, 395),  # the sections before it were quick
         (150, 100, 90),  # it gets what it was planned with
         (60, 100, 60),  # all that is left
         (40, 0, None),  # not worth a start
@@ -129,25 +133,46 @@ def test_what_compiles_gets_the_optimisations_that_paid() -> None:
 
 
 PACKAGES = """
-import sys, time
+import os, sys, time
 graph = sys.argv[3]
-print("at", graph, flush=True)
+print("at", graph, os.getpid(), flush=True)
 time.sleep(600 if graph == "sampler" else 0)
 sys.exit(graph == "fusion")
 """
 
 
-def test_the_samplers_package_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_compiled_meanwhile_and_the_samplers_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = script(tmp_path).run
     monkeypatch.setattr(gpu_child, "PROCESS", (sys.executable, "-c", PACKAGES))
+    compiling = threading.Thread(target=gpu_child.compile_packages, args=(run, tmp_path))
+    compiling.start()
     began = time.monotonic()
-    failed = gpu_child.compile_packages(script(tmp_path).run, tmp_path, 2)
-    assert failed == {"fusion": ["at fusion"], "sampler": ["at sampler"]}
+    failed = gpu_child.compiled_packages(run, tmp_path, 2)
+    said = {graph: lines[0].split()[:2] for graph, lines in failed.items()}
+    assert said == {"fusion": ["at", "fusion"], "sampler": ["at", "sampler"]}
     assert 2 <= time.monotonic() - began < 20
+    os.kill(int(failed["sampler"][0].split()[2]), signal.SIGKILL)
+    compiling.join(10)
+    assert not compiling.is_alive()
+
+
+def test_nothing_is_compiled_after_the_last_section(tmp_path: Path) -> None:
+    """By the real processes: the one that starts them all, and those of the graphs, which import PyTorch first."""
+    run, log = script(tmp_path).run, tmp_path / "fusion.log"
+    with gpu_child.compiling(run, tmp_path):
+        until = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    assert log.exists()
+    said = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in said
 
 
 def test_a_package_that_cannot_be_compiled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = script(tmp_path).run
-    monkeypatch.setattr(gpu_child, "compile_packages", lambda *_: {"fusion": ["Error: no g++"]})
+    monkeypatch.setattr(gpu_child, "compiled_packages", lambda *_: {"fusion": ["Error: no g++"]})
     with pytest.raises(UserError, match="fusion could not be compiled"):
         gpu_child.aotinductor(run, tmp_path, 60)
     assert run.results.notes == {"log, AOTInductor, fusion": ["Error: no g++"]}

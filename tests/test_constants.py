@@ -18,7 +18,7 @@ from mubic_deploy.config import OPTIMISATIONS
 from mubic_deploy.graphs import signatures
 from mubic_deploy.model.mubic import MUBiC, empty_inputs, traced_with
 from mubic_deploy.model.precision import half, prepared
-from mubic_deploy.model.visual import CONSTANTS, FoldedAttention
+from mubic_deploy.model.visual import FoldedAttention
 
 GRAPHS = tuple(signatures(TINY, sampler=True))
 STEPS = 2
@@ -73,7 +73,7 @@ def test_positions_are_constants_of_what_is_compiled(tiny_model: MUBiC, way: str
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     assert bool(called & MAKE_TABLES) == computed
     kept = {name.rpartition(".")[2] for name in program.constants}
-    assert (set(CONSTANTS) <= kept) != computed
+    assert (set(FoldedAttention.constants) <= kept) != computed
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -86,7 +86,7 @@ def test_fixed_positions_are_the_models_own(tiny_model: MUBiC, precision: str) -
         for a, b in zip(fixed.visual_encoder(video), computing.visual_encoder(video), strict=True):
             assert torch.equal(a, b)
     assert all(m._kept is None for m in fixed.modules() if isinstance(m, FoldedAttention))
-    assert not any(name.endswith(CONSTANTS) for name, _ in tiny_model.named_buffers())
+    assert not any(name.endswith(FoldedAttention.constants) for name, _ in tiny_model.named_buffers())
 
 
 def test_another_size_computes_its_own(tiny_model: MUBiC) -> None:

@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from mubic_deploy import checkpoint
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import OPTIMISATIONS
+from mubic_deploy.config import OPTIMISATIONS, REWRITES, SPLIT_DEPTHWISE, TOKENS
 from mubic_deploy.engines import cpu, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
 from mubic_deploy.model.mubic import MUBiC, empty_inputs
-from mubic_deploy.model.optimise import REWRITES, SplitDepthwise, optimised
+from mubic_deploy.model.optimise import SplitDepthwise, optimised
 from mubic_deploy.model.precision import half
 from mubic_deploy.parity import compare
 from mubic_deploy.sources import load_script, source_dir
@@ -37,7 +37,8 @@ tensorrt_operators = load_script(source_dir("export") / "tensorrt_operators.py")
 # 32 + 8 + 2 + 3 or 32 + 8 + 4 + 6 of 32
 ODD = replace(TINY, audio_heads=8, beca_heads=(8, 16, 32, 64), decoder_heads=(2, 4, 16, 8))
 GRAPHS = tuple(signatures(ODD))
-SETS = [*((name,) for name in REWRITES), REWRITES]
+WITHOUT_TOKENS, WITH_TOKENS = (tuple(x for x in REWRITES if x != other) for other in (TOKENS, SPLIT_DEPTHWISE))
+SETS = [*((name,) for name in REWRITES), WITHOUT_TOKENS, WITH_TOKENS]
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 
 
@@ -80,7 +81,7 @@ def test_same_result_to_rounding(model: MUBiC, names: Collection[str]) -> None:
 
 
 def test_half_precision_after_them_is_as_close_as_without(model: MUBiC) -> None:
-    halved = half(optimised(model, REWRITES))
+    halved = half(optimised(model, WITHOUT_TOKENS))
     result = compare(
         ODD, eager.load_engines(model), eager.load_engines(halved, "float16"), clips=1, precision="float16"
     )
@@ -100,7 +101,7 @@ def test_the_model_stays_as_it_was(model: MUBiC) -> None:
     expected = outputs(model.visual_encoder, clip)  # fills what attention keeps
 
     random_state = torch.get_rng_state()
-    out = optimised(model.train(), REWRITES)
+    out = optimised(model.train(), WITHOUT_TOKENS)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.training
     assert not any(module.training for module in out.modules())
@@ -119,7 +120,11 @@ def test_the_model_stays_as_it_was(model: MUBiC) -> None:
 def test_an_unknown_name_is_refused(model: MUBiC) -> None:
     with pytest.raises(UserError) as error:
         optimised(model, ["pad_heads", "int4"])
-    assert str(error.value) == "unknown optimisation 'int4': choose from pad_heads, split_depthwise, channels_last"
+    assert (
+        str(error.value) == "unknown optimisation 'int4': choose from pad_heads, split_depthwise, tokens, channels_last"
+    )
+    with pytest.raises(UserError, match="leave out split_depthwise"):
+        optimised(model, REWRITES)
 
 
 # ---- pad_heads
@@ -224,9 +229,10 @@ def test_dense_convolutions_are_channels_last(model: MUBiC, precision: str) -> N
 def test_activations_are_channels_last(model: MUBiC) -> None:
     """From the second stage on: the first has one channel, where both layouts are the same."""
     for names, expected in (((), False), (["channels_last"], True)):
-        encoder = optimised(model, names).denoiser.noise_encoder
+        denoiser = optimised(model, names).denoiser
         with torch.no_grad():
-            _, *features = encoder(torch.randn(2, 1, *ODD.map_size), torch.randn(2, ODD.step_channels))
+            modulations = denoiser.modulations(torch.tensor([[3], [700]]))
+            _, *features = denoiser.noise_encoder(torch.randn(2, 1, *ODD.map_size), modulations)
         assert {x.is_contiguous(memory_format=torch.channels_last) for x in features} == {expected}
 
 
@@ -235,7 +241,7 @@ def test_activations_are_channels_last(model: MUBiC) -> None:
 
 @pytest.fixture(scope="module")
 def everything(model: MUBiC) -> MUBiC:
-    return optimised(model, REWRITES)
+    return optimised(model, WITHOUT_TOKENS)
 
 
 def test_an_export_carries_them(run, model: MUBiC, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from mubic_deploy.config import Config
 from mubic_deploy.diffusion import alpha_bar, step_pairs
 from mubic_deploy.model.layers import Keys, TemporalEmbedding, attend, channels_first, channels_last
 
+# a scale's tensors that no step changes, and the coarsest context's keys and values
+Conditions = tuple[list[tuple[Tensor, ...]], tuple[Tensor, Tensor] | None]
+
 
 class StepEmbedding(nn.Module):
     """STEP int32 [B, 1] -> [B, C]: sines and cosines of the step, then an MLP (eq. 3.20)."""
@@ -42,16 +45,19 @@ class NoiseStage(nn.Module):
         self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=2)
 
-    def forward(self, x: Tensor, step: Tensor) -> Tensor:
-        modulation = self.modulation(step)[..., None, None]
-        half = modulation.shape[1] // 2  # sliced, not split: where the step is a constant, a slice folds away
-        scale, shift = modulation[:, :half], modulation[:, half:]
-        y = F.relu(self.norm1(self.conv1(x)) * (1 + scale) + shift)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        y = self.modulated(self.norm1(self.conv1(x)), modulation)
         return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
+
+    @staticmethod
+    def modulated(y: Tensor, modulation: Tensor) -> Tensor:
+        """y [B, C, h, w] with scale and shift of `modulation` [B, 2 C]."""
+        scale, shift = modulation[..., None, None].chunk(2, 1)
+        return F.relu(y * (1 + scale) + shift)
 
 
 class NoiseEncoder(nn.Module):
-    """S_T [B, 1, h, w] and the step's embedding -> X_1..X_4 [B, C, h_i, w_i]."""
+    """S_T [B, 1, h, w] and the stages' modulations [B, 2 C] -> X_1..X_4 [B, C, h_i, w_i]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -60,10 +66,10 @@ class NoiseEncoder(nn.Module):
             NoiseStage(widths[i], widths[i + 1], config.step_channels) for i in range(len(widths) - 1)
         )
 
-    def forward(self, x: Tensor, step: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, modulations: list[Tensor]) -> list[Tensor]:
         features = []
-        for stage in self.stages:
-            x = stage(x, step)
+        for stage, modulation in zip(self.stages, modulations, strict=True):
+            x = stage(x, modulation)
             features.append(x)
         return features
 
@@ -77,6 +83,10 @@ class Context(nn.Module):
         self.project = nn.Linear(channels, channels)
         self.mix = nn.Linear(2 * channels, channels)
         self.gated = gated
+
+    def condition(self, a: Tensor) -> tuple[Tensor, ...]:
+        """What depends on A_i [B, T, h, w, C] alone, so is the same at every step."""
+        return (a,)
 
     def forward(self, coarse: Tensor, a: Tensor) -> Tensor:
         h, w = a.shape[2:4]
@@ -135,12 +145,20 @@ class Decoder(nn.Module):
         self.collapse = nn.Conv3d(widths[0], widths[0], (config.time, 1, 1))
         self.head = nn.Conv2d(widths[0], 1, 3, padding=1)
 
-    def forward(self, contexts: list[Tensor], keys4: tuple[Tensor, Tensor] | None, noise: list[Tensor]) -> Tensor:
-        """contexts CONTEXT1..4 [B, D_i, T, h_i, w_i] -> [B, 1, h, w]."""
-        f = channels_last(contexts[3])
+    def conditions(self, contexts: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """What of CONTEXT1..4 [B, D_i, T, h_i, w_i] is the same at every step, a scale."""
+        tokens = [channels_last(x) for x in contexts]
+        finer = (c for c in self.contexts if isinstance(c, Context))  # all of them: a list knows only modules
+        return [*(context.condition(a) for context, a in zip(finer, tokens[:3], strict=True)), (tokens[3],)]
+
+    def forward(
+        self, conditions: list[tuple[Tensor, ...]], keys4: tuple[Tensor, Tensor] | None, noise: list[Tensor]
+    ) -> Tensor:
+        """What `conditions` gave -> [B, 1, h, w]."""
+        (f,) = conditions[3]
         for i in (3, 2, 1, 0):
             if i < 3:
-                f = self.contexts[i](f, channels_last(contexts[i]))
+                f = self.contexts[i](f, *conditions[i])
             if self.diffusion:
                 f = self.attention[i](noise[i], f, keys4 if i == 3 else self.keys[i](f))
             f = self.temporal[i](f)
@@ -164,15 +182,25 @@ class Denoiser(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *cond, s_t, step, alpha_now, alpha_next = inputs
-        s_0 = self.predict(cond, s_t, step)
+        s_0 = self.predict(self.conditions(cond), s_t, self.modulations(step))
         return s_0, self.update(s_0, s_t, alpha_now, alpha_next)
 
-    def predict(self, cond: list[Tensor], s_t: Tensor, step: Tensor) -> Tensor:
-        """S_0: the clean map that the network sees behind s_t."""
+    def modulations(self, step: Tensor) -> list[Tensor]:
+        """Of each stage of the noise encoder, [B, 2 C]; none without diffusion."""
         if not self.diffusion:
-            return self.decoder(cond, None, [])
-        noise = self.noise_encoder(s_t, self.step_embedding(step))
-        return self.decoder(cond[:4], (cond[4], cond[5]), noise)
+            return []
+        embedding = self.step_embedding(step)
+        stages = (stage for stage in self.noise_encoder.stages if isinstance(stage, NoiseStage))
+        return [stage.modulation(embedding) for stage in stages]
+
+    def conditions(self, cond: list[Tensor]) -> Conditions:
+        """What of COND is the same at every step."""
+        return self.decoder.conditions(cond[:4]), (cond[4], cond[5]) if self.diffusion else None
+
+    def predict(self, conditions: Conditions, s_t: Tensor, modulations: list[Tensor]) -> Tensor:
+        """S_0: the clean map that the network sees behind s_t."""
+        noise = self.noise_encoder(s_t, modulations) if self.diffusion else []
+        return self.decoder(*conditions, noise)
 
     @staticmethod
     def update(s_0: Tensor, s_t: Tensor, alpha_now: Tensor, alpha_next: Tensor) -> Tensor:
@@ -186,12 +214,23 @@ class Denoiser(nn.Module):
 class Sampler(nn.Module):
     """The loop over a fixed number of steps as one graph: COND and S_T -> SALIENCY [B, h, w] in [0, 1] (Algorithm 2).
 
-    Steps and alpha-bars are constants, the same for all samples: what depends on them alone folds away."""
+    Steps and alpha-bars are constants, the same for all samples. What depends on them alone is computed once, when the
+    loop is made, of the weights as they are then."""
 
     def __init__(self, denoiser: Denoiser, steps: int) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.pairs = step_pairs(steps)
+        device = next(denoiser.parameters()).device
+        with torch.no_grad():
+            each = [denoiser.modulations(torch.full((1, 1), now, device=device)) for now, _ in self.pairs]
+        self.stages = len(each[0])
+        for name, x in ((self._name(i, j), x) for i, step in enumerate(each) for j, x in enumerate(step)):
+            self.register_buffer(name, x, persistent=False)
+
+    @staticmethod
+    def _name(step: int, stage: int) -> str:
+        return f"modulation_{step}_{stage}"
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor]:
         *cond, s_t = inputs
@@ -199,8 +238,10 @@ class Sampler(nn.Module):
         def constant(value: float) -> Tensor:
             return torch.full((1, 1), value, device=s_t.device)
 
-        for left, (now, following) in zip(reversed(range(len(self.pairs))), self.pairs, strict=True):
-            s_0 = self.denoiser.predict(cond, s_t, constant(now))
-            if left:
+        conditions = self.denoiser.conditions(cond)
+        for i, (now, following) in enumerate(self.pairs):
+            modulations = [self.get_buffer(self._name(i, j)) for j in range(self.stages)]
+            s_0 = self.denoiser.predict(conditions, s_t, modulations)
+            if i < len(self.pairs) - 1:
                 s_t = Denoiser.update(s_0, s_t, constant(alpha_bar(now)), constant(alpha_bar(following)))
         return (s_0[:, 0],)

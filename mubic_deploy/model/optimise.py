@@ -12,39 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mubic_deploy.config import OPTIMISATIONS
+from mubic_deploy.config import REWRITES, SPLIT_DEPTHWISE, TOKENS
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.audio import TemporalRefinement
-from mubic_deploy.model.denoiser import NoiseAttention
+from mubic_deploy.model.denoiser import NoiseAttention, NoiseStage
 from mubic_deploy.model.fusion import CrossAttention
 from mubic_deploy.model.layers import product
 from mubic_deploy.model.mubic import MUBiC
+from mubic_deploy.model.tokens import padded, tokens
 from mubic_deploy.model.visual import FoldedAttention
-
-REWRITES = (*OPTIMISATIONS, "channels_last")
-HEAD_MULTIPLE = 8  # FP16 values in the 16 bytes that a fused attention kernel loads at once
 
 
 def optimised(model: MUBiC, names: Collection[str]) -> MUBiC:
     """A copy of `model` in eval mode with the named rewrites, whatever their order: same signatures, same result to
-    rounding. `precision.half` takes it as it takes the model. UserError for an unknown name."""
+    rounding. `precision.half` takes it as it takes the model. UserError for an unknown name, or two that exclude each
+    other."""
     unknown = [name for name in names if name not in REWRITES]
     if unknown:
         raise UserError(f"unknown optimisation {unknown[0]!r}: choose from {', '.join(REWRITES)}")
+    if {SPLIT_DEPTHWISE, TOKENS} <= set(names):
+        raise UserError(f"{TOKENS} has depth-wise convolutions of its own: leave out {SPLIT_DEPTHWISE}")
     out = copy.deepcopy(model)
-    for name, rewrite in zip(REWRITES, (pad_heads, split_depthwise, channels_last), strict=True):
+    for name, rewrite in zip(REWRITES, (pad_heads, split_depthwise, as_tokens, channels_last), strict=True):
         if name in names:
             rewrite(out)
     return out.eval()
 
 
 # ---- pad_heads
-
-
-def padded(size: int) -> int:
-    """The next multiple of HEAD_MULTIPLE."""
-    return size + -size % HEAD_MULTIPLE
 
 
 def pad_heads(model: MUBiC) -> None:
@@ -183,6 +180,26 @@ def split_depthwise(model: MUBiC) -> None:
         for name, child in module.named_children():
             if is_depthwise(child):
                 setattr(module, name, SplitDepthwise(child, model.config.time))
+
+
+# ---- tokens
+
+
+def as_tokens(model: MUBiC) -> None:
+    """Products over tokens and pointwise arithmetic, for a compiler that fuses: `mubic_deploy.model.tokens`. In
+    place."""
+    fold_batch_norm(model)
+    tokens(model)
+
+
+def fold_batch_norm(model: MUBiC) -> None:
+    """Puts each BatchNorm's scale and shift into the convolution before it. In place, for eval mode only."""
+    for stage in model.modules():
+        # a rewrite may have folded it before
+        if isinstance(stage, NoiseStage) and hasattr(stage, "norm1") and not isinstance(stage.norm1, nn.Identity):
+            for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
+                setattr(stage, conv, fuse_conv_bn_eval(getattr(stage, conv), getattr(stage, norm)))
+                setattr(stage, norm, nn.Identity())
 
 
 # ---- channels_last

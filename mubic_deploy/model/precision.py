@@ -17,14 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
-from mubic_deploy.model.denoiser import NoiseStage
 from mubic_deploy.model.mubic import MUBiC
-from mubic_deploy.model.optimise import optimised
+from mubic_deploy.model.optimise import fold_batch_norm, optimised
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 NORMS = (nn.LayerNorm,)
@@ -65,15 +63,6 @@ def half(model: MUBiC) -> MUBiC:
             module.register_forward_pre_hook(lambda _, args: tuple(x.half() for x in args))
     out.denoiser.decoder.head.register_forward_hook(lambda _, args, y: y.float())
     return out
-
-
-def fold_batch_norm(model: MUBiC) -> None:
-    """Puts each BatchNorm's scale and shift into the convolution before it. In place, for eval mode only."""
-    for stage in model.modules():
-        if isinstance(stage, NoiseStage):
-            for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
-                setattr(stage, conv, fuse_conv_bn_eval(getattr(stage, conv), getattr(stage, norm)))
-                setattr(stage, norm, nn.Identity())
 
 
 def require_small(activations: Mapping[str, float]) -> None:

@@ -13,20 +13,27 @@ from mubic_deploy.model.layers import product
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of the Kinetics-400 weights
 STRIDE_KV = (8, 4, 2, 1)  # keys and values are pooled to the coarsest grid at every scale
 STOCHASTIC_DEPTH = 0.2
-CONSTANTS = ("table_t", "table_h", "table_w", "indicators")  # buffers of attention whose positions are fixed
 
 
-def relative_table(weight: Tensor, q_size: int, k_size: int) -> Tensor:
-    """R of eq. 3.10 along one axis. weight [L, d], a vector a distance -> [q, k, d].
-
-    The table is interpolated to the grid's 2 max(q, k) - 1 distances; q and k of different size are compared at the
-    scale of the larger."""
+def relative_vectors(weight: Tensor, q_size: int, k_size: int) -> Tensor:
+    """weight [L, d], a vector a distance, interpolated to the grid's distances: [2 max(q, k) - 1, d]."""
     distances = 2 * max(q_size, k_size) - 1
     if weight.shape[0] != distances:
         weight = F.interpolate(weight.T[None], size=distances, mode="linear")[0].T
-    q = torch.arange(q_size, device=weight.device)[:, None] * max(k_size / q_size, 1.0)
-    k = torch.arange(k_size, device=weight.device)[None, :] * max(q_size / k_size, 1.0)
-    return weight[(q - k + (k_size - 1) * max(q_size / k_size, 1.0)).long()]
+    return weight
+
+
+def relative_index(q_size: int, k_size: int, device: torch.device) -> Tensor:
+    """Which of `relative_vectors` belongs to each pair [q, k], int64: q and k of different size are compared at the
+    scale of the larger."""
+    q = torch.arange(q_size, device=device)[:, None] * max(k_size / q_size, 1.0)
+    k = torch.arange(k_size, device=device)[None, :] * max(q_size / k_size, 1.0)
+    return (q - k + (k_size - 1) * max(q_size / k_size, 1.0)).long()
+
+
+def relative_table(weight: Tensor, q_size: int, k_size: int) -> Tensor:
+    """R of eq. 3.10 along one axis: [q, k, d]."""
+    return relative_vectors(weight, q_size, k_size)[relative_index(q_size, k_size, weight.device)]
 
 
 def one_hot_positions(thw: tuple[int, int, int], like: Tensor) -> Tensor:
@@ -49,6 +56,8 @@ class FoldedAttention(MultiscaleAttention):
     one-hot indicators of the key's position. So [q scale, q.Rt, q.Rh, q.Rw] times [k, onehot_t, onehot_h, onehot_w]
     gives scaled product and bias at once, and plain scaled dot-product attention does the rest."""
 
+    constants: tuple[str, ...] = ("table_t", "table_h", "table_w", "indicators")  # buffers, once positions are fixed
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
@@ -59,14 +68,14 @@ class FoldedAttention(MultiscaleAttention):
         will be traced or compiled, whose compiler would compute them again at every call."""
         with torch.no_grad():
             tables, indicators = self._positions(q_thw, k_thw)
-        for name, x in zip(CONSTANTS, (*tables, indicators), strict=True):
+        for name, x in zip(self.constants, (*tables, indicators), strict=True):
             self.register_buffer(name, x, persistent=False)
         self._kept, self._fixed = None, (q_thw, k_thw)
 
     def positions(self, q_thw: tuple[int, int, int], k_thw: tuple[int, int, int]) -> tuple[list[Tensor], Tensor]:
         """Tables [q, k, d] of the three axes and the key indicators; without gradients computed once a weight."""
         if self._fixed == (q_thw, k_thw):
-            *fixed, ones = (self.get_buffer(name) for name in CONSTANTS)
+            *fixed, ones = (self.get_buffer(name) for name in self.constants)
             return fixed, ones
         weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -76,13 +76,14 @@ class Objective(nn.Module):
         *cond, _, _ = model.fusion(*features)
         copies = len(drawn.step) // len(batch["TARGET"])
         cond = [c.repeat_interleave(copies, 0) for c in cond]
+        conditions = model.denoiser.conditions(cond)
         clean = batch["TARGET"].repeat_interleave(copies, 0)
         if drawn.guessed.any():
             with torch.no_grad():
                 last = torch.full_like(drawn.step, DIFFUSION_STEPS - 1)
-                guess = model.denoiser.predict(cond, drawn.noise, last).float()
+                guess = model.denoiser.predict(conditions, drawn.noise, model.denoiser.modulations(last)).float()
             clean = torch.where(drawn.guessed[..., None, None], guess, clean)
         clean = 2 * clean - 1
         alpha = self.alpha[drawn.step.long()][..., None, None]
         s_t = alpha.sqrt() * clean + (1 - alpha).sqrt() * drawn.noise
-        return model.denoiser.predict(cond, s_t, drawn.step)
+        return model.denoiser.predict(conditions, s_t, model.denoiser.modulations(drawn.step))

@@ -1,0 +1,446 @@
+"""The model as matrix products over tokens, channels last, with nothing but pointwise arithmetic between them.
+
+A compiler that fuses such arithmetic (Inductor) then needs a kernel a product and few others: no transposes, no copies
+between layouts, no kernels of cuDNN's that are slow at small or depth-wise convolutions.
+
+| what                                                 | becomes                                                     |
+| ---------------------------------------------------- | ----------------------------------------------------------- |
+| a dense convolution                                  | windows, gathered, times a matrix                           |
+| a depth-wise convolution                             | 27 shifted products, summed; STC's: products over windows   |
+| a transposed convolution (kernel = stride)           | a matrix whose columns are the places of a window           |
+| linear maps that follow each other                   | one (FFN after FFN; upsampling, projection and mixing)      |
+| keys and values; a stage's convolution and shortcut  | one product                                                 |
+| a query's products with each axis's position vectors | one with all of them, from which each pair takes its column |
+
+The result is the same to rounding. Before a compiler it is slower: windows are copies then."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.video.mvit import Pool
+
+from mubic_deploy.model.audio import AudioEncoder
+from mubic_deploy.model.denoiser import Context, Decoder, NoiseEncoder, NoiseStage, TemporalConv
+from mubic_deploy.model.fusion import MMI, AudioUpsample, CrossAttention, LocalContext
+from mubic_deploy.model.layers import FFN, STC, Keys, product
+from mubic_deploy.model.visual import (
+    FoldedAttention,
+    VisualEncoder,
+    one_hot_positions,
+    relative_index,
+    relative_vectors,
+)
+
+# Inductor's settings: the sum over a 3 x 3 x 3 kernel becomes pointwise arithmetic, which is fused with what follows
+INDUCTOR = {"unroll_reductions_threshold": 28}
+MULTIPLE = 8  # FP16 values in 16 bytes, which the fast kernels of products and attention want a row to be made of
+Grid = tuple[int, int, int]
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+def padded(size: int) -> int:
+    """The next multiple of MULTIPLE."""
+    return size + -size % MULTIPLE
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """With these weights [out, in]."""
+    out = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device)
+    out.weight.data = weight.detach().contiguous()
+    if bias is not None:
+        out.bias.data = bias.detach().clone()
+    return out
+
+
+def typed(modules: nn.Module, kind: type[Kind]) -> list[Kind]:
+    """Those of a ModuleList or Sequential that are of a kind: a list of modules says no more than that they are."""
+    return [module for module in modules.children() if isinstance(module, kind)]
+
+
+def composed(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """`second` of `first` as one map. Multiplied in FP64."""
+    w1, b1, w2, b2 = (x.detach().double() for x in (first.weight, first.bias, second.weight, second.bias))
+    return linear((w2 @ w1).float(), (w2 @ b1 + b2).float())
+
+
+# ---- convolutions
+
+
+class WindowProduct(nn.Module):
+    """A dense convolution as a product: [B, C, *grid] -> [B, D, *grid'], both views of channels last."""
+
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.kernel, self.stride = conv.kernel_size, conv.stride
+        assert not isinstance(conv.padding, str)
+        self.padding = [p for n in reversed(conv.padding) for p in (n, n)]
+        weight = conv.weight.detach().movedim(1, -1).flatten(1)
+        self.more = padded(weight.shape[1]) - weight.shape[1]
+        self.linear = linear(F.pad(weight, (0, self.more)), conv.bias)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """[B, C, *grid] -> [B, *grid', prod(kernel) C], zeros behind it to a multiple of 8."""
+        axes = len(self.kernel)
+        x = x.movedim(1, -1).to(self.linear.weight.dtype)
+        x = F.pad(x, [0, 0, *self.padding])
+        for axis, (size, step) in enumerate(zip(self.kernel, self.stride, strict=True), 1):
+            x = x.unfold(axis, size, step)
+        return F.pad(x.movedim(axes + 1, -1).flatten(axes + 1), (0, self.more))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.windows(x)).movedim(-1, 1)
+
+
+class WindowSum(WindowProduct):
+    """As `WindowProduct`, to one channel: a sum, which needs no product's kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = (self.windows(x).float() * self.linear.weight[0].float()).sum(-1) + self.linear.bias.float()
+        return out.to(self.linear.weight.dtype)[:, None]
+
+
+def kept(x: Tensor) -> Tensor:
+    """x [B, ...], contiguous, as it is. Inductor makes a tensor of what `as_strided` is asked of; else it would compute
+    x again wherever it is read, such as the 27 masks of a padded window."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def shifted(x: Tensor, offsets: tuple[int, ...], strides: tuple[int, ...], value: float = 0.0) -> Tensor:
+    """x [B, *grid, C] at every stride-th place, moved by the offsets (-1, 0 or 1): [B, *grid', C]. value: outside."""
+    padding, cuts = [0, 0], []
+    for size, offset, stride in zip(x.shape[1:-1], offsets, strides, strict=True):
+        last = (size - 1) // stride * stride + offset
+        before, after = max(0, -offset), max(0, last - size + 1)
+        padding[2:2] = [before, after]
+        cuts.append((before + offset, before + last + 1, stride))
+    x = F.pad(x, padding, value=value)
+    for axis, (start, stop, step) in enumerate(cuts, 1):
+        index = (slice(None),) * axis + (slice(start, stop, step),)
+        x = x[index]
+    return x
+
+
+def offsets(kernel: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of a kernel of ones and threes, in the order of its weights."""
+    return list(itertools.product(*(range(-(size // 2), size // 2 + 1) for size in kernel)))
+
+
+def rimmed(x: Tensor) -> Tensor:
+    """[B, T, H, W, C] with zeros around each grid."""
+    return kept(F.pad(x, (0, 0, 1, 1, 1, 1, 1, 1)))
+
+
+class ShiftedSum(nn.Module):
+    """A depth-wise 3 x 3 x 3 convolution: [B, T, H, W, C] -> [B, T', H', W', C], summed in FP32. repeats: of the
+    kernels along C."""
+
+    def __init__(self, conv: nn.Conv3d, repeats: int = 1) -> None:
+        super().__init__()
+        self.stride = conv.stride
+        self.offsets = offsets(conv.kernel_size)
+        weight = conv.weight.detach().flatten(1)  # [C, 27]
+        self.weight = nn.Parameter(weight.repeat(repeats, 1).contiguous())
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().repeat(repeats))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_padded(rimmed(x))
+
+    def of_padded(self, windows: Tensor) -> Tensor:
+        """What `rimmed` gave, or some of its channels."""
+        for axis, step in enumerate(self.stride, 1):
+            windows = windows.unfold(axis, 3, step)
+        out = (windows.flatten(5).float() * self.weight.float()).sum(-1)
+        if self.bias is not None:
+            out = out + self.bias.float()
+        return out.to(windows.dtype)
+
+
+class ChannelsFirst(nn.Module):
+    """A module of channels last between views: [B, C, ...] -> [B, D, ...]."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class PlacesProduct(nn.Module):
+    """A transposed convolution with kernel = stride: [B, T, H, W, C] -> [B, kt T, kh H, kw W, D]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """weight [C, D, kt, kh, kw], bias [D]."""
+        super().__init__()
+        self.kernel = tuple(weight.shape[2:])
+        columns = weight.detach().permute(2, 3, 4, 1, 0).flatten(0, 3)
+        self.linear = linear(columns, bias.detach().repeat(math.prod(self.kernel)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kt, kh, kw = self.kernel
+        x = self.linear(x).unflatten(-1, (kt, kh, kw, -1))  # [B, T, H, W, kt, kh, kw, D]
+        return x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(1, 2).flatten(2, 3).flatten(3, 4)
+
+
+class TokenSTC(STC):
+    """Spatio-temporal compression as products summed over windows, in FP32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (h, w), f = x.shape[2:4], self.factor
+        x = F.pad(x, (0, 0, 0, -w % f, 0, -h % f)).unflatten(3, (-1, f)).unflatten(2, (-1, f))
+        weight = self.conv.weight[:, 0].permute(1, 2, 0)[:, None]  # [f, 1, f, C]
+        assert self.conv.bias is not None
+        out = (x.float() * weight.float()).sum((3, 5)) + self.conv.bias.float()
+        return self.norm(out.to(x.dtype).flatten(1, 3))
+
+
+class TokenKeys(Keys):
+    """Keys and values from one product."""
+
+    def __init__(self, keys: Keys) -> None:
+        nn.Module.__init__(self)
+        self.stc = keys.stc
+        weight, bias = (torch.cat([getattr(x, name).detach() for x in (keys.k, keys.v)]) for name in ("weight", "bias"))
+        self.kv = linear(weight, bias)
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.kv(self.stc(context)).chunk(2, -1)
+        return k, v
+
+
+# ---- visual encoder
+
+
+class TokenAttention(FoldedAttention):
+    """Folded attention on tokens as they come: pooling shifts them, and position vectors meet queries in one product.
+
+    Queries, keys and values have one head size, a multiple of 8."""
+
+    constants = ("relative", "index_t", "index_h", "index_w", "indicators")
+    pools: nn.ModuleList
+
+    def _positions(self, q_thw: Grid, k_thw: Grid) -> tuple[list[Tensor], Tensor]:
+        """The vectors of all axes' distances [d, L], the columns of each axis's pairs [q, k], and the indicators
+        [1 + k, 1, wide] behind d columns of zeros."""
+        weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        vectors = [relative_vectors(r, q, k) for r, q, k in zip(weights, q_thw, k_thw, strict=True)]
+        starts = itertools.accumulate([0, *map(len, vectors[:-1])])
+        device = weights[0].device
+        columns = [relative_index(q, k, device) + n for q, k, n in zip(q_thw, k_thw, starts, strict=True)]
+        relative = torch.cat(vectors)
+        relative = F.pad(relative, (0, 0, 0, -len(relative) % MULTIPLE)).T.contiguous()
+        indicators = F.pad(one_hot_positions(k_thw, relative), (self.head_dim, self._wide(k_thw) - sum(k_thw)))
+        return [relative, *columns], indicators[:, None]
+
+    def _wide(self, k_thw: Grid) -> int:
+        """Columns of a query behind its own."""
+        return padded(self.head_dim + sum(k_thw)) - self.head_dim
+
+    def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
+        heads, d = self.num_heads, self.head_dim
+        qkv = self.qkv(x)
+        norms = [pool.norm_act for pool in (self.pool_q, self.pool_k, self.pool_v)]
+        grids = rimmed(qkv[:, 1:].unflatten(1, thw)).chunk(3, -1)
+        pooled = [
+            pool.of_padded(grid).unflatten(-1, (heads, d))
+            for pool, grid in zip(typed(self.pools, ShiftedSum), grids, strict=True)
+        ]
+        q, k, v = (norm(y) for norm, y in zip(norms, pooled, strict=True))
+        q0, k0, v0 = self._first(qkv[:, :1].unflatten(-1, (3, heads, d)), [norm[0] for norm in norms])
+        q_thw, k_thw = ((x.shape[1], x.shape[2], x.shape[3]) for x in (q, k))
+
+        (relative, *columns), indicators = self.positions(q_thw, k_thw)
+        wide = self._wide(k_thw)
+        q_wide = behind(q0 * self.scaler, q.flatten(1, 3) * self.scaler, wide)
+        start = d
+        products = q @ relative
+        for axis, index in enumerate(columns, 1):
+            size = index.shape[1]
+            by_axis = self._taken(products, index, axis).flatten(1, 3)
+            q_wide = q_wide + F.pad(by_axis, (start, d + wide - start - size, 0, 0, 1, 0))
+            start += size
+        k_wide = behind(k0, k.flatten(1, 3), wide) + indicators
+        v_wide = behind(v0, v.flatten(1, 3), wide)
+        q_wide, k_wide, v_wide = (y.transpose(1, 2) for y in (q_wide, k_wide, v_wide))
+        out = product(q_wide, k_wide, v_wide, scale=1.0)[..., :d].transpose(1, 2)
+
+        # residual pooling (eq. 3.11), not for the class token
+        return self.project((out + F.pad(q.flatten(1, 3), (0, 0, 0, 0, 1, 0))).flatten(2)), q_thw
+
+    @staticmethod
+    def _first(x: Tensor, norms: list[nn.LayerNorm]) -> tuple[Tensor, ...]:
+        """The class token [B, 1, 3, heads, d], which is not pooled, under three norms as one, in FP32."""
+        y = F.layer_norm(x.float(), x.shape[-1:], eps=norms[0].eps).unbind(2)
+        return tuple((z * norm.weight + norm.bias).to(x.dtype) for z, norm in zip(y, norms, strict=True))
+
+    @staticmethod
+    def _taken(products: Tensor, index: Tensor, axis: int) -> Tensor:
+        """products [B, t, h, w, heads, L], index [n, k] of axis 1, 2 or 3 -> [B, t, h, w, heads, k]."""
+        shape = [1] * 6
+        shape[axis], shape[5] = index.shape
+        return products.gather(-1, index.view(shape).expand(*products.shape[:-1], -1))
+
+
+def behind(first: Tensor, rest: Tensor, more: int) -> Tensor:
+    """Tokens behind the class token, zeros behind each: [B, 1, heads, d] and [B, n, heads, d] ->
+    [B, 1 + n, heads, d + more]. As a sum, which is one kernel where a concatenation is two."""
+    return F.pad(first, (0, more, 0, 0, 0, rest.shape[1])) + F.pad(rest, (0, more, 0, 0, 1, 0))
+
+
+class TokenMaxPool(nn.Module):
+    """torchvision's `Pool` around a maximum over 3 x 3 places: [B, 1 + t h w, C] and (t, h, w)."""
+
+    def __init__(self, pool: nn.MaxPool3d) -> None:
+        super().__init__()
+        self.offsets, self.stride = offsets(tuple(pool.kernel_size)), tuple(pool.stride)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
+        grid = x[:, 1:].unflatten(1, thw)
+        out = shifted(grid, self.offsets[0], self.stride, -math.inf)
+        for offset in self.offsets[1:]:
+            out = torch.maximum(out, shifted(grid, offset, self.stride, -math.inf))
+        t, h, w = out.shape[1:4]
+        return torch.cat([x[:, :1], out.flatten(1, 3)], 1), (t, h, w)
+
+
+def visual_tokens(encoder: VisualEncoder) -> None:
+    """In place."""
+    encoder.conv_proj = WindowProduct(encoder.conv_proj)  # type: ignore[assignment]
+    for block in encoder.blocks:
+        attention = block.attn
+        if isinstance(attention, FoldedAttention):
+            attention.__class__ = TokenAttention
+            attention._kept = attention._fixed = None
+            pools: list[Pool] = [attention.pool_q, attention.pool_k, attention.pool_v]
+            attention.pools = nn.ModuleList(ShiftedSum(pool.pool, attention.num_heads) for pool in pools)
+            for pool in pools:
+                pool.pool = nn.Identity()
+        if isinstance(block.pool_skip, Pool) and isinstance(block.pool_skip.pool, nn.MaxPool3d):
+            block.pool_skip = TokenMaxPool(block.pool_skip.pool)
+
+
+# ---- audio encoder
+
+
+def audio_tokens(encoder: AudioEncoder) -> None:
+    """In place."""
+    for name, layer in encoder.vggish.named_children():
+        if isinstance(layer, nn.Conv2d):
+            setattr(encoder.vggish, name, WindowProduct(layer))
+
+
+# ---- fusion
+
+
+def fusion_tokens(block: MMI) -> None:
+    """In place."""
+    first, second, third, last = (y for ffn in typed(block.ffn_v, FFN) for y in typed(ffn, nn.Linear))
+    block.ffn_v = nn.Sequential(first, nn.ReLU(), composed(second, third), nn.ReLU(), last)
+
+
+# ---- denoiser
+
+
+class TokenNoiseStage(NoiseStage):
+    """The first convolution and the shortcut as one product: the shortcut takes the middle of the same windows."""
+
+    def __init__(self, stage: NoiseStage) -> None:
+        nn.Module.__init__(self)
+        self.modulation = stage.modulation
+        first, shortcut = stage.conv1, stage.shortcut
+        widths, device = (first.in_channels, 2 * first.out_channels), first.weight.device
+        both = nn.utils.skip_init(nn.Conv2d, *widths, 3, stride=2, padding=1, device=device)
+        assert first.bias is not None  # of BatchNorm's, folded
+        assert shortcut.bias is not None
+        both.weight.data = torch.cat([first.weight.detach(), F.pad(shortcut.weight.detach(), (1, 1, 1, 1))])
+        both.bias.data = torch.cat([first.bias.detach(), shortcut.bias.detach()])
+        self.both = WindowProduct(both)
+        self.conv2 = WindowProduct(stage.conv2)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        y, x = self.both(x).chunk(2, 1)
+        return F.relu(x + self.conv2(self.modulated(y, modulation)))
+
+
+class TokenContext(Context):
+    """Upsampling, projection and their share of the mixture as one product: no bend lies between them."""
+
+    def __init__(self, context: Context) -> None:
+        nn.Module.__init__(self)
+        self.gated = context.gated
+        up, project, mix = context.upsample, context.project, context.mix
+        channels = project.out_features
+        assert up.bias is not None
+        w_up, b_up, w_project, b_project, w_mix = (
+            x.detach().double() for x in (up.weight, up.bias, project.weight, project.bias, mix.weight)
+        )
+        of_a, of_b = w_mix.chunk(2, 1)
+        both = torch.cat([torch.eye(channels, dtype=w_mix.dtype, device=w_mix.device), of_b]) @ w_project
+        bias = both @ b_up + torch.cat([b_project, of_b @ b_project])
+        self.places = PlacesProduct(torch.einsum("cdthw,ed->cethw", w_up, both).float(), bias.float())
+        self.mix = linear(of_a.float(), mix.bias)
+
+    def condition(self, a: Tensor) -> tuple[Tensor, ...]:
+        a = a.contiguous()
+        return a, self.mix(a)
+
+    def forward(self, coarse: Tensor, a: Tensor, of_a: Tensor) -> Tensor:  # type: ignore[override]
+        h, w = a.shape[2:4]
+        b, of_b = self.places(coarse)[:, :, :h, :w].chunk(2, -1)
+        mixed = of_a + of_b
+        return b + mixed.sigmoid() * (a - b) if self.gated else mixed
+
+
+class TokenDecoder(Decoder):
+    """With contexts that are laid out as they are read."""
+
+    def conditions(self, contexts: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        *finer, (coarsest,) = super().conditions(contexts)
+        return [*finer, (coarsest.contiguous(),)]
+
+
+def decoder_tokens(decoder: Decoder) -> None:
+    """In place."""
+    decoder.__class__ = TokenDecoder
+    decoder.contexts = nn.ModuleList(TokenContext(context) for context in typed(decoder.contexts, Context))
+    if decoder.diffusion:
+        decoder.keys = nn.ModuleList(TokenKeys(keys) for keys in typed(decoder.keys, Keys))
+    decoder.collapse = WindowProduct(decoder.collapse)  # type: ignore[assignment]
+    decoder.head = WindowSum(decoder.head)  # type: ignore[assignment]
+
+
+# ---- the whole
+
+
+def tokens(model: nn.Module) -> None:
+    """Rewrites `model`, whose BatchNorm is folded already. In place."""
+    for module in list(model.modules()):
+        match module:
+            case VisualEncoder():
+                visual_tokens(module)
+            case AudioEncoder():
+                audio_tokens(module)
+            case AudioUpsample():
+                conv = module.conv
+                assert conv.bias is not None
+                module.conv = ChannelsFirst(PlacesProduct(conv.weight, conv.bias))  # type: ignore[assignment]
+            case CrossAttention():
+                module.keys = TokenKeys(module.keys)
+            case LocalContext():
+                module.conv = ChannelsFirst(ShiftedSum(module.conv))  # type: ignore[assignment]
+            case MMI():
+                fusion_tokens(module)
+            case STC():
+                module.__class__ = TokenSTC
+            case TemporalConv():
+                module.conv = WindowProduct(module.conv)  # type: ignore[assignment]
+            case NoiseEncoder():
+                module.stages = nn.ModuleList(TokenNoiseStage(stage) for stage in typed(module.stages, NoiseStage))
+            case Decoder():
+                decoder_tokens(module)
