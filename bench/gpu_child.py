@@ -7,6 +7,7 @@ are some. SECONDS: how long it may take."""
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import json
 import math
@@ -155,8 +156,19 @@ def compiled_packages(run: Run, folder: Path, limit_s: float) -> dict[str, list[
     return failed | {graph: lines for graph, lines in said.items() if lines}
 
 
+def compiler() -> str:
+    """The C++ compiler of the packages, and its version."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    command = get_cpp_compiler()
+    said = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
+    return f"{command}: {' '.join(said.splitlines()[:1])}"
+
+
 def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     """The packages that `mubic-deploy compile --device cuda --precision float16` makes, but compiled side by side."""
+    run.results.notes[f"compiler, {AOTINDUCTOR}"] = compiler()
+    run.write()
     failed = compiled_packages(run, folder, PATIENCE * limit_s)
     run.results.notes |= {f"log, {AOTINDUCTOR}, {graph}": lines for graph, lines in failed.items()}
     if set(failed) - {SAMPLER}:
@@ -232,6 +244,7 @@ SECTIONS: dict[str, Callable[[Run, Path, float], None]] = {
 
 
 def main(arguments: Sequence[str]) -> None:
+    faulthandler.enable()  # says where a crash was, in what is kept of a section that failed
     section, folder = arguments[0], Path(arguments[1])
     run = read_settings(folder, section)
     with switches(REFERENCE):

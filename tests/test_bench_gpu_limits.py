@@ -175,6 +175,8 @@ def test_a_package_that_cannot_be_compiled_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(gpu_child, "compiled_packages", lambda *_: {"fusion": ["Error: no g++"]})
     with pytest.raises(UserError, match="fusion could not be compiled"):
         gpu_child.aotinductor(run, tmp_path, 60)
+    compiled_by = run.results.notes.pop("compiler, AOTInductor")
+    assert "g++" in compiled_by
     assert run.results.notes == {"log, AOTInductor, fusion": ["Error: no g++"]}
 
 

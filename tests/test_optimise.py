@@ -239,9 +239,9 @@ def test_activations_are_channels_last(model: MUBiC) -> None:
 # ---- the compilers
 
 
-@pytest.fixture(scope="module")
-def everything(model: MUBiC) -> MUBiC:
-    return optimised(model, WITHOUT_TOKENS)
+@pytest.fixture(scope="module", params=[WITHOUT_TOKENS, WITH_TOKENS], ids="+".join)
+def everything(model: MUBiC, request: pytest.FixtureRequest) -> MUBiC:
+    return optimised(model, request.param)
 
 
 def test_an_export_carries_them(run, model: MUBiC, tmp_path: Path) -> None:
