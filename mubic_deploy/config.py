@@ -15,7 +15,7 @@ PAD_HEADS, SPLIT_DEPTHWISE = "pad_heads", "split_depthwise"
 OPTIMISATIONS = (PAD_HEADS, SPLIT_DEPTHWISE)  # of a graph, see `mubic_deploy.model.optimise`
 TOKENS, CHANNELS_LAST = "tokens", "channels_last"  # of what PyTorch compiles or runs
 REWRITES = (*OPTIMISATIONS, TOKENS, CHANNELS_LAST)  # all that `mubic_deploy.model.optimise` knows, in its order
-ON_GPU = (PAD_HEADS, TOKENS, CHANNELS_LAST)  # those that a compiler for a GPU gets
+ON_GPU = (PAD_HEADS, TOKENS)  # those that a compiler for a GPU gets
 
 # Constants of the method, the same for every size.
 DIFFUSION_STEPS = 1000  # T, Table 4.1
