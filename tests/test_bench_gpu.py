@@ -231,6 +231,16 @@ def test_a_look_at_a_cpu_reaches_no_goal(measured: results.Results) -> None:
     assert goals.outcomes({"gpu_full_cpu.json": measured}) == []
 
 
+def test_what_was_compiled_ends_the_waterfall(tmp_path: Path) -> None:
+    run = script(tmp_path).run
+    for what, side, seconds in (("waterfall", "last", 0.016), ("whole", "compiled", 0.008), ("whole", "ours", 0.002)):
+        run.results.add(what, {side: timing.Timing((seconds,) * 5)}, batch=1)
+    run.compiled_waterfall({"a compiler": "compiled", "another": "was left out", "tokens": "ours"})
+    found = [(row.side, row.values.get("gain")) for row in run.results.rows if row.what == "waterfall"]
+    assert found == [("last", None), ("a compiler", 2.0), ("tokens", 4.0)]
+    assert set(gpu.COMPILED_WATERFALL.values()) <= {*stages.COMPILED, gpu_child.AOTINDUCTOR}
+
+
 def test_goals_name_sides_that_are_measured() -> None:
     assert {*goals.EAGER, *goals.EAGER_FP16} < stages.COMPETITORS.keys()
     assert set(goals.MAX_AUTOTUNE) < stages.COMPILED.keys()

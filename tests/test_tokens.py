@@ -190,3 +190,17 @@ def test_what_inductor_compiles_is_the_same(tiny_model: MUBiC, name: str, tmp_pa
             expected, got = tiny_model.graph(name)(*inputs), package(*inputs)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_what_no_step_changes_is_computed_once(tiny_model: MUBiC) -> None:
+    inputs = empty_inputs(signatures(TINY, sampler=True)["sampler"], 2)
+    sampler = prepared(tiny_model, "float32", ON_GPU).graph("sampler", 3)
+    with torch.no_grad():
+        program = torch.export.export(sampler, inputs, strict=False)
+    users = {spec.target: 0 for spec in program.graph_signature.input_specs if spec.target is not None}
+    for spec, node in zip(program.graph_signature.input_specs, program.graph.nodes, strict=False):
+        if spec.target is not None:
+            users[spec.target] = len(node.users)
+    assert {users[f"denoiser.decoder.contexts.{i}.mix.weight"] for i in range(3)} == {1}
+    assert {users[f"denoiser.decoder.contexts.{i}.places.linear.weight"] for i in range(3)} == {3}
+    assert not [name for name in users if "step_embedding" in name and users[name]]

@@ -52,7 +52,8 @@ class NoiseStage(nn.Module):
     @staticmethod
     def modulated(y: Tensor, modulation: Tensor) -> Tensor:
         """y [B, C, h, w] with scale and shift of `modulation` [B, 2 C]."""
-        scale, shift = modulation[..., None, None].chunk(2, 1)
+        half = modulation.shape[1] // 2  # sliced, not split: of a constant, a slice folds away
+        scale, shift = modulation[:, :half, None, None], modulation[:, half:, None, None]
         return F.relu(y * (1 + scale) + shift)
 
 
