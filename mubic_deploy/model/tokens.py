@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -72,6 +73,13 @@ def composed(first: nn.Linear, second: nn.Linear) -> nn.Linear:
 # ---- convolutions
 
 
+def windowed(x: Tensor, kernel: Iterable[int], stride: Iterable[int]) -> Tensor:
+    """[B, *grid, C] -> [B, *grid', C, *kernel], a view."""
+    for axis, (size, step) in enumerate(zip(kernel, stride, strict=True), 1):
+        x = x.unfold(axis, size, step)
+    return x
+
+
 class WindowProduct(nn.Module):
     """A dense convolution as a product: [B, C, *grid] -> [B, D, *grid'], both views of channels last."""
 
@@ -88,9 +96,7 @@ class WindowProduct(nn.Module):
         """[B, C, *grid] -> [B, *grid', prod(kernel) C], zeros behind it to a multiple of 8."""
         axes = len(self.kernel)
         x = x.movedim(1, -1).to(self.linear.weight.dtype)
-        x = F.pad(x, [0, 0, *self.padding])
-        for axis, (size, step) in enumerate(zip(self.kernel, self.stride, strict=True), 1):
-            x = x.unfold(axis, size, step)
+        x = windowed(F.pad(x, [0, 0, *self.padding]), self.kernel, self.stride)
         return F.pad(x.movedim(axes + 1, -1).flatten(axes + 1), (0, self.more))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,26 +117,6 @@ def kept(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def shifted(x: Tensor, offsets: tuple[int, ...], strides: tuple[int, ...], value: float = 0.0) -> Tensor:
-    """x [B, *grid, C] at every stride-th place, moved by the offsets (-1, 0 or 1): [B, *grid', C]. value: outside."""
-    padding, cuts = [0, 0], []
-    for size, offset, stride in zip(x.shape[1:-1], offsets, strides, strict=True):
-        last = (size - 1) // stride * stride + offset
-        before, after = max(0, -offset), max(0, last - size + 1)
-        padding[2:2] = [before, after]
-        cuts.append((before + offset, before + last + 1, stride))
-    x = F.pad(x, padding, value=value)
-    for axis, (start, stop, step) in enumerate(cuts, 1):
-        index = (slice(None),) * axis + (slice(start, stop, step),)
-        x = x[index]
-    return x
-
-
-def offsets(kernel: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Of a kernel of ones and threes, in the order of its weights."""
-    return list(itertools.product(*(range(-(size // 2), size // 2 + 1) for size in kernel)))
-
-
 def rimmed(x: Tensor) -> Tensor:
     """[B, T, H, W, C] with zeros around each grid."""
     return kept(F.pad(x, (0, 0, 1, 1, 1, 1, 1, 1)))
@@ -142,8 +128,7 @@ class ShiftedSum(nn.Module):
 
     def __init__(self, conv: nn.Conv3d, repeats: int = 1) -> None:
         super().__init__()
-        self.stride = conv.stride
-        self.offsets = offsets(conv.kernel_size)
+        self.kernel, self.stride = conv.kernel_size, conv.stride
         weight = conv.weight.detach().flatten(1)  # [C, 27]
         self.weight = nn.Parameter(weight.repeat(repeats, 1).contiguous())
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().repeat(repeats))
@@ -151,14 +136,12 @@ class ShiftedSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.of_padded(rimmed(x))
 
-    def of_padded(self, windows: Tensor) -> Tensor:
+    def of_padded(self, x: Tensor) -> Tensor:
         """What `rimmed` gave, or some of its channels."""
-        for axis, step in enumerate(self.stride, 1):
-            windows = windows.unfold(axis, 3, step)
-        out = (windows.flatten(5).float() * self.weight.float()).sum(-1)
+        out = (windowed(x, self.kernel, self.stride).flatten(5).float() * self.weight.float()).sum(-1)
         if self.bias is not None:
             out = out + self.bias.float()
-        return out.to(windows.dtype)
+        return out.to(x.dtype)
 
 
 class ChannelsFirst(nn.Module):
@@ -294,17 +277,17 @@ def behind(first: Tensor, rest: Tensor, more: int) -> Tensor:
 
 
 class TokenMaxPool(nn.Module):
-    """torchvision's `Pool` around a maximum over 3 x 3 places: [B, 1 + t h w, C] and (t, h, w)."""
+    """torchvision's `Pool` around a maximum over windows: [B, 1 + t h w, C] and (t, h, w)."""
 
     def __init__(self, pool: nn.MaxPool3d) -> None:
         super().__init__()
-        self.offsets, self.stride = offsets(tuple(pool.kernel_size)), tuple(pool.stride)  # type: ignore[arg-type]
+        sizes = (pool.kernel_size, pool.stride, pool.padding)
+        self.kernel, self.stride, self.padding = (nn.modules.utils._triple(x) for x in sizes)
 
     def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
-        grid = x[:, 1:].unflatten(1, thw)
-        out = shifted(grid, self.offsets[0], self.stride, -math.inf)
-        for offset in self.offsets[1:]:
-            out = torch.maximum(out, shifted(grid, offset, self.stride, -math.inf))
+        rim = [p for n in reversed(self.padding) for p in (n, n)]
+        grid = F.pad(x[:, 1:].unflatten(1, thw), [0, 0, *rim], value=-math.inf)
+        out = windowed(grid, self.kernel, self.stride).amax((-3, -2, -1))
         t, h, w = out.shape[1:4]
         return torch.cat([x[:, :1], out.flatten(1, 3)], 1), (t, h, w)
 
