@@ -8,7 +8,8 @@ model with 1, 2, 4, 8 and 12 steps.
     python bench/ablation.py data/train data/held_out --vggish runs/hearing.safetensors --save
 
 A run that is there is not trained again, and one that was stopped goes on; --variants takes some of them at a time, and
---save keeps those that were saved before. The thesis's figures stand beside ours; they are of another size of model on
+--save keeps those that were saved before. `--full demo` takes the shipped checkpoint for the full model, which `make
+checkpoint` trained by the same commands. The thesis's figures stand beside ours; they are of another size of model on
 other data (AVAD), so only the order of the variants compares."""
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ def made(data: Path) -> dict[str, Any]:
     return {path.name: sha256(path) for path in sorted((data / "fold_lists").iterdir())}
 
 
-def scores(path: Path, videos: list[Video], stride: int, steps: int | None = None) -> dict[str, Any]:
-    model, _ = checkpoint.load(str(path))
+def scores(name: str, videos: list[Video], stride: int, steps: int | None = None) -> dict[str, Any]:
+    """Of a checkpoint: its means and how many clips they are of."""
+    model, _ = checkpoint.load(name)
     clips = Clips(videos, model.config, stride=stride)
     result = evaluate(Pipeline(model.config, eager.load_engines(model)), clips, steps=steps)
     return {**result.means(), "clips": result.clips}
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("held_out", type=Path, help="scenes of another seed")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--vggish", type=Path, help="what `mubic-deploy listen` made, for the variants that hear")
+    parser.add_argument("--full", metavar="CHECKPOINT", help="the full model as it was trained before: demo, or a file")
     parser.add_argument("--epochs", type=int, help="fewer or more than the recipe's, the same for all")
     parser.add_argument("--stride", type=int, default=8)
     parser.add_argument("--accelerator", default="auto")
@@ -100,6 +103,8 @@ def main() -> None:
         "--save", action="store_true", help="to bench/results/model/ablation.json and docs/ablation.png"
     )
     arguments = parser.parse_args()
+    if arguments.full is not None and "full" not in arguments.variants:
+        parser.error("--full names the full model, which is not among --variants: add it")
     videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
     machine = Machine(arguments.accelerator, 1, 1)
     rows: dict[str, dict[str, Any]] = {}
@@ -114,12 +119,15 @@ def main() -> None:
         "vggish_sha256": sha256(arguments.vggish) if arguments.vggish else None,
     }
     for variant in arguments.variants:
-        alike = replace(settings, variant=variant)
-        path = trained(alike, arguments.data, arguments.runs, machine, arguments.vggish)
-        rows[variant] = {**scores(path, videos, arguments.stride)}
+        if variant == "full" and arguments.full is not None:
+            name, more = arguments.full, {"checkpoint": checkpoint.load(arguments.full, variant)[1].to_json()}
+        else:
+            alike = replace(settings, variant=variant)
+            path = trained(alike, arguments.data, arguments.runs, machine, arguments.vggish)
+            name, more = str(path), {"history": json.loads((path.parent / "history.json").read_text())}
+        rows[variant] = {**scores(name, videos, arguments.stride), **more}
         if variant == "full":
-            rows[variant]["steps"] = {str(n): scores(path, videos, arguments.stride, n) for n in STEPS}
-        rows[variant]["history"] = json.loads((path.parent / "history.json").read_text())
+            rows[variant]["steps"] = {str(n): scores(name, videos, arguments.stride, n) for n in STEPS}
     if arguments.save:
         rows = save(facts, rows)
     show(rows)
@@ -136,7 +144,9 @@ def save(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, di
         rows = saved["variants"] | rows
     rows = {variant: rows[variant] for variant in VARIANTS if variant in rows}
     (root / SAVED).write_text(json.dumps({**facts, "variants": rows}, indent=1) + "\n")
-    curves.draw({variant: row["history"] for variant, row in rows.items()}, root / CURVES)
+    histories = {variant: row["history"] for variant, row in rows.items() if "history" in row}
+    if histories:
+        curves.draw(histories, root / CURVES)
     return rows
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from bench import limited, timing
@@ -243,8 +244,14 @@ SECTIONS: dict[str, Callable[[Run, Path, float], None]] = {
 }
 
 
+def say_where_it_crashes() -> None:
+    """A crash writes its stack, in C++ and in Python, so that it is in what is kept of a section that failed."""
+    faulthandler.enable()  # before PyTorch's, which goes first and hands on
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
+
+
 def main(arguments: Sequence[str]) -> None:
-    faulthandler.enable()  # says where a crash was, in what is kept of a section that failed
+    say_where_it_crashes()
     section, folder = arguments[0], Path(arguments[1])
     run = read_settings(folder, section)
     with switches(REFERENCE):

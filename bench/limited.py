@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -15,8 +17,9 @@ from mubic_deploy.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
-
 TAIL = 20  # lines
+# a crash as PyTorch writes it: the thread that crashed, then all others, each with its stack in C++
+CRASH, FRAME = re.compile(r"SIG\w+\(\d+\), PID: "), re.compile(r" *frame #\d+: |<omitting python frames>")
 GONE_S = 2.0
 
 
@@ -50,8 +53,9 @@ def run(command: Sequence[str], limit_s: float) -> None:
         finally:
             kill(process)
         if process.returncode != 0:
-            lines = tail(log)
-            raise EndedError(f"its process ended with {process.returncode}: {' '.join(lines[-1:])[:300]}", lines)
+            lines, code = tail(log), process.returncode
+            ended = f"{code}: {' '.join(lines[-1:])[:300]}" if code > 0 else signal.Signals(-code).name
+            raise EndedError(f"its process ended with {ended}", lines)
 
 
 def kill(leader: subprocess.Popen[bytes]) -> None:
@@ -68,6 +72,12 @@ def kill(leader: subprocess.Popen[bytes]) -> None:
 
 
 def tail(log: Path) -> list[str]:
-    """The last lines of a file that are not empty."""
-    lines = log.read_text(errors="replace").splitlines()
-    return [line.rstrip() for line in lines if line.strip()][-TAIL:]
+    """The last lines of a file that are not empty. Of a crash, first the stack of the thread that crashed, and none of
+    the others'."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    crash = next((i for i, line in enumerate(lines) if CRASH.match(line)), None)
+    if crash is None:
+        return lines[-TAIL:]
+    stack = itertools.takewhile(FRAME.match, lines[crash + 1 :])
+    rest = [line for line in lines[crash:] if not (CRASH.match(line) or FRAME.match(line))]
+    return [lines[crash], *itertools.islice(stack, TAIL), *rest[-TAIL:]]

@@ -6,6 +6,7 @@ goes to stdout and nothing else does; progress and messages go to stderr."""
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +75,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    value = number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time: use seconds above 0")
+    return value
+
+
 def instances(text: str) -> tuple[str | None, int]:
     """MODEL=COUNT, or COUNT with None for the model."""
     model, equals, count = text.rpartition("=")
@@ -133,6 +141,8 @@ def _engine(parser: argparse.ArgumentParser) -> None:
         "triton://HOST:PORT, or triton://HOST:PORT/mubic_fixed for fixed steps",
     )
     parser.add_argument("--no-cuda-graphs", action="store_true", help="on a GPU: launch kernel by kernel")
+    waits = "that a Triton server may take for a request (default 60)"
+    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help=waits)
 
 
 def _json(parser: argparse.ArgumentParser) -> None:

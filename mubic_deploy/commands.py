@@ -204,12 +204,15 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         raise UserError(f"unknown engine {engine!r}: use {', '.join(ENGINES)} or triton://HOST:PORT")
     if arguments.no_cuda_graphs and engine not in CAPTURING:
         raise UserError(f"--no-cuda-graphs is for --engine {', '.join(CAPTURING)}: leave it out")
-    if engine.startswith("triton://"):
+    remotely = engine.startswith("triton://")
+    if arguments.timeout is not None and not remotely:
+        raise UserError("--timeout is for --engine triton://HOST:PORT: leave it out")
+    if remotely:
         if arguments.checkpoint or arguments.artifacts or arguments.variant:
             raise UserError("a Triton server has its own graphs: leave out --checkpoint, --artifacts and --variant")
         from mubic_deploy.triton.client import TritonPredictor
 
-        with TritonPredictor(engine) as remote:
+        with TritonPredictor(engine, **({"timeout": arguments.timeout} if arguments.timeout else {})) as remote:
             yield remote, untrained(remote.source["seed"])
         return
     given = arguments.artifacts

@@ -94,6 +94,16 @@ def test_a_command_that_fails_says_why_and_leaves_nothing() -> None:
     limited.run([sys.executable, "-c", "pass"], 60)
 
 
+def test_a_command_that_crashes_says_where() -> None:
+    crashes = "import ctypes; from bench import gpu_child; gpu_child.say_where_it_crashes(); ctypes.string_at(0)"
+    with pytest.raises(limited.EndedError, match=r"ended with SIGSEGV$") as caught:
+        limited.run([sys.executable, "-c", crashes], 60)
+    said = caught.value.said
+    assert [i for i, line in enumerate(said) if line.startswith("SIGSEGV")] == [0]
+    assert any("_ctypes" in line for line in said[1 : 1 + limited.TAIL])
+    assert any("string_at" in line for line in said[1 + limited.TAIL // 2 :])
+
+
 @pytest.mark.parametrize(
     ("left", "later", "limit"),
     [

@@ -239,7 +239,7 @@ def test_a_source_that_fails_is_no_success(
     line: str,
     after: int,
 ) -> None:
-    """The files hold what came until then; without a map there are none."""
+    """The files hold what came until then; without a map there are none, or those that were there before."""
     items = FileSource.items
 
     def failing(self: FileSource) -> Iterator[Item]:
@@ -251,12 +251,16 @@ def test_a_source_that_fails_is_no_success(
             yield item
 
     monkeypatch.setattr(FileSource, "items", failing)
-    overlay, maps = tmp_path / "o.mp4", tmp_path / "m.npz"
-    ran = run("stream", film, "--url", toy_server.url, "--stride", 8, "-o", overlay, "--maps", maps)
+    overlay, maps, lines = tmp_path / "o.mp4", tmp_path / "m.npz", tmp_path / "m.ndjson"
+    lines.write_text("of an earlier run")
+    outputs = ("-o", overlay, "--maps", maps, "--ndjson", lines)
+    ran = run("stream", film, "--url", toy_server.url, "--stride", 8, *outputs)
     assert (ran.code, ran.err) == (2, f"mubic-deploy: {line}\n")
     if not after:
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == [lines]
+        assert lines.read_text() == "of an earlier run"
         return
+    assert lines.read_text().count("\n") == 6
     assert np.load(maps)["frame_index"].tolist() == [8, 16, 24, 32, 40, 48]
     with av.open(overlay) as written:
         assert len(list(written.decode(video=0))) == 60

@@ -20,7 +20,7 @@ from mubic_deploy.config import DEMO, FULL
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.source import FileSource
 from mubic_deploy.media.clips import read_clips
-from mubic_deploy.media.film import Film, Resizer
+from mubic_deploy.media.film import Film, Resizer, lacks_its_index
 from mubic_deploy.media.fit import BAR
 from mubic_deploy.media.sound import Sound
 
@@ -273,6 +273,30 @@ def test_the_real_clip():
     start = round(2.0 * 16_000) - 8304
     clip = next(c for c in clips if c.time_s == 2.08)
     np.testing.assert_allclose(clip.audio, whole[start + 1280 : start + 1280 + 16_608], atol=1e-6)
+
+
+def box(kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
+    """One of ISO/IEC 14496-12's."""
+    return (8 + len(content) if size is None else size).to_bytes(4, "big") + kind + content
+
+
+@pytest.mark.parametrize(
+    ("content", "lacks"),
+    [
+        (box(b"ftyp", b"isom0000") + box(b"mdat", bytes(99), 4000), True),  # cut off inside
+        (box(b"ftyp", b"isom0000") + box(b"mdat", bytes(99), 0), True),  # to the end, whatever that is
+        (box(b"ftyp", b"isom0000") + box(b"mdat", (4000).to_bytes(8, "big") + bytes(99), 1), True),
+        (box(b"ftyp", b"isom0000") + box(b"mdat", (20).to_bytes(8, "big") + bytes(4), 1) + box(b"moov"), False),
+        (box(b"mdat", bytes(99)) + box(b"free"), True),  # QuickTime
+        (box(b"ftyp", b"isom0000") + box(b"moov", bytes(9)) + box(b"mdat", bytes(99), 4000), False),
+        (bytes(200), False),
+        (b"this is no film, and longer than a box", False),
+        (b"", False),
+    ],
+)
+def test_an_mp4_without_its_index_is_known(tmp_path: Path, content: bytes, lacks: bool) -> None:
+    (tmp_path / "film.mp4").write_bytes(content)
+    assert lacks_its_index(tmp_path / "film.mp4") is lacks
 
 
 @pytest.mark.parametrize("source", ["pipe", "link", "/dev/null", "pipe:0"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import films
 import numpy as np
 import pytest
 import toy_graphs
@@ -202,8 +203,20 @@ def test_predictor_says_what_is_wrong(server: TritonServer, predictor: TritonPre
         predictor.predict(video, audio, seed=-1)
     with TritonPredictor(server.url) as hasty:
         hasty.timeout = 0.001
-        with pytest.raises(UserError, match=r"within 0\.001 s"):
+        with pytest.raises(UserError, match=r"within 0\.001 s: allow more \(timeout, --timeout\)"):
             hasty.predict(video, audio)
+
+
+def test_predict_waits_as_long_as_it_is_told(run, server: TritonServer, tmp_path: Path) -> None:
+    predict = ("predict", films.bunny(), "--maps", tmp_path / "m.npz", "--stride", 128)
+    remote = ("--engine", f"triton://{server.url}", "--timeout")
+    ran = run(*predict, *remote, "0.0001")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "did not answer within 0.0001 s" in ran.err
+    assert not list(tmp_path.iterdir())
+    assert run(*predict, *remote, "120").code == 0
+    assert "--timeout is for --engine triton" in run(*predict, "--timeout", "5").err
+    assert "use seconds above 0" in run(*predict, *remote, "0").err
 
 
 def test_no_server() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import queue
 import signal
 import sys
@@ -44,6 +46,8 @@ def stream(arguments: Namespace) -> int:
     given = {"overlay": arguments.overlay, "maps": arguments.maps, "ndjson": arguments.ndjson}
     targets = {kind: path for kind, path in given.items() if path is not None}
     piped = targets.get("ndjson") == STDOUT
+    if piped and arguments.json:
+        raise UserError("--json and --ndjson - would both write to standard output: give --ndjson a file")
     files = {kind: path for kind, path in targets.items() if path != STDOUT}
     gaps: deque[Gap] = deque(maxlen=1000)  # a camera may run for months
     with contextlib.ExitStack() as stack:
@@ -174,9 +178,11 @@ class Outputs:
             if "maps" in staged:
                 self._maps = MapsWriter(staged["maps"], source.map_shape)
         with self._naming("ndjson"):
-            if "ndjson" in targets:  # whoever reads along wants each line at once
-                place = targets["ndjson"]
-                self._lines = sys.stdout if place == STDOUT else place.open("w", encoding="utf-8")
+            place = targets.get("ndjson")
+            if place == STDOUT:
+                self._lines = sys.stdout
+            elif place is not None and place.exists() and not os.access(place, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def __enter__(self) -> Outputs:
         return self
@@ -224,8 +230,10 @@ class Outputs:
             with self._naming("maps"):
                 self._maps.add_map(found)
         measures = measure(found.saliency)
-        if self._lines is not None:
+        if "ndjson" in self._targets:  # whoever reads along wants each line at once
             with self._naming("ndjson"):
+                if self._lines is None:  # an earlier file stays until there is a map
+                    self._lines = self._targets["ndjson"].open("w", encoding="utf-8")
                 self._lines.write(json.dumps(record(found, measures)) + "\n")
                 self._lines.flush()
         if self._plain:

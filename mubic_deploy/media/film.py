@@ -261,10 +261,32 @@ def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.Video
     except PermissionError as error:
         raise UserError(f"{source} may not be read: change its permissions") from error
     except (av.FFmpegError, OSError, ValueError) as error:
+        if Path(source).is_file() and lacks_its_index(Path(source)):
+            raise UserError(
+                f"{name} ends before its index, as an MP4 does whose recording or copying was cut off: copy it again, "
+                "or record to .mkv, which may end anywhere"
+            ) from error
         raise UserError(f"{name} is not a film that FFmpeg can read ({_reason(error)}): check or convert it") from error
     video = first_video(container, name)
     video.thread_type = "AUTO"
     return container, video
+
+
+def lacks_its_index(path: Path) -> bool:
+    """Whether a file begins as MP4 or QuickTime and has no `moov` box, without which none of its frames can be found
+    (ISO/IEC 14496-12, 4.2: a box is its size, its type, and where the size is 1 its size in 64 bits)."""
+    with path.open("rb") as file:
+        at, kind = 0, b""
+        while len(head := file.read(16)) >= 8:
+            size, found = int.from_bytes(head[:4], "big"), head[4:8]
+            if found == b"moov" or (not at and found not in (b"ftyp", b"wide", b"mdat")):
+                return False
+            size = int.from_bytes(head[8:], "big") if size == 1 else size
+            kind, at = found, at + size
+            if size < 8:  # 0: to the end of the file
+                break
+            file.seek(at)
+    return bool(kind)
 
 
 def first_video(container: av.container.InputContainer, name: str) -> av.VideoStream:

@@ -179,7 +179,7 @@ class TritonPredictor:
         if status == "DEADLINE_EXCEEDED":
             return UserError(
                 f"the Triton server at {self.address} did not answer within {self.timeout:g} s: "
-                f"allow more time or send less at once"
+                f"allow more (timeout, --timeout) or send less at once (--batch)"
             )
         if status == "NOT_FOUND" or "unknown model" in message:
             return UserError(
