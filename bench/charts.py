@@ -182,17 +182,14 @@ def roofline(works: Sequence[Work], limits: Mapping[str, float], styles: Styles,
     axes logarithmic. limits: as `Results.limits`."""
     with rc_context(RC):
         sides = list(dict.fromkeys(w.side for w in works))
-        figure, axes = new_figure(width, 400, sides)
         copy, tops = limits["copy"], {k: v for k, v in limits.items() if k.startswith("gemm_")}
+        kinds = [f"matrix products, {k.removeprefix('gemm_')}: {text.scaled(top, 'FLOP/s')}" for k, top in tops.items()]
+        figure, axes = new_figure(width, 400, sides + kinds)
         ridges = [top / copy for top in tops.values()]
         left = min([w.intensity for w in works] + ridges) / 3
         right = max([w.intensity for w in works] + ridges) * 3
-        for i, (name, top) in enumerate(tops.items()):
-            kind = name.removeprefix("gemm_")
-            axes.plot([left, top / copy, right], [left * copy, top, top], color=INK, lw=2, ls=LINES[i])
-            label = f"matrix products, {kind}: {text.scaled(top, 'FLOP/s')}"
-            label = label if width > NARROW else f"{kind}: {text.scaled(top, 'FLOP/s')}"
-            axes.annotate(label, (right, top), (0, 4), textcoords="offset points", ha="right")
+        for kind, top, line in zip(kinds, tops.values(), LINES, strict=False):
+            axes.plot([left, top / copy, right], [left * copy, top, top], color=INK, lw=2, ls=line, label=kind)
         for side in sides:
             of = [w for w in works if w.side == side]
             look = replace(styles[side], line="none")
