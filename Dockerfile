@@ -1,6 +1,6 @@
 # Two images on one Triton release: `engines` builds TensorRT plans on the GPU that will run them, `serve` serves them.
 # A plan belongs to the TensorRT that built it, so both have that release's own libraries. docs/deployment.md says how.
-ARG TRITON_RELEASE=26.02
+ARG TRITON_RELEASE=26.11
 
 FROM nvcr.io/nvidia/tritonserver:${TRITON_RELEASE}-py3 AS triton
 
@@ -23,6 +23,7 @@ RUN /opt/mubic/bin/pip install --constraint requirements.txt \
 
 # TensorRT's Python bindings of the very version that the image has; --no-deps leaves out another copy of its libraries
 RUN found="$(dpkg-query --show --showformat='${Version}\n' 'libnvinfer[0-9]*' | grep -m 1 .)" \
+    || { echo "the Triton image has no TensorRT (libnvinfer): see docs/deployment.md" >&2; exit 1; } \
     && version="${found%%-*}" \
     && cuda="${found##*+cuda}" \
     && name="tensorrt-cu${cuda%%.*}" \

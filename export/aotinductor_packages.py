@@ -28,6 +28,7 @@ from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import ON_GPU, REWRITES, TOKENS
 from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
+from mubic_deploy.engines.memory import first_line, is_short, short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
@@ -97,7 +98,10 @@ def build(
         with eager.enough_memory("compiling the graphs"), replacing(out) as folder:
             _build_into(folder, model, source, options, facts, progress)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from None
+        where = error.filename or out
+        raise UserError(
+            f"{where} cannot be written ({error.strerror or error}): make room, or choose another --out"
+        ) from None
     return Packages.open(out)
 
 
@@ -169,7 +173,9 @@ def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, opt
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=options.inductor)
     except torch._inductor.exc.InductorError as error:
-        reason = str(error).strip().splitlines()[0]
+        if is_short(error):
+            raise short_of_memory(f"compiling {signature.name}", error) from None
+        reason = first_line(error)
         raise UserError(
             f"{signature.name} cannot be compiled ({reason}): see that a C++ compiler (g++) is installed"
         ) from None

@@ -37,7 +37,7 @@ OPSET = 20
 MAX_BATCH = 64  # the batch axis is dynamic from 1 to this
 FOLD_LIMIT = 1 << 26  # elements of a constant
 LISTED = 10  # modules with the largest activations, in the manifest
-PACKAGES = ("mubic-deploy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
+PACKAGES = ("mubic-deploy", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
 

@@ -163,7 +163,10 @@ def build_plan(trt: Any, onnx: Path, signature: Signature, options: Options, cac
     for tensor in signature.inputs:
         shapes = ((batch, *tensor.shape) for batch in (1, options.best_batch, options.max_batch))
         profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
+    if config.add_optimization_profile(profile) < 0:
+        raise UserError(
+            f"TensorRT does not take a batch of 1 to {options.max_batch} for {signature.name}: export it again"
+        )
 
     plan = builder.build_serialized_network(network, config)
     if plan is None:

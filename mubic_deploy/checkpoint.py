@@ -21,6 +21,9 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing_file
 from mubic_deploy.model.mubic import MUBiC, random_model
 
+# the head's first layer scales the entropies of real clips, which differ in their fourth figure: FP16 has three
+KEPT = "fusion.adaptive."
+
 
 @dataclass(frozen=True)
 class Source:
@@ -35,13 +38,14 @@ class Source:
 
 
 def save(model: MUBiC, path: Path, half: bool = False) -> None:
-    """Write the weights (without buffers that are derived) and the configuration. half: in FP16.
+    """Write the weights (without buffers that are derived) and the configuration. half: in FP16, but for the head of
+    the adaptive steps.
 
     OSError if it cannot be written, which leaves `path` as it was; UserError if a weight does not fit into FP16."""
     weights = dict(model.state_dict())
     if half:
         for name, value in weights.items():
-            if value.is_floating_point():
+            if value.is_floating_point() and not name.startswith(KEPT):
                 weights[name] = value.half()
                 if not weights[name].isfinite().all():
                     raise UserError(f"{name} does not fit into FP16 (largest {value.abs().max():.3g}): keep FP32")
@@ -85,7 +89,7 @@ def _load_file(path: Path, variant: str | None) -> MUBiC:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except KeyError:
         raise UserError(f"{path} is not a MUBiC checkpoint: it holds no configuration") from None
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, AttributeError, OSError) as error:  # of the configuration too
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a MUBiC checkpoint ({reason}): name another file") from None
     if variant is not None and variant != config.variant:

@@ -126,12 +126,15 @@ class Config:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Config:
-        """Inverse of `to_json`. ValueError names fields that are unknown or missing."""
+        """Inverse of `to_json`. ValueError names fields that are unknown, missing or of another kind."""
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or set(data) != known:
             odd = sorted(set(data) ^ known) if isinstance(data, dict) else [type(data).__name__]
             raise ValueError(f"the configuration does not fit this version (fields {', '.join(odd)})")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        for name, value in values.items():
+            if type(value) is not type(getattr(FULL, name)):
+                raise ValueError(f"{name} {json.dumps(data[name])} of the configuration is of another kind")
         return cls(**values)
 
 

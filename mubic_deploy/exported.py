@@ -97,7 +97,7 @@ def _key(checkpoint: str, variant: str | None, seed: int) -> str:
         weights = [checkpoint, variant or "full", seed]
     else:
         raise UserError(f"checkpoint {checkpoint} does not exist: use {CHECKPOINTS}")  # before PyTorch is asked for
-    tools = [version(name) for name in ("torch", "torchvision", "onnxscript")]
+    tools = [version(name) for name in ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript")]
     package = Path(__file__).parent
     sources = [*sorted((package / "model").glob("*.py")), package / "config.py", package / "graphs.py"]
     sources.append(source_dir("export") / "onnx_graphs.py")

@@ -25,7 +25,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
     as it was. OSError if that cannot be written."""
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors makes a file of its own, for its owner alone
         _sync(part)
         part.replace(path)
         _sync(path.parent)  # the renaming

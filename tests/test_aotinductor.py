@@ -129,15 +129,25 @@ def test_wrong_options_and_a_package_that_differs(
     assert {p.name for p in tmp_path.iterdir()} == {"letters"}
 
 
-def test_a_compiler_that_fails_is_said(tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cause", "says"),
+    [
+        (
+            RuntimeError("g++ is not here"),
+            r"visual_encoder cannot be compiled \(.*g\+\+ is not here.*\): see that a C\+\+",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU has not enough memory for compiling visual_encoder"),
+    ],
+)
+def test_a_compiler_that_fails_is_said(
+    tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, says: str
+) -> None:
     def fails(*_: object, **__: object) -> None:
-        raise torch._inductor.exc.InductorError(RuntimeError("g++ is not here"), None)
+        raise torch._inductor.exc.InductorError(cause, None)
 
     monkeypatch.setattr(packages_script, "aoti_compile_and_package", fails)
     signature = next(iter(packages_script.signatures(TINY).values()))
-    with pytest.raises(
-        UserError, match=r"visual_encoder cannot be compiled \(.*g\+\+ is not here.*\): see that a C\+\+"
-    ):
+    with pytest.raises(UserError, match=says):
         packages_script.compile_graph(
             tiny_model.graph("visual_encoder"), signature, tmp_path / "v.pt2", packages_script.Options()
         )

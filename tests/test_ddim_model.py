@@ -64,6 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor],
         "InferenceRequest": InferenceRequest,
         "InferenceResponse": lambda output_tensors=None, error=None: SimpleNamespace(out=output_tensors, error=error),
         "TritonError": str,
+        "Logger": SimpleNamespace(log_error=lambda text: None),
         "get_input_tensor_by_name": get,
         "get_output_tensor_by_name": get,
     }.items():
@@ -74,14 +75,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor],
 
 def run(steps: list[int], adaptive: list[int], **on_device: bool) -> Any:
     """The answer to one request whose conditioning and ADAPTIVE_STEPS are on the device."""
+    return asyncio.run(loop().execute([request(steps, adaptive, **on_device)]))[0]
+
+
+def loop() -> Any:
     model = load_script(source_dir("triton_models") / "ddim" / "1" / "model.py").TritonPythonModel()
     model.config, model.denoiser = DEMO, None
+    return model
+
+
+def request(steps: list[int], adaptive: list[int], **on_device: bool) -> Any:
     count = len(steps)
     tensors = {t.name: Tensor(t.name, np.zeros((count, 1)), True) for t in graphs.conditioning(DEMO)}
     tensors["SEED"] = Tensor("SEED", np.arange(count)[:, None], on_device.get("SEED", False))
     tensors["STEPS"] = Tensor("STEPS", np.array(steps, np.int32)[:, None], on_device.get("STEPS", False))
     tensors["ADAPTIVE_STEPS"] = Tensor("ADAPTIVE_STEPS", np.array(adaptive, np.int32)[:, None], True)
-    return asyncio.run(model.execute([SimpleNamespace(tensors=tensors)]))[0]
+    return SimpleNamespace(tensors=tensors)
 
 
 def test_fixed_steps_bring_nothing_to_the_host(calls) -> None:
@@ -95,6 +104,24 @@ def test_fixed_steps_bring_nothing_to_the_host(calls) -> None:
         assert inputs["STEP"].values.tolist() == step.tolist()
     assert not calls[0][1]["S_T"].on_device  # the noise
     assert calls[1][1]["S_T"].on_device  # what the first call gave, where it is
+
+
+def test_a_call_that_fails_is_an_error_of_its_request_alone(calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server may have no GPU memory for what a call gives; it says so by an exception."""
+    model, call = loop(), {}
+
+    async def fails_once(name: str, inputs: list[Tensor], output: str) -> Any:
+        if "failed" not in call:
+            call["failed"] = True
+            raise RuntimeError("Failed to provide the GPU buffer")
+        await asyncio.sleep(0.01)
+        return await type(model).call(model, name, inputs, output)
+
+    monkeypatch.setattr(model, "call", fails_once)
+    broken, whole = asyncio.run(model.execute([request([2], [2]), request([2], [2])]))
+    assert broken.error == "RuntimeError: Failed to provide the GPU buffer"
+    assert whole.error is None
+    assert whole.out[1].values.tolist() == [[2]]
 
 
 def test_adaptive_steps_are_fetched_by_host(calls) -> None:

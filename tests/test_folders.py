@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mubic_deploy.folders import replacing, replacing_file
+from mubic_deploy.media import outputs
 
 WAITS = """
 import sys, time
@@ -117,3 +118,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert path.read_text() == "first"
     assert path.read_text() == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_is_for_whoever_may_read_the_users_files(tmp_path: Path) -> None:
+    """Whatever the library that wrote it thinks."""
+    (tmp_path / "plain").touch()
+    with replacing_file(tmp_path / "file") as part:
+        part.unlink()
+        os.close(os.open(part, os.O_CREAT, 0o600))
+    with outputs.replacing({"weights": tmp_path / "out"}) as staged:
+        staged["weights"].unlink()
+        os.close(os.open(staged["weights"], os.O_CREAT, 0o600))
+    modes = {p.stat().st_mode for p in tmp_path.iterdir()}
+    assert len(modes) == 1

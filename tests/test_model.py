@@ -380,6 +380,9 @@ def test_config_survives_json_and_refuses_strangers():
     for broken in ({}, {**FULL.to_json(), "colour": 1}, [1]):
         with pytest.raises(ValueError, match="does not fit this version"):
             Config.from_json(broken)  # type: ignore[arg-type]
+    for other in ({"frames": "16"}, {"visual_channels": 5}, {"name": None}):
+        with pytest.raises(ValueError, match="of the configuration is of another kind"):
+            Config.from_json({**FULL.to_json(), **other})
 
 
 def test_pipelines_open_by_name(tmp_path):

@@ -23,6 +23,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.ops import StochasticDepth
 
 from mubic_deploy import checkpoint
 from mubic_deploy.config import DEMO, get_config
@@ -117,12 +118,62 @@ def test_mixed_precision_keeps_alpha_whole(monkeypatch):
     model = random_model(get_config("demo", "visual_only"))
     predict = mock.Mock(side_effect=lambda cond, s_t, step: s_t)
     monkeypatch.setattr(model.denoiser, "predict", predict)
-    objective = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed").setup(Objective(model))
+    objective = training.make_fabric(HERE, "bf16-mixed").setup(Objective(model))
     step = torch.tensor([[0], [20], [400]], dtype=torch.int32)
     drawn = Draw(step, torch.zeros(3, 1, 56, 96), torch.zeros(3, 1, dtype=torch.bool))
     objective({"VIDEO": torch.zeros(3, 16, 112, 192, 3, dtype=torch.uint8), "TARGET": torch.zeros(3, 1, 56, 96)}, drawn)
     expected = [-math.sqrt(alpha_bar(t)) for t in (0, 20, 400)]
     np.testing.assert_allclose(predict.call_args.args[1][:, 0, 0, 0].numpy(), expected, rtol=1e-6)
+
+
+def test_mixed_precision_hears_in_32_bits(monkeypatch):
+    """In bfloat16 the patches would be 0.09 off in the mean."""
+    model = random_model(DEMO)
+    audio = 0.5 * torch.sin(torch.arange(16_608) * (2 * math.pi * 440 / 16_000))[None].repeat(2, 1)
+    with torch.no_grad():
+        expected = model.audio_encoder.patches(audio)
+    heard = []
+    features = model.audio_encoder.features
+
+    def hears(patches: torch.Tensor) -> torch.Tensor:
+        heard.append(patches)
+        return features(patches)
+
+    monkeypatch.setattr(model.audio_encoder, "features", hears)
+    shapes = {"VIDEO": torch.zeros(2, 16, 112, 192, 3, dtype=torch.uint8), "TARGET": torch.zeros(2, 1, 56, 96)}
+    objective = training.make_fabric(HERE, "bf16-mixed").setup(Objective(model))
+    objective({**shapes, "AUDIO": audio}, draw(DEMO, 2, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(heard[0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_guess_takes_the_truths_place_where_it_is_drawn(monkeypatch):
+    """With a denoiser whose first guess is 0.75 everywhere, and which else hands S_t through."""
+    model = random_model(get_config("demo", "visual_only"))
+    first = []
+
+    def predict(cond: Any, s_t: torch.Tensor, step: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            first.append(s_t)
+            return torch.full_like(s_t, 0.75)
+        return s_t
+
+    monkeypatch.setattr(model.denoiser, "predict", predict)
+    target = torch.rand(2, 1, 56, 96)
+    batch = {"VIDEO": torch.zeros(2, 16, 112, 192, 3, dtype=torch.uint8), "TARGET": target}
+    drawn = draw(DEMO, 2, torch.Generator().manual_seed(2), noises=2)
+    drawn = drawn._replace(guessed=torch.tensor([[True], [False], [False], [True]]))
+    found = Objective(model).predict(batch, drawn)
+    assert torch.equal(first[0], drawn.noise)  # the first step begins with the same noise
+    for i, clean in enumerate((torch.tensor(0.75), target[0], target[1], torch.tensor(0.75))):
+        a = alpha_bar(int(drawn.step[i, 0]))
+        expected = math.sqrt(a) * (2 * clean - 1) + math.sqrt(1 - a) * drawn.noise[i]
+        torch.testing.assert_close(found[i], expected.expand(1, 56, 96), rtol=1e-5, atol=1e-5)
+
+
+def test_how_many_are_guessed():
+    for rollout in (0.0, 0.25, 1.0):
+        share = draw(DEMO, 4000, torch.Generator().manual_seed(1), 1, 1.0, rollout).guessed.float().mean()
+        assert float(share) == pytest.approx(rollout, abs=0.03)
 
 
 def test_loss_is_the_squared_error_summed_over_pixels(monkeypatch):
@@ -153,8 +204,43 @@ def test_gradients_reach_every_trained_part():
     without = {name for name, p in model.named_parameters() if p.grad is None}
     assert {name.rsplit(".", 3)[0] for name in without} <= {"fusion.adaptive", "visual_encoder.blocks"}
     # the class token of the last block leads nowhere; all else learns
-    dead = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
-    assert not [n for n in dead if "visual_encoder.blocks.6" not in n], dead
+    for name, p in model.named_parameters():
+        if p.grad is not None and not p.grad.any():
+            assert name.startswith("visual_encoder.blocks.6."), name
+    last = model.get_parameter("visual_encoder.blocks.6.mlp.0.weight").grad
+    assert last is not None
+    assert last.any()
+
+
+def test_stochastic_depth_rises_to_its_rate():
+    model = random_model(DEMO)
+    training._prepare_modules(model, replace(QUICK, stochastic_depth=0.3))
+    rates = [m.p for m in model.visual_encoder.modules() if isinstance(m, StochasticDepth)]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.3, 7), atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [replace(QUICK, batch=4), replace(QUICK, batch=2)], ids=["4", "2"])
+def test_two_devices_share_each_batch(shared, tmp_path, settings):
+    """7 clips: the last batch is filled up, so that both have as many."""
+    seen = []
+    for rank in (0, 1):
+        clips = Clips(shared, DEMO)
+        fabric = mock.Mock(world_size=2, global_rank=rank, is_global_zero=False)
+        fabric.setup.side_effect = lambda *modules: modules
+        fabric.setup_dataloaders.side_effect = lambda loader, **_: loader
+        model = random_model(get_config("demo", "visual_only"))
+        run = training.Run(tmp_path, settings, [])
+        trainer = training.Trainer(fabric, settings, run, model, clips, clips, 0, lambda *_: None)
+        monkey = mock.patch.object(Clips, "__getitem__", lambda self, index: {"INDEX": torch.tensor(index)})
+        with monkey:
+            seen.append([batch["INDEX"].tolist() for _, batch in trainer._batches(0, 0)])
+    assert [len(batch) for batch in seen[0]] == [len(batch) for batch in seen[1]]
+    whole = [one + other for one, other in zip(*seen, strict=True)]
+    order = torch.randperm(7, generator=training.generator(settings.seed, 0)).tolist()
+    for i, batch in enumerate(whole):
+        wanted = order[i * settings.batch : (i + 1) * settings.batch]
+        assert set(wanted) <= set(batch)
+        assert len(batch) == len(wanted) + len(wanted) % 2
 
 
 # ---- the schedules
@@ -361,6 +447,39 @@ def test_a_damaged_picture_in_a_worker_process_is_one_line(field, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_fixation_map_is_found_before_the_first_step(field, tmp_path):
+    """Of a frame that the check does not decode, but the validation after an epoch reads."""
+    video = field[0]
+    label = next(i for i in (13, 9, 17) if video.fixations(i).exists())
+    video.fixations(label).write_bytes(b"no matrix")
+    steps = []
+    settings = replace(QUICK, variant="no_diffusion", validate=100)
+    with pytest.raises(UserError, match=rf"fixMap_{label:05d}\.mat is not a MATLAB file"):
+        train(settings, field, field, tmp_path / "run", machine=HERE, progress=lambda *said: steps.append(said))
+    assert not steps
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "use fewer --workers"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "a training step of 3 clips"),
+    ],
+)
+def test_short_of_memory(shared, tmp_path, monkeypatch, error, says):
+    def fails(*_: Any) -> None:
+        raise error
+
+    if isinstance(error, torch.OutOfMemoryError):
+        monkeypatch.setattr(Objective, "forward", fails)
+    else:
+        monkeypatch.setattr(Clips, "__getitem__", fails)
+    with pytest.raises(UserError, match=says) as caught:
+        train(replace(QUICK, variant="no_diffusion"), shared, shared, tmp_path, machine=HERE)
+    assert "\n" not in str(caught.value)
+
+
 def test_clips_that_are_left_out_are_said(field, tmp_path):
     field[0].map(9).unlink()
     Image.new("L", (64, 36)).save(field[1].map(13))
@@ -440,11 +559,18 @@ def test_what_a_run_refuses(whole, shared, tmp_path, monkeypatch):
     for longer in (replace(shared[0], frames=25), replace(shared[0], fps=30.0)):
         with pytest.raises(UserError, match="other videos"):
             train(QUICK, [longer, *shared[1:]], shared, whole, resume=True, machine=HERE)
-    names = ["Scenes/one", "Scenes/two", "Scenes/short"] * 2  # all that an earlier version's state says
-    monkeypatch.setattr(training, "load_state", lambda path: State(QUICK, names, 1, 0, 0.0, {}, []))
-    lines = [f"{v} {v.frames} {v.fps}" for v in shared] * 2
-    assert training.Run(whole, QUICK, lines).resume().videos == names
+    state = training.load_state(whole / "state.safetensors")
+    with pytest.raises(UserError, match=r"was begun with 1 devices: resume with --devices 1"):
+        train(replace(QUICK, batch=3), shared, shared, whole, resume=True, machine=Machine("cpu", 3, 0))
+    with pytest.raises(UserError, match=r"batch 3 cannot be shared by 2 devices"):
+        train(QUICK, shared, shared, whole, resume=True, machine=Machine("cpu", 2, 0))
+    del state.tensors["model.fusion.adaptive.mlp.0.weight"]
+    monkeypatch.setattr(training, "load_state", lambda path: state)
+    with pytest.raises(UserError, match=r"does not fit this version \(model\.fusion\.adaptive\.mlp\.0\.weight\)"):
+        train(QUICK, shared, shared, whole, resume=True, machine=HERE)
     monkeypatch.undo()
+    with pytest.raises(UserError, match="a CPU does not train in 16-mixed"):
+        train(replace(QUICK, precision="16-mixed"), shared, shared, tmp_path, machine=HERE)
     (tmp_path / "state.safetensors").write_bytes(b"no state")
     with pytest.raises(UserError, match="no state of a run"):
         train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)

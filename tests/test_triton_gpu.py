@@ -66,14 +66,14 @@ def test_each_plan_is_a_model(written: Path, name: str) -> None:
     assert (model.platform, model.max_batch_size) == ("tensorrt_plan", 6)
     assert (written / name / "1" / "model.plan").read_bytes() == name.encode()
     assert [(g.kind, g.count) for g in model.instance_group] == [(ModelInstanceGroup.KIND_GPU, 1)]
-    assert list(model.dynamic_batching.preferred_batch_size) == [2, 4]
+    assert list(model.dynamic_batching.preferred_batch_size) == [2, 4, 6]
     assert model.dynamic_batching.max_queue_delay_microseconds == 0  # a lone client waits for nobody
     assert model.optimization.cuda.graphs
-    assert [g.batch_size for g in model.optimization.cuda.graph_spec] == [1, 2, 4]
+    assert [g.batch_size for g in model.optimization.cuda.graph_spec] == [1, 2, 4, 6]
     signature = graphs.signatures(DEMO, sampler=True)[name]
     assert [t.name for t in model.input] == signature.input_names
     assert [t.name for t in model.output] == signature.output_names
-    assert [w.batch_size for w in model.model_warmup] == [1, 2, 4]
+    assert [w.batch_size for w in model.model_warmup] == [1, 2, 4, 6]
     for warm_up in model.model_warmup:
         for tensor in signature.inputs:
             given = warm_up.inputs[tensor.name]

@@ -6,7 +6,7 @@ import re
 
 from mubic_deploy.errors import UserError
 
-REMEDY = "send fewer clips at once, run fewer loops, or use a GPU that is freer (nvidia-smi says what else uses it)"
+REMEDY = "send fewer clips at once, run fewer loops (in Triton), or use a GPU that is freer (see nvidia-smi)"
 # CUDA, TensorRT, PyTorch, cuBLAS and cuDNN, ONNX Runtime
 SHORT = re.compile(r"out ?of ?memory|could not be allocated|failed to allocate memory|_ALLOC_FAILED", re.IGNORECASE)
 

@@ -52,8 +52,10 @@ def replacing(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
             except OSError as error:
                 raise UserError(f"{kind} {path} cannot be written ({error.strerror}): choose another folder") from error
             staged[kind] = temporary
+        modes = {kind: temporary.stat().st_mode for kind, temporary in staged.items()}
         yield dict(staged)
         for kind, path in real.items():
+            staged[kind].chmod(modes[kind])  # some libraries put a file of their own in its place
             staged[kind].replace(path)
     finally:
         for temporary in staged.values():

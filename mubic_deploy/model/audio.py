@@ -113,6 +113,9 @@ class AudioEncoder(nn.Module):
             x = F.interpolate(x, size=self.patch, mode="bilinear")
         return F.pad(x, (1, 1, 1, 1), value=-LOG_LOW / (LOG_HIGH - LOG_LOW))
 
+    def features(self, patches: Tensor) -> Tensor:
+        """What `patches` makes -> A."""
+        return self.refine(self.vggish(patches).unflatten(0, (-1, AUDIO_SLICES)))
+
     def forward(self, AUDIO: Tensor) -> tuple[Tensor]:
-        features = self.vggish(self.patches(AUDIO)).unflatten(0, (-1, AUDIO_SLICES))
-        return (self.refine(features),)
+        return (self.features(self.patches(AUDIO)),)

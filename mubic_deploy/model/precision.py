@@ -56,7 +56,7 @@ def half(model: MUBiC) -> MUBiC:
             module.register_forward_hook(lambda _, args, y: y.half())
             continue
         for key, value in module.named_parameters(recurse=False):
-            if value.abs().max() > LARGEST:
+            if not value.abs().max() <= LARGEST:  # NaN too
                 raise UserError(f"{name}.{key} reaches {value.abs().max():.3g}, too large for FP16: export in FP32")
             value.data = value.data.half()
         if isinstance(module, PRODUCTS):

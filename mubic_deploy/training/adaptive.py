@@ -56,7 +56,7 @@ def fit_head(model: MUBiC, entropies: np.ndarray, needed: np.ndarray, iterations
     first, last = head[0], head[2]
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
-    middle, spread = x.mean(), x.std(correction=0).clamp(min=1e-4)  # 1 / spread must fit into FP16
+    middle, spread = x.mean(), x.std(correction=0).clamp(min=1e-4)  # less is rounding
     scaled = (x - middle) / spread
     with torch.no_grad():  # a unit bends at each quantile of the entropies; no slope where they tell nothing apart
         bends = torch.quantile(scaled, torch.linspace(0, 1, first.out_features))
@@ -82,9 +82,15 @@ def _loss(predicted: Tensor, needed: Tensor) -> Tensor:
     return (predicted - needed).square().mean()
 
 
-def fit_steps(model: MUBiC, clips: Clips, indices: Sequence[int], tolerance: float = TOLERANCE) -> np.ndarray:
+def fit_steps(
+    model: MUBiC,
+    clips: Clips,
+    indices: Sequence[int],
+    tolerance: float = TOLERANCE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
     """Measures what the clips need and fits the head to it -> the steps needed, int64 [n]. Leaves the model on the
     CPU."""
-    entropies, needed = smallest_steps(model, clips, indices, tolerance)
+    entropies, needed = smallest_steps(model, clips, indices, tolerance, progress)
     fit_head(model.cpu(), entropies, needed)
     return needed

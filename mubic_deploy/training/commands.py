@@ -98,7 +98,7 @@ def _lines() -> Callable[[str, int, int], None]:
         nonlocal said
         if time.monotonic() - said >= LINE_S or done == total:
             said = time.monotonic()
-            messages.print(f"{text} ({done} of {total} steps)", markup=False, highlight=False, soft_wrap=True)
+            messages.print(f"{text} ({done} of {total})", markup=False, highlight=False, soft_wrap=True)
 
     return progress
 
@@ -136,6 +136,8 @@ def evaluate(arguments: Namespace) -> int:
     """Metrics of a model over a part of a data folder."""
     parts = PARTS if arguments.part == "all" else (arguments.part,)
     videos = [video for part in parts for video in _videos(arguments, part)]
+    if arguments.sounds and len(videos) < 2:
+        raise UserError("--sounds swaps the sounds of videos, and there is only one: leave it out")
     report = _check(videos, deep=False)
     report.require()
 
@@ -150,6 +152,11 @@ def evaluate(arguments: Namespace) -> int:
 
         for sound in SOUNDS if arguments.sounds else ("own",):
             data = clips(sound)
+            if not len(data):
+                raise UserError(
+                    f"no clip of the {arguments.part} part has a map at its middle: check the data folder with "
+                    f"mubic-deploy train {arguments.data} --check"
+                )
             result = evaluation.evaluate(
                 model,
                 data,
@@ -205,17 +212,19 @@ def _row(result: Any) -> dict[str, Any]:
 def _videos(arguments: Namespace, part: str) -> list[Video]:
     """The videos of a part, of the data sets that were named or of all that are there."""
     root: Path = arguments.data
-    named = arguments.dataset or _present(root, part, arguments.split)
+    named = arguments.dataset or _present(root)
     return [video for name in named for video in read_list(root, name, part, arguments.split)]
 
 
-def _present(root: Path, part: str, split: int) -> list[str]:
+def _present(root: Path) -> list[str]:
+    """The data sets that are there, by their frames or any list. If one lacks the list that is asked for,
+    `read_list` says so."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give the one that holds video_frames, annotations and fold_lists")
-    lists = root / "fold_lists"
-    found = [n for n in DATASETS if any((lists / f"{n}_list_{part}{s}_fps.txt").is_file() for s in (f"_{split}", ""))]
+    lists, frames = root / "fold_lists", root / "video_frames"
+    found = [n for n in DATASETS if (frames / n).is_dir() or any(lists.glob(f"{n}_list_*_fps.txt"))]
     if not found:
-        raise UserError(f"{lists} holds no list like AVAD_list_{part}_{split}_fps.txt: get the data sets' fold lists")
+        raise UserError(f"{lists} holds no list like AVAD_list_train_1_fps.txt: get the data sets' fold lists")
     return found
 
 
@@ -243,8 +252,9 @@ def _settings(arguments: Namespace) -> Settings:
     if arguments.resume:
         from mubic_deploy.training.state import load_state
 
-        if arguments.recipe is not None:
-            raise UserError("a run goes on with the settings it has: leave out --recipe")
+        for name in ("recipe", "checkpoint", "visual", "vggish"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"a run goes on with the settings and weights that it has: leave out --{name}")
         base = load_state(arguments.out / "state.safetensors").settings
     else:
         base = RECIPES[arguments.recipe or "thesis"]

@@ -84,7 +84,7 @@ def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int)
         raise UserError(f"fold list {path} cannot be read ({_reason(error)}): get it again") from error
     videos = [_parse(root, dataset, path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not videos:
-        raise UserError(f"fold list {path} names no video: get it again")
+        raise UserError(f"fold list {path} names no video: get it again, or render 4 scenes or more")
     return videos
 
 
@@ -254,6 +254,8 @@ def _check_video(video: Video, deep: bool) -> tuple[list[str], int]:
     maps = _present(video, video.map, 0.5, "get the data set's annotations again", problems)
     fixations = _present(video, video.fixations, 0.5, "get the data set's annotations again", problems)
     both = sorted(set(maps) & set(fixations))
+    if maps and fixations and not both:
+        problems.append("no frame has both a density map and fixations: get the data set's annotations again")
     try:
         read_sound(video.sound)
     except UserError as error:

@@ -45,8 +45,8 @@ class Objective(nn.Module):
     """VIDEO, AUDIO and TARGET of a batch and a `Draw` -> the loss of eq. 3.53 and 3.57, a scalar: squared error summed
     over the pixels of a map, mean over the batch (lambda = 1).
 
-    A module of its own because that is what DistributedDataParallel wraps. alpha: float32 [T], alpha-bar of each step;
-    here, because in mixed precision Fabric casts what is handed in to 16 bits."""
+    A module of its own because that is what DistributedDataParallel wraps. alpha: float32 [T], alpha-bar of each
+    step."""
 
     alpha: Tensor
 
@@ -68,11 +68,16 @@ class Objective(nn.Module):
 
         Where a sample is `guessed` the first DDIM step's answer to the same noise takes the truth's place, as it does
         in inference. Trained on the truth alone the denoiser takes what it sees behind the noise for evidence, and in
-        inference sharpens its own uncertainty into one of the places that it wavered between."""
+        inference sharpens its own uncertainty into one of the places that it wavered between. BatchNorm counts that
+        pass too, as inference has it.
+
+        In mixed precision the log-mel stays in 32 bits, as it does in inference."""
         model = self.model
         features = list(model.visual_encoder(batch["VIDEO"]))
         if model.config.has_audio:
-            features += model.audio_encoder(batch["AUDIO"])
+            with torch.autocast(batch["AUDIO"].device.type, enabled=False):
+                patches = model.audio_encoder.patches(batch["AUDIO"])
+            features.append(model.audio_encoder.features(patches))
         *cond, _, _ = model.fusion(*features)
         copies = len(drawn.step) // len(batch["TARGET"])
         cond = [c.repeat_interleave(copies, 0) for c in cond]

@@ -20,7 +20,7 @@ from mubic_deploy.training.settings import Settings
 class State:
     """The run goes on at `step` of `epoch` (both from 0); `total` is the loss summed over the epoch's steps so far;
     `videos` a line each, name, frames and rate; `plateau` what ReduceLROnPlateau remembers, `scaler` what the scaler of
-    16-mixed's gradients does."""
+    16-mixed's gradients does; `devices` how many there were, None in earlier versions' states."""
 
     settings: Settings
     videos: list[str]
@@ -30,10 +30,15 @@ class State:
     plateau: dict[str, float]
     history: list[dict[str, Any]]
     scaler: dict[str, Any] = field(default_factory=dict)
+    devices: int | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def into(self, model: MUBiC, adam: torch.optim.Adam) -> None:
-        """Puts weights and moments back. There are no moments before a first step that was not skipped."""
+        """Puts weights and moments back. There are no moments before a first step that was not skipped. UserError if
+        the weights are of another model."""
+        names = {f"model.{name}" for name in model.state_dict()}
+        if odd := sorted(names ^ {name for name in self.tensors if name.startswith("model.")}):
+            raise UserError(f"the state of the run does not fit this version ({odd[0]}): start a new run")
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 value.copy_(self.tensors[f"model.{name}"])
@@ -63,6 +68,7 @@ def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -
         "plateau": state.plateau,
         "history": state.history,
         "scaler": state.scaler,
+        "devices": state.devices,
     }
     write_tensors(path, tensors, {"state": json.dumps(facts)})
 

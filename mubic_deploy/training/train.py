@@ -14,10 +14,10 @@ Every random number is drawn from (seed, epoch, step), so there is no generator 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -51,7 +52,7 @@ SAVE_S = 300  # at most this many seconds of work are lost when a run is killed
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 1  # epochs
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]  # what goes on, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # what goes on, how much of it is done, of how much
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,26 @@ class Machine:
     workers: int = 2
 
 
+class WholeInputs(MixedPrecision):
+    """Mixed precision that leaves what is handed to the model in 32 bits: autocast says which operation wants less, and
+    the sound's log-mel, the noise and alpha-bar want all."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
 def make_fabric(machine: Machine, precision: str) -> Fabric:
-    """Lightning Fabric, not launched yet. UserError if the machine has no such accelerator, or fewer devices."""
+    """Lightning Fabric, not launched yet. UserError if the machine has no such accelerator, fewer devices, or is a CPU,
+    which has no 16-mixed."""
+    options: dict[str, Any] = {"accelerator": machine.accelerator, "devices": machine.devices}
     try:
-        return Fabric(
-            accelerator=machine.accelerator,
-            devices=machine.devices,
-            precision=precision,  # type: ignore[arg-type]
-        )
+        fabric = Fabric(**options)
+        if precision == "32-true":
+            return fabric
+        kind = fabric.device.type
+        if precision == "16-mixed" and kind == "cpu":
+            raise UserError("a CPU does not train in 16-mixed: use --precision bf16-mixed, or 32-true")
+        return Fabric(**options, plugins=WholeInputs(precision, kind))  # type: ignore[arg-type]
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         asked = f"--accelerator {machine.accelerator} --devices {machine.devices}"
         reason = " ".join(str(error).split()).rstrip(".")
@@ -95,15 +108,17 @@ def train(
     prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming. note: is
     told how many clips are left out. UserError if `out` holds another run, or none to resume, if data or settings are
     not the run's, if there is no clip, if the machine has no such devices, or if the run cannot be written."""
+    if settings.batch % machine.devices:
+        raise UserError(f"batch {settings.batch} cannot be shared by {machine.devices} devices: use a multiple")
     run = Run(Path(out), settings, [f"{v} {v.frames} {v.fps}" for v in (*training, *validation)])
     state = run.resume() if resume else None
     if state is None:
         run.require_new()
+    elif state.devices not in (None, machine.devices):  # each draws its own random numbers
+        raise UserError(f"{out} was begun with {state.devices} devices: resume with --devices {state.devices}")
     fabric = make_fabric(machine, settings.precision)
     with _ending_together(fabric):
         fabric.launch()
-        if settings.batch % fabric.world_size:
-            raise UserError(f"batch {settings.batch} cannot be shared by {fabric.world_size} devices: use a multiple")
         config = get_config(settings.config, settings.variant)
         options: dict[str, Any] = {"fit": settings.fit, "stride": settings.stride}
         train_clips = Clips(training, config, flip=settings.flip, jitter=settings.jitter, seed=settings.seed, **options)
@@ -116,18 +131,25 @@ def train(
                 note(
                     f"{skipped} of {clips_in_all} clips of the {part} part are left out: their map is missing or empty"
                 )
+        if fabric.is_global_zero:  # before an epoch is spent
+            for index in _spread(len(held_clips), settings.validate):
+                held_clips.ground_truth(index)
         model = random_model(config, settings.seed)
         if state is None:
             prepare(model)
             if fabric.is_global_zero:
                 run.start()
-        trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress)
-        with torch.random.fork_rng():
+        begun = (state.epoch, state.step) if state is not None else (0, 0)
+        trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress, begun)
+        with (
+            contextlib.closing(trainer),
+            torch.random.fork_rng([fabric.device.index] if fabric.device.type == "cuda" else []),
+        ):
             trainer.fit(state)
             return trainer.finish() if fabric.is_global_zero else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ending_together(fabric: Fabric) -> Iterator[None]:
     """Ends the processes that Fabric started if this one fails: they would wait for it. The other way round Fabric sees
     to it."""
@@ -168,8 +190,7 @@ class Run:
         different = self.settings.differences(state.settings)
         if different:
             raise UserError(f"{self.folder} was begun with other settings ({different}): resume with the same")
-        names = [line.split()[0] for line in self.videos]  # all that earlier versions remembered
-        if state.videos not in (self.videos, names):
+        if state.videos != self.videos:
             raise UserError(f"{self.folder} was begun with other videos: resume with the same data, or start a new run")
         return state
 
@@ -187,7 +208,9 @@ class Trainer:
         held_clips: Clips,
         workers: int,
         progress: Progress,
+        begun: tuple[int, int] = (0, 0),
     ) -> None:
+        """begun: the epoch and the step that the run goes on from."""
         self.fabric, self.settings, self.run, self.model = fabric, settings, run, model
         self.train_clips, self.held_clips = train_clips, held_clips
         self.workers, self.progress = workers, progress
@@ -206,7 +229,13 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = run.folder / "tensorboard"
-            self.writer = _write(lambda: SummaryWriter(str(folder)), folder)
+            # what a run had said after the save that it resumes from is said again
+            purged = begun[0] * self.steps + begun[1] + 1 if begun != (0, 0) else None
+            self.writer = _write(lambda: SummaryWriter(str(folder), purge_step=purged), folder)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
     def fit(self, state: State | None) -> None:
         """All epochs that are left. The lead saves, by its own clock; the others wait for it where they next meet."""
@@ -236,8 +265,12 @@ class Trainer:
         model = self.model.eval()
         if model.config.max_steps > 1:
             chosen = _spread(len(self.held_clips), self.settings.validate)
-            self.progress("fitting adaptive steps", 0, 1)
-            fit_steps(model, self.held_clips, chosen)
+            fit_steps(
+                model,
+                self.held_clips,
+                chosen,
+                progress=lambda done, n: self.progress("fitting adaptive steps", done, n),
+            )
         _write(lambda: checkpoint.save(model, self.run.model), self.run.model)
         return self.run.model
 
@@ -255,6 +288,13 @@ class Trainer:
         except UserError as error:  # a worker process's comes as the last line of its traceback
             line = str(error).rstrip().splitlines()[-1]
             raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that reads clips was ended ({str(error).splitlines()[0].rstrip('. ')}): use fewer "
+                f"--workers, or give more memory (in a container more --shm-size)"
+            ) from None
 
     def _step(self, epoch: int, step: int, batch: dict[str, torch.Tensor]) -> float:
         settings = self.settings
@@ -265,13 +305,16 @@ class Trainer:
         keys = (settings.seed, epoch, step, self.fabric.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))  # stochastic depth
         options = (settings.noises, settings.timestep_power, settings.rollout)
+        if self.model.config.max_steps == 1:  # without diffusion every noise gives the same map
+            options = (1, settings.timestep_power, 0.0)
         drawn = draw(self.model.config, len(batch["TARGET"]), generator(*keys), *options)
         drawn = Draw(*(self.fabric.to_device(x) for x in drawn))
         self.objective.train()
-        loss = self.objective(batch, drawn)
-        self.optimizer.zero_grad()
-        self.fabric.backward(loss)
-        self.optimizer.step()
+        with eager.enough_memory(f"a training step of {len(batch['TARGET'])} clips"):
+            loss = self.objective(batch, drawn)
+            self.optimizer.zero_grad()
+            self.fabric.backward(loss)
+            self.optimizer.step()
         value = float(cast(torch.Tensor, self.fabric.all_reduce(loss.detach(), reduce_op="mean")))
         if not math.isfinite(value):
             raise UserError(
@@ -321,7 +364,8 @@ class Trainer:
         rule = {"best": float(self.plateau.best), "bad": self.plateau.num_bad_epochs}
         rule["factor"] = self.plateau.optimizer.param_groups[0]["lr"]
         scaler = self.fabric.strategy.precision.state_dict()
-        state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history, scaler)
+        devices = self.fabric.world_size
+        state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history, scaler, devices)
         _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
 
     def _restore(self, state: State) -> None:

@@ -125,7 +125,8 @@ def write_gpu_repository(
 
     The plans are copied: the repository is whole by itself. UserError if `out` holds something else."""
     config, precision = plans.config, plans.precision
-    batches = [n for n in _POWERS if n <= plans.max_batch]
+    # the largest too: it is what a client that has more sends
+    batches = sorted({plans.max_batch, *(n for n in _POWERS if n <= plans.max_batch)})
     configs, files = [], {}
     for name, signature in plans.signatures.items():
         model = _model(signature, config)

@@ -5,6 +5,7 @@ With an ONNX file among its parameters the model runs the denoiser itself; witho
 the model `host` brings over if it lies on a device; what else lies there stays there."""
 
 import asyncio
+import traceback
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ class TritonPythonModel:
             outputs = self.run_here(request, self.denoiser) if self.denoiser else await self.run_calls(request)
         except UserError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+        except Exception as error:  # as where the GPU has no room for an answer: the others in the batch go on
+            pb_utils.Logger.log_error(traceback.format_exc())
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{type(error).__name__}: {error}"))
         return pb_utils.InferenceResponse(outputs)
 
     def setting(self, request: Any, name: str) -> np.ndarray:
