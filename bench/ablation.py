@@ -32,7 +32,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.scenes.write import MARK
-from mubic_deploy.thesis import TABLE_4_3
+from mubic_deploy.thesis import TABLE_4_2, TABLE_4_3
 from mubic_deploy.training import curves
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
@@ -163,6 +163,9 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         table.add_row(variant, *ours(row), f"{theirs.cc:.3f}", f"{theirs.nss:.2f}", f"{theirs.sim:.3f}")
     for n, row in rows.get("full", {}).get("steps", {}).items():
         table.add_row(f"full, {n} steps", *ours(row), "", "", "")
+    for epochs, theirs in TABLE_4_2.items():
+        name = f"thesis's Table 4.2, {epochs} epochs, mean of the splits"
+        table.add_row(name, *[""] * 4, f"{theirs.cc:.3f}", f"{theirs.nss:.2f}", f"{theirs.sim:.3f}")
     Console().print(table)
 
 

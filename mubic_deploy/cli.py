@@ -213,7 +213,7 @@ def _training(commands: argparse._SubParsersAction) -> None:
     _data(train)
     train.add_argument("--out", metavar="RUN", type=Path, help="folder of the run")
     train.add_argument("--check", action="store_true", help="only look for what is wrong with the data")
-    train.add_argument("--deep", action="store_true", help="with --check: decode every picture")
+    train.add_argument("--deep", action="store_true", help="decode every picture when the data are checked")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
     train.add_argument("--recipe", choices=tuple(RECIPES), help="settings to start from (default thesis)")
     train.add_argument("--checkpoint", metavar="C", help="start from these weights")

@@ -16,7 +16,6 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import Fit, make_fit
 from mubic_deploy.media.sound import excerpt_start
 from mubic_deploy.training.layout import (
-    Progress,
     Video,
     decode,
     labelled,
@@ -64,7 +63,6 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         jitter: bool = False,
         sound: str = "own",
         seed: int = 0,
-        progress: Progress = lambda done, total: None,
     ) -> None:
         """Reads every sound and looks at every label, about 1 ms each.
 
@@ -92,7 +90,6 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
             self._sounds.append(_int16(read_sound(video.sound)) if config.has_audio else np.zeros(0, np.int16))
             starts = self._labelled_starts(number, stride)
             windows += [(number, start) for start in starts]
-            progress(number + 1, len(self.videos))
         self._windows = np.array(windows, np.int64).reshape(-1, 2)
         self._late_s = SHIFT_S if sound == "shifted" else 0.0
         if sound == "muted":
@@ -125,8 +122,9 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses which clips are mirrored. Call it before the epoch's DataLoader iterator is made: its worker
-        processes take their copy of this object then. `persistent_workers=True` would keep the old one."""
+        """Chooses which clips are mirrored, and how much later each starts. Call it before the epoch's DataLoader
+        iterator is made: its worker processes take their copy of this object then. `persistent_workers=True` would keep
+        the old one."""
         self._epoch = epoch
 
     def ground_truth(self, index: int) -> GroundTruth:

@@ -112,15 +112,6 @@ class Report:
             f"{len(self.left_out)} of the file left out, {len(self.missing)} of the encoder not in the file"
         )
 
-    def lines(self) -> list[str]:
-        """Every name with what became of it."""
-        became = dict.fromkeys(self.interpolated, "interpolated")
-        return [
-            *(f"{became.get(name, 'loaded')}: {name}" for name in self.matched),
-            *(f"left out: {name}" for name in self.left_out),
-            *(f"not in the file: {name}" for name in self.missing),
-        ]
-
 
 def load_visual(model: MUBiC, path: str | Path) -> Report:
     """Load the MViTv2-S trunk of torchvision's or MMAction2's Kinetics-400 file into `model.visual_encoder`.
