@@ -37,9 +37,10 @@ from mubic_deploy.training import curves
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
 from mubic_deploy.training.layout import Video, read_list
+from mubic_deploy.training.machine import Machine
 from mubic_deploy.training.pretrained import load_vggish
 from mubic_deploy.training.settings import PARTS, RECIPES, Settings
-from mubic_deploy.training.train import Machine, train
+from mubic_deploy.training.train import train
 
 SAVED, CURVES = Path("bench/results/model/ablation.json"), Path("docs/ablation.png")  # in the checkout
 STEPS = (1, 2, 4, 8, 12)
@@ -105,6 +106,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.full is not None and "full" not in arguments.variants:
         parser.error("--full names the full model, which is not among --variants: add it")
+    if arguments.full is not None and arguments.epochs is not None:
+        parser.error("--full takes a model of the recipe's epochs, and the others get as many: leave out --epochs")
     videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
     machine = Machine(arguments.accelerator, 1, 1)
     rows: dict[str, dict[str, Any]] = {}

@@ -26,6 +26,7 @@ CLIENTS = 4
 SAMPLED_S = 15.0  # between two looks at the server's memory; the clients' is looked at every second time
 LOOKS = 6  # at memory, of which the lowest counts
 LATEST_S = 300.0  # for a client to end after its last frame
+FAILED: dict[str, Any] = {"failed": 1, "lost": math.nan}  # nobody knows how many
 LAST_S = 1200.0  # of a run, whose growth counts
 
 
@@ -119,13 +120,13 @@ def client(film: str, url: str, seconds: float) -> None:
 
 
 def _said(process: subprocess.Popen[str], number: int) -> dict[str, Any]:
-    """What a client printed; only "failed", and why, if it printed nothing of use."""
+    """What a client printed; FAILED, and why, if it printed nothing of use."""
     try:
         out, _ = process.communicate(timeout=LATEST_S)
     except subprocess.TimeoutExpired:
-        return {"failed": 1, "gaps": [f"client {number} did not end within {LATEST_S:g} s"]}
+        return {**FAILED, "gaps": [f"client {number} did not end within {LATEST_S:g} s"]}
     if process.returncode:
-        return {"failed": 1, "gaps": [f"client {number} ended with exit code {process.returncode}"]}
+        return {**FAILED, "gaps": [f"client {number} ended with exit code {process.returncode}"]}
     report: dict[str, Any] = json.loads(out)
     return report
 

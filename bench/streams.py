@@ -182,12 +182,12 @@ def hold(url: str, film_loop: Loop, count: int, seconds: float) -> dict[str, flo
     UserError if a stream fails."""
     windows = (round(seconds * RATE) - DEMO.frames) // STRIDE + 1  # that a stream has
     reports: list[Report] = []
-    failures: list[UserError] = []
+    failures: list[BaseException] = []
 
     def camera(delay: float) -> None:
         try:
             reports.append(_camera(url, film_loop, seconds, delay))
-        except UserError as error:
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=camera, args=(i * STRIDE / RATE / count,)) for i in range(count)]

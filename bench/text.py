@@ -9,7 +9,7 @@ from mubic_deploy.errors import UserError
 
 METRICS = ("cc", "sim", "nss", "auc_judd", "auc")
 HIGHER_IS_BETTER = (*METRICS, "gain")
-LOWER_IS_BETTER = ("seconds", "_s", "_ms", "_mb", "_bytes", "difference")
+LOWER_IS_BETTER = ("seconds", "_s", "_ms", "_mb", "_bytes", "difference", "share_besides_engines", "growth", "lost")
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -102,7 +102,7 @@ def heading(name: str) -> str:
 
 def better(name: str) -> int:
     """1 if more of it is better, -1 if less is, 0 if it is neither."""
-    if _metric(name) or name in HIGHER_IS_BETTER or name.startswith("share") or name.endswith(("_per_s", "rate")):
+    if _metric(name) or name in HIGHER_IS_BETTER or name.startswith("share_of") or name.endswith(("_per_s", "rate")):
         return 1
     return -1 if name.endswith(LOWER_IS_BETTER) else 0
 

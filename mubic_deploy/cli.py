@@ -159,7 +159,7 @@ def number(text: str) -> float:
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", type=Path, help="folder with video_frames, annotations, fold_lists")
     parser.add_argument(
-        "--dataset", action="append", choices=DATASETS, help="may be repeated (default: all that have a list there)"
+        "--dataset", action="append", choices=DATASETS, help="may be repeated (default: all that are there)"
     )
     parser.add_argument("--split", type=int, choices=SPLITS, default=1, help="which fold lists (default 1)")
 
@@ -388,7 +388,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """What `work` returns, as an exit code; 2 and one line where it cannot be done, 130 where it was interrupted."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     try:
         return work()
     except UserError as error:
@@ -407,7 +410,8 @@ def guarded(work: Callable[[], int]) -> int:
         print("mubic-deploy: interrupted", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

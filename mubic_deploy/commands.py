@@ -210,9 +210,9 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
     if remotely:
         if arguments.checkpoint or arguments.artifacts or arguments.variant:
             raise UserError("a Triton server has its own graphs: leave out --checkpoint, --artifacts and --variant")
-        from mubic_deploy.triton.client import TritonPredictor
+        from mubic_deploy.triton.client import TIMEOUT_S, TritonPredictor
 
-        with TritonPredictor(engine, **({"timeout": arguments.timeout} if arguments.timeout else {})) as remote:
+        with TritonPredictor(engine, arguments.timeout or TIMEOUT_S) as remote:
             yield remote, untrained(remote.source["seed"])
         return
     given = arguments.artifacts

@@ -25,6 +25,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     as it was. OSError if that cannot be written."""
     part = path.with_name(path.name + ".part")
     try:
+        part.unlink(missing_ok=True)  # of a run that was killed
         part.touch()
         mode = part.stat().st_mode
         yield part

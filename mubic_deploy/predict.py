@@ -88,7 +88,7 @@ def predict_film(
     targets = _targets(overlay, maps, contact_sheet)
     _check_settings(predictor.config, steps, seed, stride, fit, batch)
     with Film(source) as film:
-        check_targets(targets, KINDS, Path(source) if is_file(source) else None)
+        check_targets(targets, KINDS, Path(film.source) if is_file(film.source) else None)
         counts: Counter[int] = Counter()
         frames = 0
         with replacing(targets) as staged, ExitStack() as stack:
@@ -120,8 +120,8 @@ def check(
     """UserError if `predict_film` could not read this film or write these outputs. Takes no time, so it can come
     before whatever takes some to get ready."""
     targets = _targets(overlay, maps, contact_sheet)
-    with Film(source):
-        check_targets(targets, KINDS, Path(source) if is_file(source) else None)
+    with Film(source) as film:
+        check_targets(targets, KINDS, Path(film.source) if is_file(film.source) else None)
 
 
 def predict_clips(

@@ -10,8 +10,8 @@ import pytest
 
 from bench import ablation
 from mubic_deploy.errors import UserError
+from mubic_deploy.training.machine import Machine
 from mubic_deploy.training.settings import RECIPES
-from mubic_deploy.training.train import Machine
 
 WANTED = replace(RECIPES["demo"], variant="concat", epochs=3)
 CPU = Machine("cpu", 1, 0)

@@ -104,6 +104,8 @@ def test_rows_that_share_a_key_pair_in_order() -> None:
         ("auc_judd", 0.93, 0.94, "better"),
         ("cc_difference", 1e-4, 1e-5, "better"),  # of a metric, and not one itself
         ("share_of_peak", 0.4, 0.5, "better"),
+        ("share_besides_engines", 0.05, 0.1, "worse"),
+        ("lost", 0.0, 1.0, "worse"),
         ("macs", 1e9, 2e9, "changed"),
     ],
 )

@@ -6,6 +6,8 @@ import json
 import math
 import mmap
 import os
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pytest
 from films import click, frame_times, write_film
 from jsonschema import Draft202012Validator
 
-from bench import results, soak, streams
+from bench import goals, results, soak, streams
 from bench.drawing import Styles
 from bench.groups import group_charts, groups
 from bench.looped import RATE, Loop
@@ -31,6 +33,16 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 frames and 0.8 s of sound with a click at 0.4 s."""
     path = tmp_path_factory.mktemp("films") / "film.mkv"
     return write_film(path, frame_times(25, 20), np.full((36, 64, 3), 90, np.uint8), sound=click(0.4, 0.8))
+
+
+def test_what_a_failed_client_lost_is_not_nothing() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdout=subprocess.PIPE, text=True)
+    said = soak._said(process, 2)
+    assert said.pop("gaps") == ["client 2 ended with exit code 3"]
+    found = Results("streams_soak", {})
+    found.rows += [Row("soak", "clients", {"client": i}, values=v) for i, v in enumerate(({"lost": 0.0}, said))]
+    (outcome,) = (o for o in goals.outcomes({"streams_soak.json": found}) if o.goal.name.endswith("windows lost"))
+    assert outcome.reached not in (goals.YES, goals.UNDECIDED)
 
 
 def test_growth_is_of_the_last_twenty_minutes() -> None:

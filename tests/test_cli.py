@@ -171,6 +171,7 @@ def bad(tmp_path: Path, demo_artifacts: Artifacts) -> dict[str, Path]:
     }
 
 
+LONG = "x" * 300 + ".mp4"
 PREDICT = ("predict", "{film}", "-o", "{out}", "--artifacts", "{graphs}")
 
 
@@ -197,6 +198,9 @@ PREDICT = ("predict", "{film}", "-o", "{out}", "--artifacts", "{graphs}")
             says="the demo checkpoint is the full model, not 'concat': use --checkpoint random:demo",
         ),
         wrong(*PREDICT, "--engine", "tensorflow", says="unknown engine 'tensorflow'"),
+        wrong("predict", "file:{film}", "-o", "{film}", says="bunny.mp4 is the film itself"),
+        wrong("predict", LONG, "-o", "{out}", says="File name too long"),
+        wrong("predict", "{film}", "-o", "{folder}/" + LONG, says="the name is too long: choose a shorter one"),
         wrong(*PREDICT, "--engine", "eager", says="give --checkpoint instead of --artifacts"),
         wrong("predict", "{film}", "-o", "{out}", "--artifacts", "{edited}", says="SHA-256 differs"),
         wrong("predict", "{film}", "-o", "{out}", "--artifacts", "{folder}", says="holds no manifest.json"),

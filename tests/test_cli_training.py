@@ -124,7 +124,7 @@ def wrong(*arguments: object, says: str):
         wrong("train", "{data}", "--split", 2, "--check", says="_list_train_2_fps.txt"),
         wrong("train", "{part}", "--check", says="AVAD_list_test_1_fps.txt does not exist"),
         wrong("evaluate", "{unmatched}", "--baselines", says="no frame has both a density map and fixations"),
-        wrong("evaluate", "{unlabelled}", "--json", says="no clip of the test part has a map at its middle"),
+        wrong("evaluate", "{unlabelled}", "--json", says="no clip has a map at its middle"),
         wrong("evaluate", "{single}", "--sounds", says="--sounds swaps the sounds of videos"),
         wrong("train", "{data}", says="give --out RUN, or --check"),
         wrong("train", "{broken}", "--out", "{out}", says="does not exist: extract the video's sound track"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
@@ -23,6 +25,7 @@ from mubic_deploy.media.clips import read_clips
 from mubic_deploy.media.film import Film, Resizer, lacks_its_index
 from mubic_deploy.media.fit import BAR
 from mubic_deploy.media.sound import Sound
+from mubic_deploy.media.track import SoundTrack
 
 TIMES = frame_times(25, 20)
 UPRIGHT = [["red", "green"], ["blue", "yellow"]]
@@ -275,6 +278,57 @@ def test_the_real_clip():
     np.testing.assert_allclose(clip.audio, whole[start + 1280 : start + 1280 + 16_608], atol=1e-6)
 
 
+@pytest.mark.parametrize("longer", [0, 1])
+def test_a_wmv_whose_sound_outlasts_its_pictures_is_whole(tmp_path: Path, longer: int) -> None:
+    """ASF says of each stream how long the longest of them is."""
+    sound = np.zeros((1, 48_000 * (1 + longer)), np.float32)
+    path = write_film(
+        tmp_path / "film.wmv",
+        frame_times(25, 26),
+        quadrants(48, 64),
+        sound=sound,
+        codec="wmav2",
+        codec_options={"b": "128k"},
+    )
+    with Film(path) as film:
+        assert len(list(film.frames())) == 26
+        assert not film.warnings
+
+
+def test_an_address_that_opens_once_is_said(tmp_path: Path) -> None:
+    """As those do that expire: the sound is read through a connection of its own."""
+    sound = np.zeros((1, 48_000), np.float32)
+    path = write_film(tmp_path / "film.ts", frame_times(25, 26), quadrants(48, 64), sound=sound, codec="mp2")
+    content = path.read_bytes()
+    open_to_all = [True]
+
+    class Once(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not open_to_all[0]:
+                self.send_error(403)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Once) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/film.ts"
+        with Film(address) as film:
+            open_to_all[0] = False
+            said = rf"{address} could be opened once, but not again for its sound \(.*403 Forbidden.*\): save it"
+            with pytest.raises(UserError, match=said):
+                film.sound()
+            with av.open(tmp_path / "o.mp4", "w") as output, pytest.raises(UserError, match=said):
+                SoundTrack(address, output)
+        server.shutdown()
+
+
 def box(kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
     """One of ISO/IEC 14496-12's."""
     return (8 + len(content) if size is None else size).to_bytes(4, "big") + kind + content
@@ -288,6 +342,7 @@ def box(kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
         (box(b"ftyp", b"isom0000") + box(b"mdat", (4000).to_bytes(8, "big") + bytes(99), 1), True),
         (box(b"ftyp", b"isom0000") + box(b"mdat", (20).to_bytes(8, "big") + bytes(4), 1) + box(b"moov"), False),
         (box(b"mdat", bytes(99)) + box(b"free"), True),  # QuickTime
+        (box(b"ftyp", b"isom0000") + box(b"mdat", bytes([255] * 8), 1), True),
         (box(b"ftyp", b"isom0000") + box(b"moov", bytes(9)) + box(b"mdat", bytes(99), 4000), False),
         (bytes(200), False),
         (b"this is no film, and longer than a box", False),

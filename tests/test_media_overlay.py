@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -15,6 +17,7 @@ from mubic_deploy.media.film import Film, Frame
 from mubic_deploy.media.maps import FilmMap, MapsWriter
 from mubic_deploy.media.overlay import HeatBlend, Matcher, OverlayWriter
 from mubic_deploy.media.sheet import ContactSheet
+from mubic_deploy.media.track import SoundTrack
 from mubic_deploy.predict import predict_film
 
 GREY = np.full((48, 80, 3), 128, np.uint8)
@@ -350,3 +353,33 @@ def test_a_truncated_film_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"film\.mkv is cut off"):
         predict_film(Brightness(), path, overlay=tmp_path / "out.mp4", maps=tmp_path / "maps.npz")
     assert [p.name for p in tmp_path.iterdir()] == ["film.mkv"]
+
+
+def test_a_track_goes_from_stereo_to_mono(tmp_path: Path) -> None:
+    """As broadcasts do; M4V takes no MP2, so it is encoded."""
+    source, second = tmp_path / "film.ts", 48_000
+    with av.open(source, "w") as output:
+        track = output.add_stream("mp2", second)
+        track.layout = "stereo"
+        mono = av.AudioCodecContext.create("mp2", "w")
+        mono.sample_rate, mono.layout, mono.format, mono.time_base = second, "mono", "s16", Fraction(1, second)
+        encoders: list[Any] = [track, mono]
+        for number, encoder in enumerate(encoders):
+            layout, channels = (("stereo", 2), ("mono", 1))[number]
+            tone = 0.3 * np.sin(2 * np.pi * 440 / second * np.arange(second, dtype=np.float32))
+            samples = np.rint(32_767 * np.repeat(tone, channels))[None].astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, "s16", layout)
+            frame.sample_rate, frame.time_base, frame.pts = second, Fraction(1, second), number * second
+            for packet in (*encoder.encode(frame), *encoder.encode(None)):
+                packet.stream = track
+                output.mux(packet)
+    with av.open(tmp_path / "overlay.m4v", "w") as output:
+        sound = SoundTrack(str(source), output)
+        assert not sound.copied
+        sound.mux_until(None)
+        sound.close()
+    with av.open(tmp_path / "overlay.m4v") as overlay:
+        heard = np.concatenate([f.to_ndarray()[0] for f in overlay.decode(audio=0)])
+    assert len(heard) / second == pytest.approx(2, abs=0.1)
+    for part in (heard[second // 4 : second * 3 // 4], heard[second * 5 // 4 : second * 7 // 4]):
+        assert part.std() > 0.1  # both are there

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -33,10 +34,11 @@ from mubic_deploy.model.mubic import random_model
 from mubic_deploy.training import train as training
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import centre_bias, evaluate_maps
+from mubic_deploy.training.machine import Machine
 from mubic_deploy.training.objective import Draw, Objective, draw
 from mubic_deploy.training.settings import RECIPES, Settings
 from mubic_deploy.training.state import State, save_state
-from mubic_deploy.training.train import Machine, train
+from mubic_deploy.training.train import train
 
 # everything random is switched on
 QUICK = Settings(
@@ -460,23 +462,25 @@ def test_a_damaged_fixation_map_is_found_before_the_first_step(field, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "use fewer --workers"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "a training step of 3 clips"),
-    ],
-)
-def test_short_of_memory(shared, tmp_path, monkeypatch, error, says):
-    def fails(*_: Any) -> None:
-        raise error
-
-    if isinstance(error, torch.OutOfMemoryError):
-        monkeypatch.setattr(Objective, "forward", fails)
-    else:
-        monkeypatch.setattr(Clips, "__getitem__", fails)
-    with pytest.raises(UserError, match=says) as caught:
+def test_a_gpu_short_of_memory(shared, tmp_path, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(Objective, "forward", mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"for a training step of 3 clips \(CUDA out of memory.*smaller --batch"):
         train(replace(QUICK, variant="no_diffusion"), shared, shared, tmp_path, machine=HERE)
+
+
+def test_a_killed_worker_process_is_one_line(shared, tmp_path):
+    """As the system kills one where memory is short: here while a step is computed."""
+
+    def kill(text: str, done: int, total: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        time.sleep(1)
+
+    settings = replace(QUICK, variant="no_diffusion", batch=1)
+    with pytest.raises(UserError, match=r"reads clips was ended \(DataLoader worker .*: use fewer --workers") as caught:
+        train(settings, shared, shared, tmp_path, machine=Machine("cpu", 1, 1), progress=kill)
     assert "\n" not in str(caught.value)
 
 
@@ -560,7 +564,7 @@ def test_what_a_run_refuses(whole, shared, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="other videos"):
             train(QUICK, [longer, *shared[1:]], shared, whole, resume=True, machine=HERE)
     state = training.load_state(whole / "state.safetensors")
-    with pytest.raises(UserError, match=r"was begun with 1 devices: resume with --devices 1"):
+    with pytest.raises(UserError, match=r"was not begun with 3 devices: resume with --devices 1"):
         train(replace(QUICK, batch=3), shared, shared, whole, resume=True, machine=Machine("cpu", 3, 0))
     with pytest.raises(UserError, match=r"batch 3 cannot be shared by 2 devices"):
         train(QUICK, shared, shared, whole, resume=True, machine=Machine("cpu", 2, 0))

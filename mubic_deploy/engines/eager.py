@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine
-from mubic_deploy.engines.memory import short_of_memory
+from mubic_deploy.engines.memory import REMEDY, short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC
@@ -54,12 +54,12 @@ def require_gpu(remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def enough_memory(what: str) -> Iterator[None]:
-    """A GPU that runs out of memory inside is a UserError. what: that needed it."""
+def enough_memory(what: str, remedy: str = REMEDY) -> Iterator[None]:
+    """A GPU that runs out of memory inside is a UserError. what: that needed it; remedy: what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise short_of_memory(what, error) from None
+        raise short_of_memory(what, error, remedy) from None
 
 
 def to_torch(array: Array, device: torch.device) -> torch.Tensor:

@@ -16,9 +16,9 @@ def is_short(reason: object) -> bool:
     return SHORT.search(str(reason)) is not None
 
 
-def short_of_memory(what: str, reason: object) -> UserError:
+def short_of_memory(what: str, reason: object, remedy: str = REMEDY) -> UserError:
     """The error for `what` needed the memory. reason: the library's own words, of which the first line is given."""
-    return UserError(f"the GPU has not enough memory for {what} ({first_line(reason)}): {REMEDY}")
+    return UserError(f"the GPU has not enough memory for {what} ({first_line(reason)}): {remedy}")
 
 
 def first_line(reason: object) -> str:

@@ -30,7 +30,7 @@ from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import MapsWriter
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
-from mubic_deploy.media.source import is_file
+from mubic_deploy.media.source import exists, is_file, plain_source
 from mubic_deploy.predict import naming
 
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}
@@ -52,11 +52,12 @@ def stream(arguments: Namespace) -> int:
     gaps: deque[Gap] = deque(maxlen=1000)  # a camera may run for months
     with contextlib.ExitStack() as stack:
         window = stack.enter_context(Window()) if arguments.show else None
-        source = open_source(arguments.source, arguments.realtime)
+        named = plain_source(arguments.source)
+        source = open_source(named, arguments.realtime)
         feeder: Feeder | None = None
         stack.callback(lambda: _let_go(source, feeder))
-        place = Path(arguments.source)  # no file where it is -, pipe:0 or an address
-        check_targets(files, KINDS, place if is_file(arguments.source) and place.exists() else None)
+        # no file where it is -, pipe:0 or an address
+        check_targets(files, KINDS, Path(named) if is_file(named) and exists(Path(named)) else None)
         live = arguments.realtime or isinstance(source, LiveSource)
         on_lag = arguments.on_lag or (DROP if live else QUEUE)
         client = stack.enter_context(
@@ -230,12 +231,12 @@ class Outputs:
             with self._naming("maps"):
                 self._maps.add_map(found)
         measures = measure(found.saliency)
-        if "ndjson" in self._targets:  # whoever reads along wants each line at once
+        if "ndjson" in self._targets:
             with self._naming("ndjson"):
                 if self._lines is None:  # an earlier file stays until there is a map
                     self._lines = self._targets["ndjson"].open("w", encoding="utf-8")
                 self._lines.write(json.dumps(record(found, measures)) + "\n")
-                self._lines.flush()
+                self._lines.flush()  # whoever reads along wants each line at once
         if self._plain:
             x, y, _ = measures.peak
             say(f"{found.time_s:8.3f} s  peak at {x:.3f}, {y:.3f}  {1000 * found.latency_s:6.0f} ms")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +16,16 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Sound
-from mubic_deploy.media.source import STRAY_S, Source, comes_once, demux, open_container, went_back
+from mubic_deploy.media.source import (
+    STRAY_S,
+    Source,
+    comes_once,
+    demux,
+    is_file,
+    open_container,
+    plain_source,
+    went_back,
+)
 
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
 MISSING_S = 0.25  # an end this much too early is worth a warning
@@ -42,7 +51,7 @@ class Film:
     warnings   one line each for what was found missing or damaged, complete when the frames were read"""
 
     def __init__(self, source: Source) -> None:
-        self.source = os.fspath(source)
+        self.source = plain_source(source)
         self.name = self.source.rsplit("/", 1)[-1] or self.source
         self.warnings: list[str] = []
         self._upright = Upright()
@@ -153,14 +162,17 @@ class Film:
     def _check_end(self, last: Frame) -> None:
         end = last.time_s + float((last.image.duration or 0) * self.time_base or 1 / self.rate)
         seconds = self._seconds()
+        if self._container.format.name == "asf":  # whose streams all have the duration of the longest
+            seconds = None
         if seconds is not None:
             # Matroska's durations count from the film's zero, the others from the stream's first frame
             start = 0 if "DURATION" in self._stream.metadata else (self._stream.start_time or 0) * self.time_base
             missing = float(start + seconds) - end
             if missing > max(MISSING_S, 2.5 / self.rate):
+                repair = f"ffmpeg -i {shlex.quote(self.source)} -c copy REPAIRED.mkv"
                 raise UserError(
                     f"{self.name} is cut off: its last frame is at {last.time_s:.2f} s, {missing:.2f} s before its "
-                    f"end: get it again, or keep what is there with ffmpeg -i {self.name} -c copy REPAIRED.mkv"
+                    f"end: get it again, or keep what is there with {repair}"
                 )
         if self._damaged:
             self.warnings.append(
@@ -261,7 +273,7 @@ def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.Video
     except PermissionError as error:
         raise UserError(f"{source} may not be read: change its permissions") from error
     except (av.FFmpegError, OSError, ValueError) as error:
-        if Path(source).is_file() and lacks_its_index(Path(source)):
+        if isinstance(error, av.error.InvalidDataError) and is_file(source) and lacks_its_index(Path(source)):
             raise UserError(
                 f"{name} ends before its index, as an MP4 does whose recording or copying was cut off: copy it again, "
                 "or record to .mkv, which may end anywhere"
@@ -283,7 +295,7 @@ def lacks_its_index(path: Path) -> bool:
                 return False
             size = int.from_bytes(head[8:], "big") if size == 1 else size
             kind, at = found, at + size
-            if size < 8:  # 0: to the end of the file
+            if size < 8 or at >= path.stat().st_size:  # 0: to the end of the file
                 break
             file.seek(at)
     return bool(kind)

@@ -22,10 +22,12 @@ def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str,
             raise UserError(f"{kind} {path}: the name must end in {' or '.join(known)}")
         if not os.access(path.parent, os.X_OK) and path.parent.exists():
             raise UserError(f"{kind} {path}: the folder {path.parent} may not be entered: choose another one")
-        if path.is_dir():
-            raise UserError(f"{kind} {path} is a folder: give a file name in it")
         if not path.parent.is_dir():
             raise UserError(f"{kind} {path}: the folder {path.parent} does not exist: create it first")
+        if len(path.name.encode()) > os.pathconf(path.parent, "PC_NAME_MAX"):
+            raise UserError(f"{kind} {path}: the name is too long: choose a shorter one")
+        if path.is_dir():
+            raise UserError(f"{kind} {path} is a folder: give a file name in it")
         if not os.access(path.parent, os.W_OK):
             raise UserError(f"{kind} {path}: the folder {path.parent} may not be written: choose another one")
         if source is not None and path.exists() and path.samefile(source):
@@ -46,7 +48,7 @@ def replacing(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
     staged: dict[str, Path] = {}
     try:
         for kind, path in real.items():
-            temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+            temporary = path.with_name(f".{secrets.token_hex(4)}{path.suffix}")
             try:
                 temporary.touch(exist_ok=False)
             except OSError as error:

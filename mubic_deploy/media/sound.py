@@ -8,7 +8,7 @@ import av
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
-from mubic_deploy.media.source import STRAY_S, demux, open_container, went_back
+from mubic_deploy.media.source import STRAY_S, demux, open_again, went_back
 
 SHORTEST = SAMPLE_RATE // 80  # samples that a block has on average, at least
 JOINED = SAMPLE_RATE // 10  # samples of a block up to which what goes on from it is joined to it
@@ -141,7 +141,7 @@ class Sound:
 
     def __init__(self, source: str, name: str) -> None:
         self._source, self._name = source, name
-        self._container = open_container(source)
+        self._container = open_again(source)
         self._stream = self._container.streams.audio[0]
         self._frames = self._decode()
         self._blocks = Blocks()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -17,9 +18,22 @@ STRAY_S = 1.0  # by which time stamps may go back; more is another clock
 Stream = TypeVar("Stream", av.VideoStream, av.AudioStream)
 
 
+def plain_source(source: Source) -> str:
+    """A file: address as the path that FFmpeg takes it for, anything else as it is."""
+    return os.fspath(source).removeprefix("file:")
+
+
 def is_file(source: Source) -> bool:
     """False for a URL."""
     return "://" not in os.fspath(source)
+
+
+def exists(path: Path) -> bool:
+    """False for a name that is longer than any may be, too."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def comes_once(source: str) -> bool:
@@ -36,6 +50,17 @@ def open_container(source: str) -> av.container.InputContainer:
         raise _silent(source) from error
 
 
+def open_again(source: str) -> av.container.InputContainer:
+    """For the sound of a film whose pictures are open already. UserError if an address does not allow that."""
+    try:
+        return open_container(source)
+    except (av.FFmpegError, OSError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise UserError(
+            f"{source} could be opened once, but not again for its sound ({reason}): save it to a file first"
+        ) from error
+
+
 def demux(container: av.container.InputContainer, stream: Stream, source: str) -> Iterator[av.Packet[Stream]]:
     """The packets of `stream`. UserError if an address falls silent."""
     try:
@@ -49,7 +74,7 @@ def went_back(source: str, at_s: float, to_s: float) -> UserError:
     together after it is not known here."""
     return UserError(
         f"{source}: its time stamps go back from {at_s:.2f} s to {to_s:.2f} s, as where films were joined: give it one "
-        f"clock with ffmpeg -i {source} -c copy JOINED.mkv"
+        f"clock with ffmpeg -i {shlex.quote(source)} -c copy JOINED.mkv"
     )
 
 

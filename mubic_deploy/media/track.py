@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from fractions import Fraction
 
 import av
 
 from mubic_deploy.media.sound import is_ambisonic, is_named, known_layout
-from mubic_deploy.media.source import demux, open_container
+from mubic_deploy.media.source import demux, open_again
 
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # what unnamed channels are taken for
 AAC_RATES = (32_000, 44_100, 48_000)
@@ -20,7 +22,7 @@ class SoundTrack:
 
     def __init__(self, source: str, output: av.container.OutputContainer) -> None:
         self._source, self._output = source, output
-        self._container = open_container(source)
+        self._container = open_again(source)
         self._template = self._container.streams.audio[0]
         context = self._template.codec_context
         named, count = is_named(context.layout), context.layout.nb_channels
@@ -37,7 +39,6 @@ class SoundTrack:
             self._stream.layout = "stereo" if mixed else "mono"
             self._packets = self._encode()
         self._next: av.Packet | None = None
-        self._last_dts: int | None = None
 
     def close(self) -> None:
         self._container.close()
@@ -59,23 +60,49 @@ class SoundTrack:
             return
 
     def _copy(self) -> Iterator[av.Packet]:
-        for packet in self._demux():
-            # containers refuse time stamps that do not grow, as damaged files have them
-            if packet.dts is None or (self._last_dts is not None and packet.dts <= self._last_dts):
-                continue
-            self._last_dts = packet.dts
+        for packet in self._growing(self._demux()):
             packet.stream = self._stream
             yield packet
 
+    def _growing(self, packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+        """Containers refuse time stamps that do not grow, as damaged files have them, or joined ones."""
+        last: int | None = None
+        for packet in packets:
+            if packet.dts is not None and (last is None or packet.dts > last):
+                last = packet.dts
+                yield packet
+
     def _encode(self) -> Iterator[av.Packet]:
+        frames = itertools.chain(self._resampled(), [None])
+        return self._growing(packet for frame in frames for packet in self._stream.encode(frame))
+
+    def _resampled(self) -> Iterator[av.AudioFrame]:
+        """As the encoder wants it, whatever the sound changes to: broadcasts go from stereo to mono and back."""
+        kind: tuple[str, str, int] | None = None
+        resampler: av.AudioResampler | None = None
+        for frame in self._decoded():
+            now = (frame.format.name, frame.layout.name, frame.sample_rate)
+            if now != kind or resampler is None:
+                yield from _given(resampler, None)
+                kind, resampler = now, av.AudioResampler("fltp", self._stream.layout, self._stream.rate)
+            yield from _given(resampler, frame)
+        yield from _given(resampler, None)
+
+    def _decoded(self) -> Iterator[av.AudioFrame]:
         for packet in self._demux():
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                continue
-            for frame in frames:
-                yield from self._stream.encode(known_layout(frame))
-        yield from self._stream.encode(None)
+            with suppress(av.FFmpegError):
+                yield from map(known_layout, packet.decode())
+
+
+def _given(resampler: av.AudioResampler | None, frame: av.AudioFrame | None) -> Iterator[av.AudioFrame]:
+    """What comes out of a resampler, its time stamps in samples; None for a frame is the end."""
+    for out in resampler.resample(frame) if resampler is not None else ():
+        if out is None:
+            continue
+        if out.pts is not None and out.time_base is not None:  # of a frame that needed nothing they are the container's
+            out.pts = round(out.pts * out.time_base * out.sample_rate)
+        out.time_base = Fraction(1, out.sample_rate)
+        yield out
 
 
 def takes(output: av.container.OutputContainer, template: av.AudioStream) -> bool:

@@ -114,7 +114,7 @@ class AudioEncoder(nn.Module):
         return F.pad(x, (1, 1, 1, 1), value=-LOG_LOW / (LOG_HIGH - LOG_LOW))
 
     def features(self, patches: Tensor) -> Tensor:
-        """What `patches` makes -> A."""
+        """float32 [B T_a, 1, H_a + 2, W_a + 2], as `patches` makes them -> A."""
         return self.refine(self.vggish(patches).unflatten(0, (-1, AUDIO_SLICES)))
 
     def forward(self, AUDIO: Tensor) -> tuple[Tensor]:

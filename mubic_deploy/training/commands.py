@@ -54,7 +54,7 @@ def train(arguments: Namespace) -> int:
         raise UserError("there is nowhere to write to: give --out RUN, or --check to look at the data only")
     settings = _settings(arguments)
 
-    from mubic_deploy.training.train import Machine, make_fabric
+    from mubic_deploy.training.machine import Machine, make_fabric
     from mubic_deploy.training.train import train as run
 
     machine = Machine(arguments.accelerator, arguments.devices, arguments.workers)
@@ -154,7 +154,7 @@ def evaluate(arguments: Namespace) -> int:
             data = clips(sound)
             if not len(data):
                 raise UserError(
-                    f"no clip of the {arguments.part} part has a map at its middle: check the data folder with "
+                    f"no clip has a map at its middle: check the data folder with "
                     f"mubic-deploy train {arguments.data} --check"
                 )
             result = evaluation.evaluate(

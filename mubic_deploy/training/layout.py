@@ -84,7 +84,7 @@ def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int)
         raise UserError(f"fold list {path} cannot be read ({_reason(error)}): get it again") from error
     videos = [_parse(root, dataset, path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not videos:
-        raise UserError(f"fold list {path} names no video: get it again, or render 4 scenes or more")
+        raise UserError(f"fold list {path} names no video: get it again (of scenes, render 4 or more)")
     return videos
 
 

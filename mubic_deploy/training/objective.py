@@ -68,8 +68,8 @@ class Objective(nn.Module):
 
         Where a sample is `guessed` the first DDIM step's answer to the same noise takes the truth's place, as it does
         in inference. Trained on the truth alone the denoiser takes what it sees behind the noise for evidence, and in
-        inference sharpens its own uncertainty into one of the places that it wavered between. BatchNorm counts that
-        pass too, as inference has it.
+        inference sharpens its own uncertainty into one of the places that it wavered between. BatchNorm's
+        running statistics take in that first pass too.
 
         In mixed precision the log-mel stays in 32 bits, as it does in inference."""
         model = self.model

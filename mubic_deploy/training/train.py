@@ -18,15 +18,12 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -44,6 +41,7 @@ from mubic_deploy.training.adaptive import fit_steps
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
 from mubic_deploy.training.layout import Video
+from mubic_deploy.training.machine import DEFAULT_MACHINE, REMEDY, Machine, ending_together, make_fabric, reading_clips
 from mubic_deploy.training.objective import Draw, Objective, draw
 from mubic_deploy.training.settings import Settings
 from mubic_deploy.training.state import State, load_state, save_state
@@ -55,41 +53,6 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # what goes on, how much of it is done, of how much
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where a run is computed: Lightning Fabric's accelerator and devices, and worker processes that read clips."""
-
-    accelerator: str = "auto"
-    devices: int = 1
-    workers: int = 2
-
-
-class WholeInputs(MixedPrecision):
-    """Mixed precision that leaves what is handed to the model in 32 bits: autocast says which operation wants less, and
-    the sound's log-mel, the noise and alpha-bar want all."""
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-
-def make_fabric(machine: Machine, precision: str) -> Fabric:
-    """Lightning Fabric, not launched yet. UserError if the machine has no such accelerator, fewer devices, or is a CPU,
-    which has no 16-mixed."""
-    options: dict[str, Any] = {"accelerator": machine.accelerator, "devices": machine.devices}
-    try:
-        fabric = Fabric(**options)
-        if precision == "32-true":
-            return fabric
-        kind = fabric.device.type
-        if precision == "16-mixed" and kind == "cpu":
-            raise UserError("a CPU does not train in 16-mixed: use --precision bf16-mixed, or 32-true")
-        return Fabric(**options, plugins=WholeInputs(precision, kind))  # type: ignore[arg-type]
-    except (RuntimeError, ValueError, MisconfigurationException) as error:
-        asked = f"--accelerator {machine.accelerator} --devices {machine.devices}"
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{asked} is more than this machine has ({reason}): ask for less, or cpu") from None
-
-
 def train(
     settings: Settings,
     training: Sequence[Video],
@@ -98,7 +61,7 @@ def train(
     *,
     resume: bool = False,
     prepare: Callable[[MUBiC], None] = lambda model: None,
-    machine: Machine = Machine(),
+    machine: Machine = DEFAULT_MACHINE,
     progress: Progress = lambda *_: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
@@ -115,9 +78,9 @@ def train(
     if state is None:
         run.require_new()
     elif state.devices not in (None, machine.devices):  # each draws its own random numbers
-        raise UserError(f"{out} was begun with {state.devices} devices: resume with --devices {state.devices}")
+        raise UserError(f"{out} was not begun with {machine.devices} devices: resume with --devices {state.devices}")
     fabric = make_fabric(machine, settings.precision)
-    with _ending_together(fabric):
+    with ending_together(fabric):
         fabric.launch()
         config = get_config(settings.config, settings.variant)
         options: dict[str, Any] = {"fit": settings.fit, "stride": settings.stride}
@@ -139,29 +102,14 @@ def train(
             prepare(model)
             if fabric.is_global_zero:
                 run.start()
-        begun = (state.epoch, state.step) if state is not None else (0, 0)
-        trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress, begun)
+        trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress, state)
         with (
             contextlib.closing(trainer),
             torch.random.fork_rng([fabric.device.index] if fabric.device.type == "cuda" else []),
+            reading_clips(),
         ):
-            trainer.fit(state)
+            trainer.fit()
             return trainer.finish() if fabric.is_global_zero else None
-
-
-@contextlib.contextmanager
-def _ending_together(fabric: Fabric) -> Iterator[None]:
-    """Ends the processes that Fabric started if this one fails: they would wait for it. The other way round Fabric sees
-    to it."""
-    try:
-        yield
-    except BaseException:
-        started = getattr(fabric.strategy.launcher, "procs", [])
-        others = started.copy()
-        started.clear()  # Fabric watches them, and kills this process too when they end
-        for process in others:
-            process.kill()
-        raise
 
 
 class Run:
@@ -208,9 +156,10 @@ class Trainer:
         held_clips: Clips,
         workers: int,
         progress: Progress,
-        begun: tuple[int, int] = (0, 0),
+        state: State | None = None,
     ) -> None:
-        """begun: the epoch and the step that the run goes on from."""
+        """state: that the run goes on from."""
+        self.state = state
         self.fabric, self.settings, self.run, self.model = fabric, settings, run, model
         self.train_clips, self.held_clips = train_clips, held_clips
         self.workers, self.progress = workers, progress
@@ -229,16 +178,17 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = run.folder / "tensorboard"
-            # what a run had said after the save that it resumes from is said again
-            purged = begun[0] * self.steps + begun[1] + 1 if begun != (0, 0) else None
-            self.writer = _write(lambda: SummaryWriter(str(folder), purge_step=purged), folder)
+            # what was said after the save that the run goes on from is said again
+            done = state.epoch * self.steps + state.step if state is not None else 0
+            self.writer = _write(lambda: SummaryWriter(str(folder), purge_step=done + 1), folder)
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            _write(self.writer.close, self.run.folder)
 
-    def fit(self, state: State | None) -> None:
+    def fit(self) -> None:
         """All epochs that are left. The lead saves, by its own clock; the others wait for it where they next meet."""
+        state = self.state
         begin, first, total = (state.epoch, state.step, state.total) if state is not None else (0, 0, 0.0)
         if state is not None:
             self._restore(state)
@@ -288,13 +238,6 @@ class Trainer:
         except UserError as error:  # a worker process's comes as the last line of its traceback
             line = str(error).rstrip().splitlines()[-1]
             raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that reads clips was ended ({str(error).splitlines()[0].rstrip('. ')}): use fewer "
-                f"--workers, or give more memory (in a container more --shm-size)"
-            ) from None
 
     def _step(self, epoch: int, step: int, batch: dict[str, torch.Tensor]) -> float:
         settings = self.settings
@@ -310,7 +253,7 @@ class Trainer:
         drawn = draw(self.model.config, len(batch["TARGET"]), generator(*keys), *options)
         drawn = Draw(*(self.fabric.to_device(x) for x in drawn))
         self.objective.train()
-        with eager.enough_memory(f"a training step of {len(batch['TARGET'])} clips"):
+        with eager.enough_memory(f"a training step of {len(batch['TARGET'])} clips", REMEDY):
             loss = self.objective(batch, drawn)
             self.optimizer.zero_grad()
             self.fabric.backward(loss)

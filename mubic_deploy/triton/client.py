@@ -25,6 +25,7 @@ REMEDIES = {  # where the server does not serve one of our models
     graphs.FIXED_ENSEMBLE: "export with --fixed-steps N and serve these graphs, or leave out the model's name",
 }
 MODELS = tuple(REMEDIES)
+TIMEOUT_S = 60.0  # for a request
 _CONNECT_TIMEOUT = 10.0  # s, to learn what is served
 
 Result = tuple[np.ndarray, np.ndarray]  # saliency float32 [B, h, w], steps used int32 [B, 1]
@@ -68,7 +69,7 @@ class TritonPredictor:
     config: Config
     source: dict[str, Any]  # of the weights, as `checkpoint.Source.to_json` says it
 
-    def __init__(self, url: str, timeout: float = 60.0) -> None:
+    def __init__(self, url: str, timeout: float = TIMEOUT_S) -> None:
         self.address, self.model = destination(url)
         self.timeout = timeout
         self._client = triton.InferenceServerClient(self.address, channel_args=channel(self.address))
@@ -179,7 +180,7 @@ class TritonPredictor:
         if status == "DEADLINE_EXCEEDED":
             return UserError(
                 f"the Triton server at {self.address} did not answer within {self.timeout:g} s: "
-                f"allow more (timeout, --timeout) or send less at once (--batch)"
+                f"allow more (timeout, --timeout) or send less at once"
             )
         if status == "NOT_FOUND" or "unknown model" in message:
             return UserError(
