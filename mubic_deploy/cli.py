@@ -411,7 +411,7 @@ def guarded(work: Callable[[], int]) -> int:
         return 130
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 if __name__ == "__main__":

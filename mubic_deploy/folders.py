@@ -29,7 +29,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
         part.touch()
         mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # safetensors makes a file of its own, for its owner alone
+        if part.stat().st_mode != mode:  # safetensors makes a file of its own, for its owner alone
+            part.chmod(mode)
         _sync(part)
         part.replace(path)
         _sync(path.parent)  # the renaming

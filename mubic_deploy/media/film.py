@@ -16,16 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Sound
-from mubic_deploy.media.source import (
-    STRAY_S,
-    Source,
-    comes_once,
-    demux,
-    is_file,
-    open_container,
-    plain_source,
-    went_back,
-)
+from mubic_deploy.media.source import STRAY_S, Source, comes_once, demux, open_container, plain_source, went_back
 
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
 MISSING_S = 0.25  # an end this much too early is worth a warning
@@ -273,7 +264,7 @@ def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.Video
     except PermissionError as error:
         raise UserError(f"{source} may not be read: change its permissions") from error
     except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, av.error.InvalidDataError) and is_file(source) and lacks_its_index(Path(source)):
+        if isinstance(error, av.error.InvalidDataError) and Path(source).is_file() and lacks_its_index(Path(source)):
             raise UserError(
                 f"{name} ends before its index, as an MP4 does whose recording or copying was cut off: copy it again, "
                 "or record to .mkv, which may end anywhere"

@@ -57,7 +57,8 @@ def replacing(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
         modes = {kind: temporary.stat().st_mode for kind, temporary in staged.items()}
         yield dict(staged)
         for kind, path in real.items():
-            staged[kind].chmod(modes[kind])  # some libraries put a file of their own in its place
+            if staged[kind].stat().st_mode != modes[kind]:  # of a library that put a file of its own in its place
+                staged[kind].chmod(modes[kind])
             staged[kind].replace(path)
     finally:
         for temporary in staged.values():
