@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -318,3 +319,24 @@ def test_a_file_that_may_not_be_read_is_one_line(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == (
         "mubic-deploy: /somebody/checkpoint may not be read or entered: see its permissions\n"
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_on_its_way_out(number: int) -> None:
+    """So that what is half-written goes; a SIGHUP that nohup ignores stays ignored."""
+
+    def work() -> int:
+        os.kill(os.getpid(), number)
+        return 0
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        guarded(work)
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        assert guarded(work) == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
