@@ -20,7 +20,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
-from mubic_deploy.media.source import STRAY_S, comes_once, is_file
+from mubic_deploy.media.source import STRAY_S, comes_once, is_file, reason
 
 STDIN = "-"
 _TICK_S = 0.1  # in which a signal is heard
@@ -256,7 +256,7 @@ class LiveSource:
                 self._broke_off = f" (nothing came for {self._timeout_s:g} s)"
                 return
             except av.FFmpegError as error:
-                self._broke_off = f" ({_reason(error)})"
+                self._broke_off = f" ({reason(error)})"
                 return
             try:
                 for decoded in packet.decode():
@@ -287,9 +287,6 @@ def open_live(source: str, name: str, timeout_s: float) -> av.container.InputCon
     try:
         return av.open(place, format=kind, options=options, timeout=timeout_s if "://" in source else None)
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = _reason(error)
-        raise UserError(f"{name} cannot be opened ({reason}): check the address, and that something is sent") from error
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise UserError(
+            f"{name} cannot be opened ({reason(error)}): check the address, and that something is sent"
+        ) from error

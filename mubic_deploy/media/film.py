@@ -16,7 +16,16 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Sound
-from mubic_deploy.media.source import STRAY_S, Source, comes_once, demux, open_container, plain_source, went_back
+from mubic_deploy.media.source import (
+    STRAY_S,
+    Source,
+    comes_once,
+    demux,
+    open_container,
+    plain_source,
+    reason,
+    went_back,
+)
 
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
 MISSING_S = 0.25  # an end this much too early is worth a warning
@@ -269,7 +278,7 @@ def _open(source: str, name: str) -> tuple[av.container.InputContainer, av.Video
                 f"{name} ends before its index, as an MP4 does whose recording or copying was cut off: copy it again, "
                 "or record to .mkv, which may end anywhere"
             ) from error
-        raise UserError(f"{name} is not a film that FFmpeg can read ({_reason(error)}): check or convert it") from error
+        raise UserError(f"{name} is not a film that FFmpeg can read ({reason(error)}): check or convert it") from error
     video = first_video(container, name)
     video.thread_type = "AUTO"
     return container, video
@@ -279,17 +288,17 @@ def lacks_its_index(path: Path) -> bool:
     """Whether a file begins as MP4 or QuickTime and has no `moov` box, without which none of its frames can be found
     (ISO/IEC 14496-12, 4.2: a box is its size, its type, and where the size is 1 its size in 64 bits)."""
     with path.open("rb") as file:
-        at, kind = 0, b""
+        at = boxes = 0
         while len(head := file.read(16)) >= 8:
             size, found = int.from_bytes(head[:4], "big"), head[4:8]
             if found == b"moov" or (not at and found not in (b"ftyp", b"wide", b"mdat")):
                 return False
             size = int.from_bytes(head[8:], "big") if size == 1 else size
-            kind, at = found, at + size
+            boxes, at = boxes + 1, at + size
             if size < 8 or at >= path.stat().st_size:  # 0: to the end of the file
                 break
             file.seek(at)
-    return bool(kind)
+    return boxes > 0
 
 
 def first_video(container: av.container.InputContainer, name: str) -> av.VideoStream:
@@ -306,7 +315,3 @@ def first_video(container: av.container.InputContainer, name: str) -> av.VideoSt
         container.close()
         raise UserError(f"{name}: its video codec is unknown here: convert it to H.264 in MP4")
     return films[0]
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]

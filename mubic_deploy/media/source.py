@@ -42,6 +42,11 @@ def comes_once(source: str) -> bool:
     return source.startswith(("pipe:", "fd:")) or (path.exists() and not path.is_file() and not path.is_dir())
 
 
+def reason(error: Exception) -> str:
+    """Why, in one line, without the number."""
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+
+
 def open_container(source: str) -> av.container.InputContainer:
     """UserError if an address is silent; FFmpeg's own errors for everything else."""
     try:
@@ -55,9 +60,8 @@ def open_again(source: str) -> av.container.InputContainer:
     try:
         return open_container(source)
     except (av.FFmpegError, OSError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         raise UserError(
-            f"{source} could be opened once, but not again for its sound ({reason}): save it to a file first"
+            f"{source} could be opened once, but not again for its sound ({reason(error)}): save it to a file first"
         ) from error
 
 
