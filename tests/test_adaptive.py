@@ -162,11 +162,14 @@ def test_fit_steps_measures_and_fits(fresh, clips, monkeypatch):
     measured = (NARROW.astype(np.float32), np.where(NARROW < 0.95, 3, 8))
     asked = []
 
-    def measure(model: MUBiC, clips: Clips, indices: list[int], tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    def measure(model, clips, indices, tolerance, progress):
         asked.append((indices, tolerance))
+        progress(len(indices), len(indices))
         return measured
 
     monkeypatch.setattr(adaptive, "smallest_steps", measure)
-    np.testing.assert_array_equal(fit_steps(fresh, clips, [0, 6], 0.02), measured[1])
-    assert asked == [([0, 6], 0.02)]
+    said = []
+    fitted = fit_steps(fresh, clips, [0, 6], 0.02, lambda done, total: said.append((done, total)))
+    np.testing.assert_array_equal(fitted, measured[1])
+    assert (asked, said) == ([([0, 6], 0.02)], [(2, 2)])
     assert steps_at(fresh, NARROW) == measured[1].tolist()
