@@ -49,6 +49,8 @@ class Row:
             out["samples_s"] = [float(f"{s:.6g}") for s in self.timing.samples]
             if self.timing.rounds:
                 out["rounds"] = list(self.timing.rounds)
+            if self.timing.measurement is not None:
+                out["measurement"] = self.timing.measurement
         return out
 
     @classmethod
@@ -62,7 +64,8 @@ class Row:
             rounds = tuple(int(n) for n in data.get("rounds", ()))
             if rounds and (sum(rounds) != len(samples) or min(rounds) < 1):
                 raise ValueError("rounds do not add up to samples_s")
-            timing = Timing(samples, data["seconds"]["warm_ups"], data["seconds"]["settled"], rounds)
+            seconds, measurement = data["seconds"], data.get("measurement")
+            timing = Timing(samples, seconds["warm_ups"], seconds["settled"], rounds, measurement)
         values = {name: math.nan if v is None else float(v) for name, v in data["values"].items()}
         return cls(str(data["what"]), str(data["side"]), dict(data["axes"]), timing, values)
 

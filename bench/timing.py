@@ -3,6 +3,7 @@ confidence."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ WINDOW = 3
 SLOWER = 4  # times warm_up_s
 ASLEEP = 2_000_000  # cycles, a millisecond on an H200: longer than the host takes to enqueue some graphs
 AT_LEAST = 5  # calls of a side, however slow it is; and warm-up calls, before it counts as not settled
+
+_numbers = itertools.count(1)  # of this process's measurements
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ class Timing:
 
     settled: whether the warm-up calls had stopped changing
     rounds: how many of the calls, in their order, belong together, as those of one round of a load, which are slow or
-    fast together; empty where each stands for itself"""
+    fast together; empty where each stands for itself
+    measurement: the number of the call of `measure` that they are of, whose sides took turns; None of a load"""
 
     samples: tuple[float, ...]
     warm_ups: int = 0
     settled: bool = True
     rounds: tuple[int, ...] = ()
+    measurement: int | None = None
 
     @property
     def median(self) -> float:
@@ -120,9 +125,9 @@ def ratio(a: Timing, b: Timing) -> tuple[float, float, float]:
 
 
 def ratio_in_run(a: Timing, b: Timing) -> tuple[float, float, float]:
-    """Of two sides of one run: the `paired_ratio` of their k-th calls where both made as many, which were made
-    together, else as `ratio`."""
-    if len(a.samples) != len(b.samples) or a.rounds or b.rounds:
+    """Of two sides of one run: the `paired_ratio` of their k-th calls where both made as many in one measurement, so
+    that these were made together, else as `ratio`."""
+    if a.measurement is None or a.measurement != b.measurement or len(a.samples) != len(b.samples):
         return ratio(a, b)
     return paired_ratio(a.samples, b.samples)
 
@@ -200,7 +205,8 @@ def measure(
         # of the sides that were quicker than their last warm-up calls
         missing = {name: max(0, rule.calls(sum(s) / len(s)) - len(s)) for name, s in samples.items()}
         missing = dict.fromkeys(missing, max(missing.values())) if in_step else missing
-    return {name: Timing(tuple(s), len(warm[name]), settled[name]) for name, s in samples.items()}
+    number = next(_numbers)
+    return {name: Timing(tuple(s), len(warm[name]), settled[name], measurement=number) for name, s in samples.items()}
 
 
 def shuffled(calls: Mapping[str, int], seed: int) -> list[str]:

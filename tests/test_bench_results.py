@@ -33,7 +33,8 @@ def plain(found: Results) -> dict[str, Any]:
 
 def measured() -> Results:
     found = Results("engines", {"size": "demo"}, limits={"gemm_float32": 2e11, "copy": 1e10})
-    found.add("whole", {"eager": Timing((0.3, 0.1, 0.2), 4), "onnxruntime": Timing((0.1,), 2, False)}, batch=1)
+    sides = {"eager": Timing((0.3, 0.1, 0.2), 4, measurement=7), "onnxruntime": Timing((0.1,), 2, False)}
+    found.add("whole", sides, batch=1)
     found.rows.append(Row("parity", "onnxruntime", {"graph": "fusion"}, values={"cc": math.nan, "sim": 0.5}))
     found.rows.append(Row("server", "our clients", timing=Timing((0.3, 0.1, 0.2), 4, rounds=(1, 2))))
     found.left_out["openvino"] = "not installed"
@@ -68,7 +69,10 @@ def test_what_is_written_fits_the_schema(tmp_path: Path, validator: Draft202012V
     assert written["rows"][2]["values"] == {"cc": None, "sim": 0.5}
     assert written["rows"][3]["rounds"] == [1, 2]
     assert "rounds" not in row
-    assert results.read(tmp_path / "a.json").rows[3].timing == Timing((0.3, 0.1, 0.2), 4, rounds=(1, 2))
+    assert row["measurement"] == 7
+    assert "measurement" not in written["rows"][1]
+    back = [row.timing for row in results.read(tmp_path / "a.json").rows]
+    assert back == [row.timing for row in measured().rows]
 
 
 @pytest.mark.parametrize(

@@ -139,17 +139,25 @@ def test_a_ratio_of_one_run_is_that_of_its_pairs() -> None:
     """A machine that is half as fast in the second half: the medians wander with it, the pairs do not."""
     rng = np.random.default_rng(1)
     pace = np.repeat([1.0, 1.5], 20)
-    a = Timing(tuple(1.1 * pace * rng.normal(1, 0.005, 40)))
-    b = Timing(tuple(pace * rng.normal(1, 0.005, 40)))
+    a = Timing(tuple(1.1 * pace * rng.normal(1, 0.005, 40)), measurement=1)
+    b = Timing(tuple(pace * rng.normal(1, 0.005, 40)), measurement=1)
     found, low, high = timing.ratio_in_run(a, b)
     assert found == pytest.approx(1.1, rel=0.005)
     assert low < found < high
     assert high - low < 0.02
     assert timing.ratio(a, b)[2] - timing.ratio(a, b)[1] > 0.2
-    fewer = Timing(b.samples[:30])
-    assert timing.ratio_in_run(a, fewer) == timing.ratio(a, fewer)
+    apart = (Timing(b.samples[:30], measurement=1), Timing(b.samples, measurement=2), Timing(b.samples))
+    for other in apart:  # of whose calls nobody knows which were made together
+        assert timing.ratio_in_run(a, other) == timing.ratio(a, other)
     loads = Timing(a.samples, rounds=(20, 20)), Timing(b.samples, rounds=(20, 20))
     assert timing.ratio_in_run(*loads) == timing.ratio(*loads)
+
+
+def test_a_measurement_has_a_number_of_its_own() -> None:
+    one, _ = measured({"a": [1.0], "b": [1.0]}, Rule(5, 5, 0, 10))
+    other, _ = measured({"a": [1.0]}, Rule(5, 5, 0, 10))
+    assert one["a"].measurement == one["b"].measurement is not None
+    assert other["a"].measurement not in (None, one["a"].measurement)
 
 
 def test_the_order_is_random_and_even() -> None:
