@@ -69,7 +69,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs of a suite. only: rows that one of them has, as text."""
+    """Two runs of a suite. only: rows that one of them has, as text; lost: those that only A timed, by name."""
 
     suite: str
     a: str
@@ -79,6 +79,7 @@ class Comparison:
     values: list[Value]
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     def slower(self, percent: float) -> list[Timed]:
         """Rows that are really slower in b, by more than `percent` %, those too that are wide."""
@@ -111,6 +112,7 @@ def compare(a: Results, b: Results, name_a: str = "A", name_b: str = "B") -> Com
         values,
         [_missing(row, b) for key, row in rows_a.items() if key not in rows_b],
         [_missing(row, a) for key, row in rows_b.items() if key not in rows_a],
+        [_name(row) for key, row in rows_a.items() if row.timing and not (key in rows_b and rows_b[key].timing)],
     )
 
 
@@ -216,7 +218,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-if-slower",
         metavar="PERCENT",
         type=number,
-        help="exit code 1 if a row's median is really slower in B, by more than this; wide rows do not count",
+        help="exit code 1 if a row's median is really slower in B, by more than this, or B did not time it; wide rows "
+        "do not count",
     )
     parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
 
@@ -226,40 +229,44 @@ def run(arguments: argparse.Namespace) -> int:
     percent = arguments.fail_if_slower
     if percent is not None and not 0 <= percent < math.inf:
         raise UserError(f"--fail-if-slower {percent:g}: use 0 or more per cent")
-    comparisons, alone = _load(arguments.a, arguments.b)
+    comparisons, only_a, only_b = _load(arguments.a, arguments.b)
     if not any(c.times or c.values for c in comparisons):  # nor may --fail-if-slower pass for want of rows
         raise UserError(f"{arguments.a} and {arguments.b} have no row in common: nothing to compare")
     found = [t for c in comparisons for t in c.slower(percent)] if percent is not None else []
     slower, wide = [t for t in found if not t.wide], [t for t in found if t.wide]
+    lost = [*(name for c in comparisons for name in c.lost), *only_a] if percent is not None else []
+    alone = [f"{name} is in {a} only" for a, names in ((arguments.a, only_a), (arguments.b, only_b)) for name in names]
     if arguments.json:
         names = {"too_slow": [_name(t) for t in slower], "too_slow_but_wide": [_name(t) for t in wide]}
-        print_json({"comparisons": [c.to_json() for c in comparisons], "warnings": alone} | names)
+        said = {"warnings": alone, **names, "not_timed": lost}
+        print_json({"comparisons": [c.to_json() for c in comparisons], **said})
     else:
         warn(alone)
         for comparison in comparisons:
             _show(comparison)
         for timed in slower:
             say(f"too slow: {_name(timed)}: {100 * (timed.ratio - 1):.1f} % slower, {percent:g} % are allowed")
+        for name in lost:
+            say(f"not timed in B, so nobody knows whether it is slower: {name}")
         if wide:
             warn([f"slower than that, but wide, so not counted: {len(wide)} rows, measure them again"])
-    return 1 if slower else 0
+    return 1 if slower or lost else 0
 
 
-def _load(a: Path, b: Path) -> tuple[list[Comparison], list[str]]:
-    """Comparisons of what pairs, and what does not."""
+def _load(a: Path, b: Path) -> tuple[list[Comparison], list[str], list[str]]:
+    """Comparisons of what pairs, and the files that only one folder has."""
     for path in (a, b):
         if not path.exists():
             raise UserError(f"{path} does not exist: name results that `bench run` wrote")
     if a.is_dir() != b.is_dir():
         raise UserError(f"{a} and {b} are a file and a folder: name two files or two folders")
     if not a.is_dir():
-        return [compare(results.read(a), results.read(b), str(a), str(b))], []
+        return [compare(results.read(a), results.read(b), str(a), str(b))], [], []
     found_a, found_b = results.read_folder(a), results.read_folder(b)
-    alone = [f"{name} is in {a} only" for name in sorted(found_a.keys() - found_b.keys())]
-    alone += [f"{name} is in {b} only" for name in sorted(found_b.keys() - found_a.keys())]
     if not (names := sorted(found_a.keys() & found_b.keys())):
         raise UserError(f"no file of {a} has the name of one of {b}: name the two files to compare")
-    return [compare(found_a[n], found_b[n], str(a / n), str(b / n)) for n in names], alone
+    comparisons = [compare(found_a[n], found_b[n], str(a / n), str(b / n)) for n in names]
+    return comparisons, sorted(found_a.keys() - found_b.keys()), sorted(found_b.keys() - found_a.keys())
 
 
 def _show(found: Comparison) -> None:

@@ -170,6 +170,21 @@ def test_wide_rows_do_not_fail_and_are_counted(tmp_path: Path, capsys: pytest.Ca
     assert (found["too_slow"], found["too_slow_but_wide"]) == ([], ["whole, eager"])
 
 
+def test_what_was_not_timed_again_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = [timed(*[1.0] * 9, batch=batch) for batch in (1, 2, 4)]
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    run_of(fast).write(a)
+    run_of([fast[0], Row("whole", "eager", {"batch": 2}, values={"macs": 1.0})]).write(b)
+    assert compare.run(parse(a, b)) == 0
+    assert compare.run(parse(b, a, "--fail-if-slower", "5")) == 0
+    capsys.readouterr()
+    assert compare.run(parse(a, b, "--fail-if-slower", "5")) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not timed in B, so nobody knows whether it is slower: whole, eager, batch 2" in said
+    assert compare.run(parse(a, b, "--fail-if-slower", "5", "--json")) == 1
+    assert json.loads(capsys.readouterr().out)["not_timed"] == ["whole, eager, batch 2", "whole, eager, batch 4"]
+
+
 def test_json(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.run(parse(*files, "--json", "--fail-if-slower", "5")) == 1
     said = json.loads(capsys.readouterr().out)
@@ -196,6 +211,8 @@ def test_folders_pair_files_by_name(files: tuple[Path, Path], capsys: pytest.Cap
     said = json.loads(capsys.readouterr().out)
     assert [c["a"] for c in said["comparisons"]] == [str(a / "engines.json")]
     assert said["warnings"] == [f"steps.json is in {b} only"]
+    assert compare.run(parse(a, b, "--fail-if-slower", "50")) == 0
+    assert compare.run(parse(b, a, "--fail-if-slower", "50")) == 1  # nothing of steps.json was measured again
 
 
 def test_what_cannot_be_compared(files: tuple[Path, Path], tmp_path: Path) -> None:
