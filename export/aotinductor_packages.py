@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch._inductor import aoti_compile_and_package
 from mubic_deploy.artifacts import describe, sha256
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import ON_GPU, REWRITES, TOKENS
+from mubic_deploy.console import Progress
 from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
 from mubic_deploy.engines.memory import first_line, is_short, short_of_memory
@@ -38,8 +39,6 @@ from mubic_deploy.model.tokens import INDUCTOR
 from mubic_deploy.parity import CLIPS, compare
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
-
-Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trace the four graphs of a checkpoint to ONNX, check each against eager PyTorch, write the manifest.
+"""Trace the graphs of a checkpoint to ONNX, check each against eager PyTorch, write the manifest.
 
     python export/onnx_graphs.py CHECKPOINT --out DIR        (the same as: mubic-deploy export CHECKPOINT --out DIR)
 
@@ -12,7 +12,7 @@ import logging
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from onnxscript import optimizer
 from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import OPTIMISATIONS
+from mubic_deploy.console import Progress
 from mubic_deploy.engines import eager, onnxruntime
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
@@ -38,8 +39,6 @@ MAX_BATCH = 64  # the batch axis is dynamic from 1 to this
 FOLD_LIMIT = 1 << 26  # elements of a constant
 LISTED = 10  # modules with the largest activations, in the manifest
 PACKAGES = ("mubic-deploy", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
-
-Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
 
 
 def trace(module: torch.nn.Module, signature: Signature, path: Path) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mubic_deploy.artifacts import Artifacts, describe, sha256
+from mubic_deploy.console import Progress
 from mubic_deploy.engines import cpu, cuda
 from mubic_deploy.engines.cuda import GPU
 from mubic_deploy.engines.tensorrt import FORMAT, MANIFEST, Plans, created, import_tensorrt, load_engines, logger
@@ -27,8 +27,6 @@ from mubic_deploy.graphs import Signature
 from mubic_deploy.parity import CLIPS, compare
 
 OLDEST = (10, 12)
-
-Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,12 @@ def _load_file(path: Path, variant: str | None) -> MUBiC:
         raise UserError(f"{path} is not a MUBiC checkpoint ({reason}): name another file") from None
     if variant is not None and variant != config.variant:
         raise UserError(f"{path} holds the variant {config.variant!r}, not {variant!r}: name another checkpoint")
-    with torch.device("meta"):
-        model = MUBiC(config)
+    try:
+        with torch.device("meta"):
+            model = MUBiC(config)
+    except Exception as error:  # whatever the sizes, each possible by itself, do together
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: its configuration makes no model ({reason}): name another file") from error
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     odd = sorted(set(expected.items()) ^ set(found.items()))

@@ -95,9 +95,12 @@ def parity(arguments: Namespace) -> int:
 
     artifacts = Artifacts.open(arguments.artifacts)
     source = artifacts.manifest["source"]
-    model, _ = checkpoint.load(arguments.checkpoint or source["name"], artifacts.config.variant, source["seed"] or 0)
-    if model.config != artifacts.config:
-        raise UserError(f"{arguments.artifacts} was not exported from this checkpoint: name it with --checkpoint")
+    named = arguments.checkpoint or source["name"]
+    model, found = checkpoint.load(named, artifacts.config.variant, source["seed"] or 0)
+    if model.config != artifacts.config or found.sha256 != source.get("sha256"):
+        raise UserError(
+            f"{arguments.artifacts} was not exported from {named} as it is now: name its weights with --checkpoint"
+        )
     with bar("comparing") as progress:
 
         def compared(clips: int) -> None:

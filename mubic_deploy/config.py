@@ -66,9 +66,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise UserError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
-        if self.frames % 2 or self.height % 16 or self.width % 16:
+        units = (2 * AUDIO_SLICES, 16, 16)
+        if any(n < 1 or n % unit for n, unit in zip((self.frames, self.height, self.width), units, strict=True)):
             raise UserError(
-                f"config {self.name!r}: frames must be even, height and width multiples of 16, "
+                f"config {self.name!r}: frames must be a multiple of {units[0]}, height and width multiples of 16, "
                 f"not {self.frames} x {self.height} x {self.width}"
             )
 
@@ -126,16 +127,23 @@ class Config:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Config:
-        """Inverse of `to_json`. ValueError names fields that are unknown, missing or of another kind."""
+        """Inverse of `to_json`. ValueError names what is unknown, missing, of another kind or not positive."""
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or set(data) != known:
             odd = sorted(set(data) ^ known) if isinstance(data, dict) else [type(data).__name__]
             raise ValueError(f"the configuration does not fit this version (fields {', '.join(odd)})")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         for name, value in values.items():
-            if type(value) is not type(getattr(FULL, name)):
+            like = getattr(FULL, name)
+            numbers, wanted = (v if isinstance(v, tuple) else (v,) for v in (value, like))
+            if [type(v) for v in numbers] != [type(v) for v in wanted] or type(value) is not type(like):
                 raise ValueError(f"{name} {json.dumps(data[name])} of the configuration is of another kind")
-        return cls(**values)
+            if any(not isinstance(v, str) and v < 1 for v in numbers):
+                raise ValueError(f"{name} {json.dumps(data[name])} of the configuration is below 1")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
 
 FULL = Config("full")

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from mubic_deploy import strict_json
 
 screen = Console()
 messages = Console(stderr=True)
+
+Progress = Callable[[str, int, int], None]  # what goes on, how much of it is done, of how much
 
 
 @contextlib.contextmanager
@@ -21,7 +24,7 @@ def bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     # without a terminal there is nobody to watch, and an error shall stay one line
-    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
+    with Bar(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda text, done, total: progress.update(task, description=text, completed=done, total=total)
 

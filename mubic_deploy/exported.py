@@ -7,18 +7,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from importlib.metadata import version
+from collections.abc import Collection, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mubic_deploy import folders
 from mubic_deploy.artifacts import Artifacts, sha256
 from mubic_deploy.config import CHECKPOINTS, DEMO_CHECKPOINT, DEMO_FILE, RANDOM
+from mubic_deploy.console import Progress
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.sources import load_script, source_dir
 
-Progress = Callable[[str, int, int], None]  # what is done next, steps done, steps in all
+TOOLS = ("torch", "torchvision", "torchaudio", "onnx", "onnx-ir", "onnxscript")  # that make graphs, or their constants
 
 
 def export(
@@ -80,8 +81,8 @@ def _locked(out: Path) -> Iterator[None]:
 
 def cache_dir() -> Path:
     """MUBIC_CACHE, else mubic-deploy in the user's cache folder. UserError if there is none."""
-    if "MUBIC_CACHE" in os.environ:
-        return Path(os.environ["MUBIC_CACHE"])
+    if cache := os.environ.get("MUBIC_CACHE"):
+        return Path(cache)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mubic-deploy"
     except RuntimeError:
@@ -96,8 +97,15 @@ def _key(checkpoint: str, variant: str | None, seed: int) -> str:
     elif checkpoint.startswith(RANDOM):
         weights = [checkpoint, variant or "full", seed]
     else:
-        raise UserError(f"checkpoint {checkpoint} does not exist: use {CHECKPOINTS}")  # before PyTorch is asked for
-    tools = [version(name) for name in ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript")]
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {checkpoint} {what}: use {CHECKPOINTS}")  # before PyTorch is asked for
+    try:
+        tools = [version(name) for name in TOOLS]
+    except PackageNotFoundError as error:
+        raise UserError(
+            f"the graphs of {checkpoint} are not exported yet, which needs {error.name}: pip install "
+            f"'mubic-deploy[torch]', or name a folder of exported graphs"
+        ) from None
     package = Path(__file__).parent
     sources = [*sorted((package / "model").glob("*.py")), package / "config.py", package / "graphs.py"]
     sources.append(source_dir("export") / "onnx_graphs.py")

@@ -17,6 +17,7 @@ from mubic_deploy.engines import Arrays, Engine, HostArrays, cpu
 from mubic_deploy.errors import UserError
 
 EAGER = ("eager", "eager-cuda")
+LOUDEST = 8  # times full scale: a mix may exceed it a little, samples of 16 bits that were not scaled by far
 ENGINES = (*cpu.ENGINES, "onnxruntime-cuda", *EAGER, "aotinductor", "tensorrt")
 
 
@@ -49,7 +50,7 @@ def request(
                 raise ValueError
         except (ValueError, OverflowError, TypeError):
             raise UserError(f"{tensor.name} must be one {tensor.dtype} for all or {batch}, one a clip") from None
-        arrays[tensor.name] = values[:, None]
+        arrays[tensor.name] = values[:, None].copy()
     for n in np.unique(arrays["STEPS"]):
         config.check_steps(int(n))
     arrays = {t.name: t.check(arrays[t.name]) for t in graphs.pipeline(config).inputs}
@@ -57,21 +58,32 @@ def request(
         raise UserError(f"VIDEO has {batch} clips and AUDIO {len(audio)}: give as many of both")
     if "AUDIO" in arrays and not np.isfinite(arrays["AUDIO"]).all():
         raise UserError("AUDIO holds NaN or infinite samples: give -1 to 1, and 0 where there is no sound")
+    if "AUDIO" in arrays and (peak := np.abs(arrays["AUDIO"]).max()) > LOUDEST:
+        raise UserError(f"AUDIO reaches {peak:.4g}, as integers do: scale it to -1 to 1")
     return arrays
 
 
 def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> HostArrays:
     """The DDIM loop. cond: COND and ADAPTIVE_STEPS [B, 1]; seed int64 [B, 1]; steps int32 [B, 1], 0 for adaptive
-    -> SALIENCY float32 [B, h, w] and STEPS_USED int32 [B, 1]."""
+    -> SALIENCY float32 [B, h, w] and STEPS_USED int32 [B, 1]. UserError as of `chosen_steps`."""
     inputs = {t.name: cond[t.name] for t in graphs.conditioning(config)}
     inputs["S_T"] = noise(seed[:, 0], config.map_size)
     used = steps
     if not (steps > 0).all():  # or a GPU would be waited for
-        used = np.where(steps > 0, steps, np.asarray(cond["ADAPTIVE_STEPS"])).astype(np.int32)
+        used = chosen_steps(config, steps, np.asarray(cond["ADAPTIVE_STEPS"]))
     for step, alpha_now, alpha_next in zip(*schedule(used[:, 0]), strict=True):
         outputs = denoiser({**inputs, "STEP": step, "ALPHA_NOW": alpha_now, "ALPHA_NEXT": alpha_next})
         inputs["S_T"] = outputs["S_NEXT"]
     return {"SALIENCY": np.asarray(outputs["S_0"])[:, 0], "STEPS_USED": used}
+
+
+def chosen_steps(config: Config, steps: np.ndarray, adaptive: np.ndarray) -> np.ndarray:
+    """steps int32 [B, 1], 0 for adaptive, and ADAPTIVE_STEPS [B, 1] -> those of each clip, int32 [B, 1]. UserError if
+    ADAPTIVE_STEPS is taken and out of range, as it is made of features that are not finite."""
+    used = np.where(steps > 0, steps, adaptive).astype(np.int32)
+    if not ((used >= 1) & (used <= config.max_steps)).all():
+        raise UserError(f"ADAPTIVE_STEPS is out of range: it must be 1 to {config.max_steps}, or give STEPS")
+    return used
 
 
 class Pipeline:

@@ -18,7 +18,7 @@ from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.clips import Clip, Clipper
 from mubic_deploy.media.film import Film, Frame
-from mubic_deploy.media.fit import FITS
+from mubic_deploy.media.fit import check_fit
 from mubic_deploy.media.maps import FilmMap, MapsWriter
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
@@ -208,8 +208,7 @@ def _check_settings(config: Config, steps: int | None, seed: int, stride: int, f
         raise UserError(f"stride {stride} is out of range: use 1 or more frames")
     if batch < 1:
         raise UserError(f"a batch of {batch} clips cannot be: use 1 or more")
-    if fit not in FITS:
-        raise UserError(f"unknown fit {fit!r}: choose one of {', '.join(FITS)}")
+    check_fit(fit)
 
 
 def _sink(kind: str, path: Path, film: Film) -> _Sink:

@@ -60,6 +60,7 @@ def test_the_folder_says_what_it_is_for(packages: Packages) -> None:
     assert manifest["torch"] == torch.__version__
     assert manifest["device"]["type"] == "cpu"
     assert len(manifest["device"]["instructions"]) > 10
+    assert not {"hypervisor", "constant_tsc", "cpuid", "nopl"} & set(manifest["device"]["instructions"])
     assert manifest["profile"] == {"min": 1, "max": 4}
     assert packages.optimisations == ("pad_heads", "split_depthwise")
     assert manifest["parity"]["ok"]
@@ -92,6 +93,22 @@ def test_packages_of_another_machine_are_refused(packages: Packages, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     with pytest.raises(UserError, match=r"compiled for NVIDIA H100 .*, this is NVIDIA L4 \(8.9\): compile it here"):
         load_engines(altered(packages, device=gpu))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        (
+            "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu tsc sse sse4_2 hypervisor avx2 avx512_vnni pni\n"
+            "vmx flags\t: vnmi ept\nbugs\t\t: spectre_v1\nprocessor\t: 1\nflags\t\t: other\n",
+            ["avx2", "avx512_vnni", "pni", "sse", "sse4_2"],
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd sve\nCPU part\t: 0xd40\n", ["asimd", "fp", "sve"]),
+        ("processor\t: 0\nisa\t: rv64imafdc\n", []),
+    ],
+)
+def test_what_counts_as_an_instruction_set(cpuinfo: str, found: list[str]) -> None:
+    assert aotinductor.instructions(cpuinfo) == found
 
 
 def test_batches_that_do_not_fit_are_refused(packages: Packages) -> None:

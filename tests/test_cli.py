@@ -114,6 +114,14 @@ def test_parity_is_a_table_or_json(run, demo_artifacts: Artifacts) -> None:
     assert json.loads(run("parity", demo_artifacts.path, "--clips", 1, "--json").out)["ok"] is True
 
 
+def test_parity_wants_the_weights_that_were_exported(run, demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    changed = tmp_path / "demo.safetensors"
+    checkpoint.save(random_model(DEMO, 1), changed)
+    ran = run("parity", demo_artifacts.path, "--checkpoint", changed, "--clips", 1)
+    assert ran.code == 2
+    assert f"was not exported from {changed} as it is now: name its weights with --checkpoint" in ran.err
+
+
 def test_export_is_kept_and_made_again_when_damaged(
     run, film: Path, demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

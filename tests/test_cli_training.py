@@ -99,6 +99,19 @@ def test_pack_is_half_precision_and_loads(run, tmp_path: Path) -> None:
     assert not (tmp_path / "d.safetensors").exists()
 
 
+def test_videos_in_both_parts_are_said(run, field: list[Video]) -> None:
+    root = field[0].root
+    lists = [root / "fold_lists" / f"Scenes_list_{part}_1_fps.txt" for part in ("train", "test")]
+    lists[0].write_text("one 24 25\ntwo 24 12.5\n")
+    for test, said in (("short 6 25\ntwo 24 12.5\n", True), ("short 6 25\n", False)):
+        lists[1].write_text(test)
+        ran = run("train", root, "--check")
+        assert ran.code == 0, ran.out
+        assert (
+            "1 of 2 videos of the test part are in the training part too, the first is Scenes/two" in ran.err
+        ) == said
+
+
 def test_check_prints_every_problem(run, field: list[Video]) -> None:
     root, video = field[0].root, field[0]
     video.sound.unlink()

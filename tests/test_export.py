@@ -147,6 +147,19 @@ def test_parity_sees_a_difference(demo_artifacts: Artifacts, engine: str) -> Non
         result.require()
 
 
+@pytest.mark.parametrize(("steps", "ok"), [(1, True), (2, False)])
+def test_adaptive_steps_may_round_to_the_next(steps: int, ok: bool) -> None:
+    """Its entropy may lie between two numbers; in FP32 too."""
+    engines = eager.load_engines(random_model(DEMO))
+
+    def rounded(inputs):
+        outputs = engines["fusion"](inputs)
+        return {**outputs, "ADAPTIVE_STEPS": np.asarray(outputs["ADAPTIVE_STEPS"]) + steps}
+
+    candidate: dict = {**engines, "fusion": rounded}
+    assert compare(DEMO, engines, candidate, clips=1).ok == ok
+
+
 @pytest.mark.parametrize(("graph", "tensor"), [("fusion", "CONTEXT2"), ("denoiser", "S_0")])
 def test_nan_is_a_difference(graph: str, tensor: str) -> None:
     engines = eager.load_engines(random_model(DEMO))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.errors import UserError
+from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.sources import load_script, source_dir
 
 pytest_plugins = ("triton_fixtures",)
@@ -116,3 +118,25 @@ def test_a_checkpoint_that_is_not_there(made: list[Path], tmp_path: Path, monkey
     with pytest.raises(UserError, match=r"checkpoint gone/ does not exist: use random:full, random:demo, demo or a"):
         exported.cached("gone/")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_checkpoint_that_is_a_folder(made: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint .* is a directory: use random:full"):
+        exported.cached(str(tmp_path))
+
+
+def test_without_pytorch_a_folder_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(exported, "version", version)
+    with pytest.raises(
+        UserError, match=r"not exported yet, which needs torch: pip install 'mubic-deploy\[torch\]', or"
+    ):
+        Pipeline.open("random:demo")
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MUBIC_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert exported.cache_dir() == tmp_path / "mubic-deploy"

@@ -15,6 +15,7 @@ from mubic_deploy.engines import aotinductor, eager, onnxruntime
 from mubic_deploy.engines.memory import REMEDY
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, Tensor
+from mubic_deploy.training.machine import Machine, make_fabric
 
 GPU = torch.device("cuda")
 SIGNATURE = Signature("fusion", (Tensor("X", "float32", (3,)),), (Tensor("Y", "float32", (3,)),))
@@ -99,6 +100,19 @@ def test_other_errors_of_onnxruntime_are_its_own(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Exception, match="INVALID_ARGUMENT") as error:
         engine(INPUTS)
     assert error.value is cause
+
+
+def test_a_gpu_computes_fp32_with_all_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's convolutions on a GPU are TF32 by default. That they are not then was not run on one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    uses = (eager.gpu, lambda: aotinductor.facts(GPU), lambda: make_fabric(Machine("cpu"), "32-true"))
+    for use in uses:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        use()
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32  # PyTorch's default
 
 
 def test_a_driver_that_is_too_old_for_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,19 @@ def test_sound_that_cannot_be_mixed_is_silence(tmp_path, monkeypatch):
     assert live.warnings == [f"{path}: 101 part(s) could not be decoded"]
 
 
+def test_samples_that_are_no_numbers_are_silence(tmp_path):
+    """A file of floats can hold them; one is not worth a film."""
+    sound = click(0.5, 1.0, channels=1)
+    sound[0, 30_000:30_010], sound[0, 31_000] = np.nan, np.inf
+    picture = np.zeros((36, 64, 3), np.uint8)
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 25), picture, sound=sound, codec="pcm_f32le")
+    with Film(path) as film:
+        clips = list(read_clips(film, DEMO, stride=1))
+    assert np.isfinite([clip.audio for clip in clips]).all()
+    assert np.any([clip.audio for clip in clips])
+    assert film.warnings == ["the sound of film.mkv is damaged: silence is used where it cannot be decoded"]
+
+
 def test_click_helper_is_where_it_says():
     assert np.flatnonzero(click(0.5, 1.0)[0])[0] == 24_000
 

@@ -362,7 +362,16 @@ def test_bad_checkpoints_are_named(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-100])
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, other, {"config": json.dumps({**DEMO.to_json(), "colour": 1})})
+    odd = {}
+    for field, value in (("variant", "later"), ("visual_heads", [1, 2, 4]), ("visual_heads", [5, 5, 5, 5])):
+        odd[field, len(value)] = tmp_path / f"{field}_{len(value)}.safetensors"
+        save_file(
+            {"x": torch.zeros(1)}, odd[field, len(value)], {"config": json.dumps({**DEMO.to_json(), field: value})}
+        )
     for name, message in (
+        (str(odd["variant", 5]), r"variant_5.safetensors is not a MUBiC checkpoint \(unknown variant 'later'"),
+        (str(odd["visual_heads", 3]), r"visual_heads_3.safetensors is not a MUBiC checkpoint \(visual_heads .* kind"),
+        (str(odd["visual_heads", 4]), r"visual_heads_4.safetensors.*: "),
         (str(other), r"other.safetensors is not a MUBiC checkpoint \(.* does not fit this version \(fields colour\)\)"),
         (str(tmp_path / "none"), "does not exist"),
         (str(tmp_path), "is a directory"),
@@ -380,9 +389,23 @@ def test_config_survives_json_and_refuses_strangers():
     for broken in ({}, {**FULL.to_json(), "colour": 1}, [1]):
         with pytest.raises(ValueError, match="does not fit this version"):
             Config.from_json(broken)  # type: ignore[arg-type]
-    for other in ({"frames": "16"}, {"visual_channels": 5}, {"name": None}):
-        with pytest.raises(ValueError, match="of the configuration is of another kind"):
+    others: tuple[tuple[dict, str], ...] = (
+        ({"frames": "16"}, "of another kind"),
+        ({"visual_channels": 5}, "of another kind"),
+        ({"visual_channels": [96, 192, 384]}, "of another kind"),
+        ({"visual_heads": [1, 2, 4, "8"]}, "of another kind"),
+        ({"noise_channels": [64, 128.5, 256, 512]}, "of another kind"),
+        ({"name": None}, "of another kind"),
+        ({"audio_heads": 0}, "is below 1"),
+        ({"variant": "later"}, "unknown variant 'later'"),
+        ({"frames": 12}, "frames must be a multiple of 8, height and width multiples of 16, not 12 x 224 x 384"),
+        ({"width": 390}, "not 16 x 224 x 390"),
+    )
+    for other, message in others:
+        with pytest.raises(ValueError, match=message):
             Config.from_json({**FULL.to_json(), **other})
+    with pytest.raises(UserError, match="frames must be a multiple of 8"):
+        replace(DEMO, height=0, width=-16)
 
 
 def test_pipelines_open_by_name(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import tensorrt_operators
 import torch
 import torch.nn.functional as F
 from half_fixtures import TINY
@@ -31,7 +32,6 @@ from mubic_deploy.parity import compare
 from mubic_deploy.sources import load_script, source_dir
 
 onnx_graphs = load_script(source_dir("export") / "onnx_graphs.py")
-tensorrt_operators = load_script(source_dir("export") / "tensorrt_operators.py")
 
 # heads of 12 (audio), 4, 4, 4, 2 (fusion) and 12, 12, 4, 12 values (denoiser); the visual encoder's positions make
 # 32 + 8 + 2 + 3 or 32 + 8 + 4 + 6 of 32

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
-from mubic_deploy.pipeline import Pipeline, request
+from mubic_deploy.pipeline import Pipeline, request, sample
 
 KNOWN = (
     (6.44, 5.14, 5.03, 5.19, 4.94, 4.93, 4.80, 7.47),
@@ -76,6 +77,30 @@ def test_sound_that_is_not_finite(value: float) -> None:
     clip["AUDIO"][0, 8000] = value
     with pytest.raises(UserError, match=r"AUDIO holds NaN or infinite samples: give -1 to 1"):
         request(DEMO, clip["VIDEO"], clip["AUDIO"], 0, 4)
+
+
+def test_sound_in_the_scale_of_integers() -> None:
+    clip = random_clip(DEMO, 0)
+    assert request(DEMO, clip["VIDEO"], 2 * clip["AUDIO"], 0, 4)["AUDIO"].max() > 1.9  # a loud mix
+    with pytest.raises(UserError, match=r"AUDIO reaches 3\.27\de\+04, as integers do: scale it to -1 to 1"):
+        request(DEMO, clip["VIDEO"], 32_767 * clip["AUDIO"], 0, 4)
+
+
+def test_adaptive_steps_that_no_model_should_give() -> None:
+    """As of features that are not finite."""
+    cond = {t.name: np.zeros((1, *t.shape), t.dtype) for t in graphs.conditioning(DEMO)}
+    cond["ADAPTIVE_STEPS"] = np.array([[np.iinfo(np.int32).min]], np.int32)
+    seed, adaptive = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int32)
+    with pytest.raises(UserError, match="ADAPTIVE_STEPS is out of range: it must be 1 to 12"):
+        sample(DEMO, lambda _: pytest.fail("a step was taken"), cond, seed, adaptive)  # type: ignore[arg-type]
+
+
+def test_steps_used_are_the_callers_own(demo_artifacts: Artifacts) -> None:
+    clip, steps = random_clip(DEMO, 0), np.array([2], np.int32)
+    _, used = Pipeline.open(demo_artifacts.path).predict(clip["VIDEO"], clip["AUDIO"], steps=steps)
+    steps[0] = 9
+    assert used.tolist() == [[2]]
+    used += 1  # may be written to
 
 
 @pytest.mark.parametrize("engine", cpu.ENGINES)

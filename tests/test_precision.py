@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tensorrt_operators
 import torch
 from google.protobuf import text_format
 from half_fixtures import TINY
@@ -33,7 +34,6 @@ from mubic_deploy.sources import load_script, source_dir
 from mubic_deploy.triton.client import TritonPredictor
 
 onnx_graphs = load_script(source_dir("export") / "onnx_graphs.py")
-tensorrt_operators = load_script(source_dir("export") / "tensorrt_operators.py")
 
 GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser", "sampler")
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")

@@ -6,6 +6,7 @@ compiled for. The folder's `packages.json` says which, and is read before a pack
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from mubic_deploy.graphs import Signature
 MANIFEST = "packages.json"
 FORMAT = 2
 AGAIN = "compile it here with mubic-deploy compile"
+# how those flags of x86 begin that are instruction sets; the others are the kernel's and a hypervisor's
+INSTRUCTIONS = re.compile("sse|pni|ssse|avx|fma|f16c|bmi|abm|popcnt|movbe|amx|gfni|vaes|vpcl")
 NEEDS = (("profile", "max"), ("torch",), ("device", "type"), ("source", "seed"))
 
 
@@ -60,11 +63,21 @@ class Packages(Folder):
 def facts(device: torch.device) -> dict[str, Any]:
     """What a package depends on. UserError for cuda where there is none, or the driver is too old for PyTorch."""
     if device.type == "cpu":
-        flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))]
-        return {"type": "cpu", "instructions": sorted(set(flags[0].split(":")[1].split()))}
+        return {"type": "cpu", "instructions": instructions(Path("/proc/cpuinfo").read_text())}
     require_gpu("use --engine onnxruntime, or --device cpu to compile")
     major, minor = torch.cuda.get_device_capability()
     return {"type": "cuda", "name": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+
+
+def instructions(cpuinfo: str) -> list[str]:
+    """The instruction sets of a CPU that a compiler may use, by Linux's names: on x86 INSTRUCTIONS, on Arm all."""
+    for line in cpuinfo.splitlines():
+        kind, _, words = line.partition(":")
+        if kind.strip() == "flags":
+            return sorted({word for word in words.split() if INSTRUCTIONS.match(word)})
+        if kind.strip() == "Features":
+            return sorted(set(words.split()))
+    return []
 
 
 class AOTInductorEngine:

@@ -32,17 +32,24 @@ class EagerEngine:
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 
+def keep_all_bits() -> None:
+    """Convolutions in FP32 are that on a GPU too, as products are by default: PyTorch would take TF32, whose 10 bits of
+    mantissa are too few for the log-mel's Fourier transform."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def gpu() -> torch.device:
-    """The first NVIDIA GPU. UserError if PyTorch finds none, or the driver is too old for it."""
+    """The first NVIDIA GPU, as `require_gpu` leaves it. UserError if PyTorch finds none, or the driver is too old."""
     require_gpu("use --engine eager, or a machine with one")
     return torch.device("cuda", 0)
 
 
 def require_gpu(remedy: str) -> None:
-    """UserError if PyTorch has no NVIDIA GPU here. remedy: what to do where there is none."""
+    """Has PyTorch's GPUs compute as `keep_all_bits` says. UserError if there is none here. remedy: what to do then."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is said below
         if torch.cuda.is_available():
+            keep_all_bits()
             return
     try:
         torch.cuda.init()  # which says why

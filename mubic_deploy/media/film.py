@@ -28,7 +28,7 @@ from mubic_deploy.media.source import (
 )
 
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
-MISSING_S = 0.25  # an end this much too early is worth a warning
+MISSING_S = 0.25  # a film that ends this much too early is cut off
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Placer:
 
     def __init__(self) -> None:
         self.position = 0  # where the next resampled sample belongs
-        self.damaged = 0  # frames that FFmpeg cannot mix
+        self.damaged = 0  # frames that FFmpeg cannot mix, or that are not finite
         self.start_s: float | None = None
         self.end_s = 0.0
         self._resampler: av.AudioResampler | None = None
@@ -131,6 +131,9 @@ class Placer:
             if frame is None:  # a resampler with nothing to do hands the end of the stream through
                 continue
             samples = np.array(frame.to_ndarray()[0], np.float32)
+            if not np.isfinite(samples).all():  # floats of a file can be anything
+                samples[~np.isfinite(samples)] = 0
+                self.damaged += 1
             out.append((self.position, samples))
             self.position += len(samples)
         return out

@@ -15,7 +15,7 @@ from mubic_deploy.model.layers import FFN, attend
 WINDOW, HOP, FFT = 400, 160, 512  # 25 ms, 10 ms
 MELS, MEL_LOW, MEL_HIGH = 64, 125.0, 7500.0  # Hz
 LOG_OFFSET = 0.01
-# [log 0.01, 5.5] goes to [0, 1]: silence is 0, and full-scale sound stays below 1.
+# [log 0.01, 5.5] goes to [0, 1]: silence is 0, a full-scale sine stays below 1, what is louder is clipped.
 LOG_LOW, LOG_HIGH = math.log(LOG_OFFSET), 5.5
 
 

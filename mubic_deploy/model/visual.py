@@ -12,7 +12,6 @@ from mubic_deploy.model.layers import product
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of the Kinetics-400 weights
 STRIDE_KV = (8, 4, 2, 1)  # keys and values are pooled to the coarsest grid at every scale
-STOCHASTIC_DEPTH = 0.2
 
 
 def relative_vectors(weight: Tensor, q_size: int, k_size: int) -> Tensor:
@@ -181,10 +180,9 @@ class VisualEncoder(nn.Module):
         size = [c.time, *c.grids[0]]
         self.pos_encoding = PositionalEncoding(c.visual_channels[0], (size[1], size[2]), size[0], rel_pos_embed=True)
         nn.init.trunc_normal_(self.pos_encoding.class_token, std=0.02)
-        settings = block_settings(c)
         self.blocks = nn.ModuleList()
-        for index, setting in enumerate(settings):
-            self.blocks.append(self._block(size, setting, folded, STOCHASTIC_DEPTH * index / (len(settings) - 1)))
+        for setting in block_settings(c):
+            self.blocks.append(self._block(size, setting, folded))
             size = [n // s for n, s in zip(size, setting.stride_q, strict=True)]
 
     def fix_positions(self) -> None:
@@ -197,13 +195,14 @@ class VisualEncoder(nn.Module):
             size = q_thw
 
     @staticmethod
-    def _block(size: list[int], setting: MSBlockConfig, folded: bool, drop: float) -> MultiscaleBlock:
+    def _block(size: list[int], setting: MSBlockConfig, folded: bool) -> MultiscaleBlock:
         def norm(channels: int) -> nn.LayerNorm:
             return nn.LayerNorm(channels, eps=1e-6)
 
         options = {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True}
+        # stochastic depth is the training's
         block = MultiscaleBlock(
-            size, setting, proj_after_attn=True, stochastic_depth_prob=drop, norm_layer=norm, **options
+            size, setting, proj_after_attn=True, stochastic_depth_prob=0.0, norm_layer=norm, **options
         )
         if folded:
             kernels = (setting.kernel_q, setting.kernel_kv, setting.stride_q, setting.stride_kv)

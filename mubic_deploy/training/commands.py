@@ -49,6 +49,7 @@ def train(arguments: Namespace) -> int:
     training = _videos(arguments, "train")
     validation = _videos(arguments, "test")
     if arguments.check:
+        warn(_in_both(training, validation))
         return _print_check(_check(training + validation, arguments.deep), arguments.json)
     if arguments.out is None:
         raise UserError("there is nowhere to write to: give --out RUN, or --check to look at the data only")
@@ -60,6 +61,7 @@ def train(arguments: Namespace) -> int:
     machine = Machine(arguments.accelerator, arguments.devices, arguments.workers)
     if make_fabric(machine, settings.precision).is_global_zero:
         _check(training + validation, arguments.deep).require()
+        warn(_in_both(training, validation))
     else:  # Fabric runs the whole command once a device: one of them speaks
         messages.quiet = True
     began = time.monotonic()
@@ -214,6 +216,18 @@ def _videos(arguments: Namespace, part: str) -> list[Video]:
     root: Path = arguments.data
     named = arguments.dataset or _present(root)
     return [video for name in named for video in read_list(root, name, part, arguments.split)]
+
+
+def _in_both(training: list[Video], validation: list[Video]) -> list[str]:
+    """A warning if there are videos in both parts."""
+    known = {str(video) for video in training}
+    both = [str(video) for video in validation if str(video) in known]
+    if not both:
+        return []
+    return [
+        f"{len(both)} of {len(validation)} videos of the test part are in the training part too, the first is "
+        f"{both[0]}: figures on them do not say how other videos would do"
+    ]
 
 
 def _present(root: Path) -> list[str]:

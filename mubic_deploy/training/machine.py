@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from mubic_deploy.engines.eager import keep_all_bits
 from mubic_deploy.errors import UserError
 
 REMEDY = "use a smaller --batch or fewer --noises, or a GPU that is freer (see nvidia-smi)"  # for its memory
@@ -37,8 +38,9 @@ class WholeInputs(MixedPrecision):
 
 
 def make_fabric(machine: Machine, precision: str) -> Fabric:
-    """Lightning Fabric, not launched yet. UserError if the machine has no such accelerator, fewer devices, or is a CPU,
-    which has no 16-mixed."""
+    """Lightning Fabric, not launched yet; what is in FP32 is so on a GPU too (`eager.keep_all_bits`). UserError if the
+    machine has no such accelerator, fewer devices, or is a CPU, which has no 16-mixed."""
+    keep_all_bits()
     options: dict[str, Any] = {"accelerator": machine.accelerator, "devices": machine.devices}
     try:
         fabric = Fabric(**options)

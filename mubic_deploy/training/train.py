@@ -31,6 +31,7 @@ from torchvision.ops import StochasticDepth
 
 from mubic_deploy import checkpoint, strict_json
 from mubic_deploy.config import get_config
+from mubic_deploy.console import Progress
 from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing_file
@@ -50,7 +51,6 @@ SAVE_S = 300  # at most this many seconds of work are lost when a run is killed
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 1  # epochs
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]  # what goes on, how much of it is done, of how much
 
 
 def train(

@@ -15,7 +15,7 @@ from mubic_deploy import graphs
 from mubic_deploy.diffusion import noise, schedule
 from mubic_deploy.engines import Engine
 from mubic_deploy.errors import UserError
-from mubic_deploy.pipeline import sample
+from mubic_deploy.pipeline import chosen_steps, sample
 from mubic_deploy.triton import parameters
 
 
@@ -61,10 +61,7 @@ class TritonPythonModel:
             self.config.check_steps(int(n))
         if (steps > 0).all():
             return seed, steps
-        used = np.where(steps > 0, steps, adaptive.as_numpy()).astype(np.int32)
-        if not ((used >= 1) & (used <= self.config.max_steps)).all():
-            raise UserError(f"ADAPTIVE_STEPS is out of range: it must be 1 to {self.config.max_steps}")
-        return seed, used
+        return seed, chosen_steps(self.config, steps, adaptive.as_numpy())
 
     def run_here(self, request: Any, denoiser: Engine) -> list[Any]:
         """The loop of the in-process pipeline, with the graph in this process."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import onnx
 from onnx import TensorProto, shape_inference
 
-VERSION = "10.15"
 OPSETS = range(9, 25)
 
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16})
