@@ -348,7 +348,8 @@ def build_parser() -> Parser:
     stream.add_argument("--realtime", action="store_true", help="a file in its own time, not as fast as possible")
     stream.add_argument("--encoding", choices=ENCODINGS, default=RAW, help=f"how frames travel (default {RAW})")
     lag = (
-        "where the server is too slow: queue waits (default for files), drop gives up the oldest window (default else)"
+        "where the server is too slow: queue waits (default for files without --realtime), drop gives up the oldest "
+        "window (default else)"
     )
     stream.add_argument("--on-lag", choices=ON_LAG, help=lag)
     waiting = ", ".join(f"{on_lag}: {count}" for on_lag, count in WAITING.items())

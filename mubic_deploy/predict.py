@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter
@@ -226,5 +227,7 @@ def naming(kind: str, target: Path) -> Iterator[None]:
         yield
     except (OSError, av.FFmpegError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        remedy = "check the disk" if isinstance(error, OSError) else "write it as .mkv, or convert the film first"
+        by_number = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EPIPE: "whatever read it has ended"}
+        other = "check the disk" if isinstance(error, OSError) else "write it as .mkv, or convert the film first"
+        remedy = by_number.get(getattr(error, "errno", None) or 0, other)
         raise UserError(f"{kind} {target} cannot be written ({reason}): {remedy}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -22,6 +24,8 @@ from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.source import FileSource, Item
+from mubic_deploy.media.maps import MapsWriter
+from mubic_deploy.media.overlay import OverlayWriter
 from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("triton_fixtures",)
@@ -198,6 +202,70 @@ def test_a_lost_server_leaves_what_came(
     with av.open(overlay) as written:
         assert 16 <= len(list(written.decode(video=0))) <= 132
     assert {p.name for p in folder.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
+
+
+@pytest.mark.parametrize("lines", ["text", "ndjson"])
+def test_an_output_that_nobody_reads_leaves_the_others(
+    film: Path, toy_server: TritonServer, tmp_path: Path, lines: str
+) -> None:
+    """As `| head -1` ends."""
+    overlay, maps = tmp_path / "o.mp4", tmp_path / "m.npz"
+    options = ["--url", toy_server.url, "--stride", "4", "--steps", "1", "--realtime"]
+    options += ["-o", str(overlay), "--maps", str(maps)]
+    options += ["--ndjson", "-"] if lines == "ndjson" else []
+    command = [sys.executable, "-m", "mubic_deploy.cli", "stream", str(film), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            assert running.stdout.readline()
+            running.stdout.close()
+            said = running.stderr.read()
+            assert running.wait(30) == 2
+        finally:
+            running.kill()
+    where = "ndjson -" if lines == "ndjson" else "text on standard output"
+    assert said == f"mubic-deploy: {where} cannot be written (Broken pipe): whatever read it has ended\n"
+    found = np.load(maps)["maps"]
+    assert 1 <= len(found) < 30
+    with av.open(overlay) as written:
+        assert 1 <= len(list(written.decode(video=0))) < 132
+    assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz"}
+
+
+@pytest.mark.parametrize("kind", ["overlay", "maps", "ndjson"])
+def test_a_file_that_cannot_be_written_leaves_the_others(
+    run, film: Path, toy_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A disk that is full after a while, for one of them; what was there before stays."""
+    files = {"overlay": tmp_path / "o.mp4", "maps": tmp_path / "m.npz", "ndjson": tmp_path / "m.ndjson"}
+    if kind == "ndjson":
+        files["ndjson"].symlink_to("/dev/full")
+    else:
+        files[kind].write_text("of an earlier run")
+        writer: Any = {"overlay": OverlayWriter, "maps": MapsWriter}[kind]
+        add_map, maps = writer.add_map, []
+
+        def full(self: Any, found: Any) -> None:
+            maps.append(found)
+            if len(maps) > 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            add_map(self, found)
+
+        monkeypatch.setattr(writer, "add_map", full)
+    outputs = ("-o", files["overlay"], "--maps", files["maps"], "--ndjson", files["ndjson"])
+    ran = run("stream", film, "--url", toy_server.url, "--stride", 4, "--steps", 1, *outputs)
+    assert ran.code == 2
+    assert ran.err == f"mubic-deploy: {kind} {files[kind]} cannot be written (No space left on device): make room\n"
+    if kind != "ndjson":
+        assert files[kind].read_text() == "of an earlier run"
+        assert files["ndjson"].read_text().count("\n") == 4
+    if kind != "maps":
+        assert len(np.load(files["maps"])["maps"]) == (1 if kind == "ndjson" else 4)
+    if kind != "overlay":
+        with av.open(files["overlay"]) as written:
+            assert list(written.decode(video=0))
+    assert {p.name for p in tmp_path.iterdir()} == {path.name for path in files.values()}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

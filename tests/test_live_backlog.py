@@ -44,6 +44,8 @@ class Server:
             if self.backlog.answered(window.frame_index) is not None:
                 self.found.append(window)
         del self.on_their_way[:count]
+        if self.stream is not None:
+            self.stream.waiting = len(self.on_their_way)
 
     def drain(self, at_once: int) -> None:
         """Sends and answers until nothing is left."""
@@ -190,6 +192,89 @@ def test_late_sound() -> None:
     assert backlog.done
     assert [w.frame_index for w in server.found] == list(range(8, 143, 4))
     assert [w.heard == 1 for w in server.found[-4:-2]] == [True, True]
+
+
+@pytest.mark.parametrize("sound", ["never", "late", "in bursts with gaps"])
+@pytest.mark.parametrize(("stride", "drop"), [(1, False), (1, True), (4, False), (4, True)])
+@pytest.mark.parametrize("seed", range(3))
+def test_sound_that_comes_late_or_never(sound: str, stride: int, drop: bool, seed: int) -> None:
+    """From a source that is too quick for the server. Each window comes once or was dropped, no more than is allowed is
+    on its way at once, and the client knows what was heard."""
+    rng = random.Random(f"{sound} {stride} {drop} {seed}")
+    backlog = Backlog(DEMO, stride)
+    server = Server(backlog, stride, in_flight=rng.randint(1, 4))
+    dropped: list[int] = []
+    late: dict[int, bool] = {}
+    frames, heard, burst = 250, 0, rng.randint(20_000, 60_000)
+    for i in range(frames):
+        now = i / 25
+        if sound == "late" and now > 3:
+            backlog.add_sound(heard, TONE[heard : heard + 640], now)
+            heard += 640
+        while sound == "in bursts with gaps" and heard + burst < 640 * i:
+            for start in range(heard, heard + burst, 4000):
+                backlog.add_sound(start, TONE[start : start + 3680], now)
+            heard += burst
+        backlog.add_frame(np.full((112, 192, 3), i, np.uint8), now, now)
+        while drop and len(backlog.ready) > 2:
+            dropped.append(backlog.drop())
+        server.send(flush=i % 12 == 0)
+        late |= {window.index: window.late for window in backlog.sent}
+        assert len(backlog.sent) <= server.in_flight + (sound == "in bursts with gaps")  # a gap may complete one more
+        if i % 5 == 0:
+            server.answer(1)
+        if rng.random() < 0.01:
+            server.lose()
+    backlog.finish(frames / 25)
+    for _ in range(1000):
+        server.send()
+        late |= {window.index: window.late for window in backlog.sent}
+        server.answer(2)
+    assert backlog.done
+    found = [w.frame_index for w in server.found]
+    assert found == sorted(found)
+    assert sorted(found + dropped) == list(range(8, frames - 7, stride))
+    assert all(w.heard < 1 for w in server.found if late[w.frame_index])
+
+
+@pytest.mark.parametrize(("fps", "quiet_s"), [(25, 50), (60, 25)])
+def test_windows_that_were_dropped_for_long(fps: int, quiet_s: int) -> None:
+    """A server that lives and answers nothing for a while makes none of them then."""
+    backlog = Backlog(DEMO, 1)
+    server = Server(backlog, 1, in_flight=2)
+    image = np.zeros((112, 192, 3), np.uint8)
+    backlog.end_sound(0)
+    dropped: list[int] = []
+    for i in range(fps * quiet_s):
+        backlog.add_frame(image, i / fps, i / fps)
+        while len(backlog.ready) > 2:
+            dropped.append(backlog.drop())
+        server.send()
+    assert len(dropped) > 1100
+    backlog.finish(quiet_s)
+    made = 0
+    while not backlog.done:
+        server.send()
+        made += len(server.on_their_way[:1])
+        server.answer(1)
+    assert made == len(server.found) == fps * quiet_s - 15 - len(dropped)
+
+
+def test_of_sound_that_overlaps_the_first_counts() -> None:
+    """By a little too, which is within what a time stamp is rounded by."""
+    backlog = Backlog(DEMO, 4)
+    server = Server(backlog, 4, in_flight=4)
+    half = np.full(8000, 0.5, np.float32)
+    for start in (0, 7900, 15_000):
+        backlog.add_sound(start, (start > 0) * half + 0.25, 0)
+    for i in range(16):
+        backlog.add_frame(np.zeros((112, 192, 3), np.uint8), i / 25, 0)
+    backlog.finish(1)
+    server.drain(1)
+    (window,) = server.found
+    at = 640 * 8 - 8304
+    assert set(window.audio[-at : 8000 - at]) == {0.25}
+    assert set(window.audio[8000 - at :]) == {0.75}
 
 
 def test_a_short_stream() -> None:

@@ -22,7 +22,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import STREAM
 from mubic_deploy.live.packets import Encoder
 from mubic_deploy.live.settings import StreamSettings
-from mubic_deploy.live.streams import Streams
+from mubic_deploy.live.streams import Stream, Streams
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.triton.server import TritonServer
 
@@ -100,6 +100,29 @@ def test_packets_that_do_not_decode(sequences: Sequences, encoding: str) -> None
         refused(sequences, 23, "a packet of jpeg holds 0 whole frames", PACKETS=[b""], FRAME_TIME=[0.04])
         assert sequences.ask(23, PACKETS=good[1:], FRAME_TIME=[0.04, 0.08]) == []
     sequences.ask(23, start=True, end=True)  # begins anew
+
+
+def test_packets_go_on_after_sound_that_was_refused() -> None:
+    """A decoder cannot go back, so it is asked last."""
+    encode = Encoder("h264", (112, 192))
+    packets = [encode(frame) for frame in frames(9)]
+
+    def push(stream: Stream, first: int, last: int, **more: Any) -> None:
+        given = {"PACKETS": np.array(packets[first:last], np.object_), "FRAME_TIME": np.arange(first, last) / 25}
+        stream.push({**given, **more}, False)
+
+    wrongs: tuple[dict[str, Any], ...] = ({"SOUND": np.array([np.nan], np.float32)}, {"SOUND_TIME": np.array([1e300])})
+    seen = []
+    for wrong in (None, *wrongs):
+        stream = Stream(DEMO, {"ENCODING": np.array([b"h264"], np.object_)})
+        push(stream, 0, 4)
+        if wrong is not None:
+            with pytest.raises(UserError):
+                push(stream, 4, 8, **wrong)
+        push(stream, 4, 9)
+        seen.append([image for _, _, image in stream._timeline.frames(0, 9)])
+    np.testing.assert_array_equal(seen[1], seen[0])
+    np.testing.assert_array_equal(seen[2], seen[0])
 
 
 # what is sent beside a good stream: each a sequence's first request, its second one, and what the server says

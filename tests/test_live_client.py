@@ -322,6 +322,20 @@ def test_frames_of_another_size(toy_server: TritonServer) -> None:
     assert found.saliency.shape == (36, 64)
 
 
+def test_sound_after_its_end_leaves_the_stream_as_it_was(toy_server: TritonServer) -> None:
+    gaps: list[Gap] = []
+    with StreamClient(toy_server.url, on_gap=gaps.append) as client:
+        frames_of(client, range(10))
+        client.end_sound()
+        for time_s in (0.4, 9.0, -5.0):  # which would be a gap, or a jump of the clock
+            with pytest.raises(UserError, match="sound came after the stream's sound had ended"):
+                client.sound(noise(0.01)[0], time_s)
+        frames_of(client, range(10, 20))
+        client.finish()
+        assert [m.frame_index for m in client] == [8, 12]
+    assert gaps == []
+
+
 def test_bad_frames_and_sound_leave_the_stream_as_it_was(toy_server: TritonServer) -> None:
     gaps: list[Gap] = []
     bad_sound = noise(0.01)[0].copy()
@@ -563,7 +577,11 @@ def test_full(toy_artifacts: Artifacts, tmp_path: Path) -> None:
 def test_what_is_wrong_at_once(toy_server: TritonServer, port: int) -> None:
     for options, message in (
         ({"stride": 0}, "stride 0 is out of range"),
-        ({"seed": -1}, "seed -1 is negative"),
+        ({"stride": 2**32 + 4}, "stride 4294967300 is out of range"),
+        ({"seed": -1}, "seed -1 is out of range"),
+        ({"seed": 2**63}, "seed 9223372036854775808 is out of range"),
+        ({"timeout": 0.0}, "timeout 0 is out of range: use seconds above 0"),
+        ({"give_up_s": math.nan}, "give_up_s nan is out of range"),
         ({"steps": 13}, "steps 13 is out of range"),
         ({"encoding": "gif"}, "unknown encoding 'gif'"),
         ({"fit": "zoom"}, "unknown fit 'zoom'"),

@@ -277,6 +277,11 @@ def test_a_file_in_shared_memory_is_a_file() -> None:
 def test_what_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_source(str(tmp_path / "none.mp4"))
+    for name in ("A" * 300, "/dev/" + "A" * 300):
+        with pytest.raises(UserError, match=f"{name} (is not a film .*|cannot be opened )\\(File name too long\\)"):
+            open_source(name)
+    with pytest.raises(UserError, match=r"FFmpeg was built without gone here: pipe it in from an ffmpeg that has it"):
+        open_source("gone://127.0.0.1:9/x")
     with pytest.raises(UserError, match="/dev/video99 cannot be opened"):
         open_source("/dev/video99")
     with pytest.raises(UserError, match="--realtime is for files: - comes in its own time"):

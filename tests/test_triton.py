@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from mubic_deploy.config import ADAPTIVE, get_config
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.triton import client as client_module
 from mubic_deploy.triton.client import TritonPredictor, channel
 from mubic_deploy.triton.server import TritonServer
 
@@ -217,6 +219,15 @@ def test_predict_waits_as_long_as_it_is_told(run, server: TritonServer, tmp_path
     assert run(*predict, *remote, "120").code == 0
     assert "--timeout is for --engine triton" in run(*predict, "--timeout", "5").err
     assert "use seconds above 0" in run(*predict, *remote, "0").err
+
+
+def test_what_answers_at_another_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or swallows what is sent: longer requests, which --timeout is for, would not help."""
+    monkeypatch.setattr(client_module, "_CONNECT_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"{address} did not answer as a Triton server within 0\.5 s: check"):
+            TritonPredictor(address)
 
 
 def test_no_server() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -21,6 +22,7 @@ from triton_serving import FREE_PORTS, clips, processes, serving
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
+from mubic_deploy.triton import server as server_module
 from mubic_deploy.triton.client import TritonPredictor
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
@@ -168,6 +170,23 @@ def test_port_in_use(repository: Path, use: str) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 cannot be used \(Address already in use\)"):
             TritonServer(repository, **(FREE_PORTS | {use: port})).start()
+
+
+@pytest.mark.parametrize("what", ["mkdtemp", "copytree"])
+def test_a_full_folder_for_temporary_files(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Before anything was started."""
+    full = "[Errno 28] No space left on device"
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device") if what == "mkdtemp" else shutil.Error([("a", "b", full)])
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile if what == "mkdtemp" else server_module, what, fail)
+    with pytest.raises(UserError, match=r"cannot be started \(\[Errno 28\] No space .*\): make room .* set TMPDIR"):
+        TritonServer(repository, **FREE_PORTS).start()
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_repository(tmp_path: Path) -> None:

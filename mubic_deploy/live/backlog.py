@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE, Config
 from mubic_deploy.live.streams import MAX_FRAMES
 from mubic_deploy.live.timeline import Timeline
-from mubic_deploy.media.sound import JUMP_S, excerpt_start
+from mubic_deploy.media.sound import excerpt_start
 
 SOUND_KEPT_S = 600.0  # of sound without frames
 MAX_SOUND = 30 * SAMPLE_RATE  # samples of a request, about
 AHEAD_S = 10.0  # that sound is sent before its frames, and that frames of a request are apart: the server keeps only so
 # much sound (`timeline.SOUND_KEPT_S`), and the first of these frames needs some of before it
-PIECE = SAMPLE_RATE  # samples of sound that are sent together or not
+PIECE = SAMPLE_RATE // 10  # samples of sound that are kept together
 _BEGINNING = -(1 << 62)  # before any sample
 
 
@@ -73,7 +73,7 @@ class Backlog:
         self.finished = False  # nothing more is fed
         self._config, self._stride = config, stride
         self._captured: dict[int, float] = {}  # when each frame was fed
-        self._dropped: deque[int] = deque(maxlen=1000)  # middle frames
+        self._dropped: deque[int] = deque()  # middle frames, of which a new sequence must tell the server
         self._begin()
 
     def _begin(self) -> None:
@@ -102,7 +102,7 @@ class Backlog:
         """samples: float32 [n], the first one at sample `start`. What is known already is cut off. -> how many of the
         oldest samples had to go for these."""
         heard = self.timeline.heard
-        if heard is not None and start < heard - JUMP_S * SAMPLE_RATE:
+        if heard is not None and start < heard:
             start, samples = heard, samples[heard - start :]
         parts = range(0, len(samples), PIECE)
         gone = sum(self.timeline.add_sound(start + at, samples[at : at + PIECE]) for at in parts)
@@ -129,11 +129,23 @@ class Backlog:
     def _note(self, complete: Iterable[int], now_s: float) -> None:
         timeline = self.timeline
         for k in complete:
-            heard = timeline.heard
-            late = not timeline.sound_ended and (heard is None or heard < self._stop(k))
+            late = not self._has_sound(k)
             # where sound is late, the server must see from the frames how late it is
             until = timeline.last_index if late else min(self._last(k), timeline.last_index)
             self.ready.append(Waiting(k, timeline.middle(k)[0], until, now_s, late))
+
+    def _look_again(self) -> None:
+        """Sound that was late may have come meanwhile, or ended: then the server waits no longer than for any other
+        window, and gets no frames beyond."""
+        for i, window in enumerate(self.ready):
+            if window.late and self._has_sound(window.k):
+                until = min(self._last(window.k), self.timeline.last_index)
+                self.ready[i] = replace(window, late=False, until=until)
+
+    def _has_sound(self, k: int) -> bool:
+        """Whether all the sound of a window that there will be is there."""
+        heard = self.timeline.heard
+        return self.timeline.sound_ended or (heard is not None and heard >= self._stop(k))
 
     def _last(self, k: int) -> int:
         return k * self._stride + self._config.frames - 1
@@ -164,6 +176,7 @@ class Backlog:
         flush: also what completes no window yet. Call it until it gives None."""
         if self._ended:
             return None
+        self._look_again()
         room = in_flight - len(self.sent)
         going = list(self.ready)[: max(0, room)]
         ending = self.finished and self._started
@@ -176,14 +189,18 @@ class Backlog:
             until = going[-1].until
             stop = math.inf if going[-1].late else self._stop(going[-1].k)
         frames = self._next_frames(until if going or free else -1)
-        if self._take_sound(request, min(stop, self._reach(frames))):
+        whole = self._take_sound(request, min(stop, self._reach(frames)))
+        if whole:
             self._take_frames(request, frames)
-            while self.ready and self._is_sent(self.ready[0]):
-                self.sent.append(self.ready.popleft())
+        while self.ready and self._is_sent(self.ready[0]):  # the sound alone may complete one
+            self.sent.append(self.ready.popleft())
+        if whole:
             request.end = self._ended = self.finished and not self.ready
         if not (request.frames or len(request.sound) or request.sound_end or request.end):
             return None
-        request.skip, self._skip = self._skip, []
+        # windows of later frames go with those, so that no request has more of them than the server looks at
+        request.skip = [index for index in self._skip if index <= self._sent_frame]
+        self._skip = [index for index in self._skip if index > self._sent_frame]
         self._started = True
         return request
 
@@ -220,8 +237,8 @@ class Backlog:
             self._sent_frame = index
 
     def _take_sound(self, request: Request, stop: float) -> bool:
-        """The next sound without a gap in it, in whole pieces until `stop` is reached: only sound that lies behind a
-        gap says that the gap is one. -> whether that was all to `stop`."""
+        """The next sound without a gap in it, until `stop` is reached. Of what lies behind a gap over `stop` one sample
+        goes: only that says that the gap is one. -> whether that was all to `stop`."""
         taken: list[np.ndarray] = []
         start = end = 0
         whole, held_back = True, False
@@ -233,6 +250,8 @@ class Backlog:
                 whole = False
                 break
             start = start if taken else at
+            if stop < at + len(samples):
+                samples, held_back = samples[: max(1, math.ceil(stop) - at)], True
             taken.append(samples)
             end = self._sent_sound = at + len(samples)
         if taken:
@@ -275,7 +294,10 @@ class Backlog:
         return self.sent[0].k if self.sent else self.ready[0].k if self.ready else None
 
     def _forget(self) -> None:
-        self.timeline.forget(self._first_needed())
+        first = self._first_needed()
+        self.timeline.forget(first)
+        while self._dropped and (first is None or self._dropped[0] < self.timeline.middle(first)[0]):
+            self._dropped.popleft()
         kept = next((index for index, _, _ in self.timeline.frames(0, self.next_index)), self.next_index)
         while self._captured and (oldest := next(iter(self._captured))) < kept:
             del self._captured[oldest]

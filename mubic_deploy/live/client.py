@@ -83,8 +83,11 @@ class StreamClient:
             raise UserError(f"max_waiting {max_waiting} is out of range: use 1 or more windows")
         if not 1 <= in_flight <= MAX_IN_FLIGHT:
             raise UserError(f"in_flight {in_flight} is out of range: use 1 to {MAX_IN_FLIGHT} windows")
-        if seed < 0:
-            raise UserError(f"seed {seed} is negative: use 0 or more")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed {seed} is out of range: use 0 to 2^63 - 1")
+        for name, seconds in (("timeout", timeout), ("give_up_s", give_up_s)):
+            if not 0 < seconds < math.inf:
+                raise UserError(f"{name} {seconds:g} is out of range: use seconds above 0")
         self._fit_name, self._on_lag, self._max_waiting = check_fit(fit), on_lag, max_waiting
         check_stride(stride)
         check_encoding(encoding)
@@ -138,9 +141,7 @@ class StreamClient:
             self._look_for_a_gap(time_s, now)
             backlog = sender.backlogs[-1]
             backlog.add_frame(small, time_s, now, captured)
-            if self._on_lag == DROP:
-                sender.drop()
-            sender.changed.notify_all()
+            self._fed()
             return backlog.next_index - 1
 
     def sound(self, samples: np.ndarray, time_s: float) -> None:
@@ -159,7 +160,10 @@ class StreamClient:
         with sender.changed:
             self._check_open()
             now = time.monotonic()
-            heard = sender.backlogs[-1].timeline.heard
+            timeline = sender.backlogs[-1].timeline
+            heard = timeline.heard
+            if timeline.sound_ended:  # before anything is noted
+                timeline.check_sound(start, len(samples))
             ahead_s = 0.0 if heard is None else (start - heard) / SAMPLE_RATE
             if ahead_s < -SILENCE_S:
                 text = f"the sound's clock goes back by {-ahead_s:.3f} s to {time_s:.3f} s"
@@ -172,14 +176,14 @@ class StreamClient:
                 text = f"sound came {SOUND_KEPT_S:g} s before its frames: the oldest {gone_s:.1f} s of it are forgotten"
                 sender.note(Gap("sound", time_s, gone_s, 0, text))
             self._too_early = gone_s > 0
-            sender.changed.notify_all()
+            self._fed()
 
     def end_sound(self) -> None:
         """There is no sound, or no more: windows do not wait for it."""
         with self._sender.changed:
             self._check_open()
             self._sender.backlogs[-1].end_sound(time.monotonic())
-            self._sender.changed.notify_all()
+            self._fed()
 
     def finish(self) -> None:
         """Nothing more comes. The maps of what was fed still do."""
@@ -188,6 +192,12 @@ class StreamClient:
             self._finished = True
             self._sender.backlogs[-1].finish(time.monotonic())
             self._sender.changed.notify_all()
+
+    def _fed(self) -> None:
+        """What follows wherever windows may have become complete; with the lock."""
+        if self._on_lag == DROP:
+            self._sender.drop()
+        self._sender.changed.notify_all()
 
     def _fitted(self, image: np.ndarray | av.VideoFrame, display: tuple[int, int] | None) -> np.ndarray:
         if isinstance(image, np.ndarray):

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import av
+
 from mubic_deploy.commands import untrained
 from mubic_deploy.console import bar, print_json, say, warn
 from mubic_deploy.errors import UserError
@@ -30,7 +32,7 @@ from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import MapsWriter
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
-from mubic_deploy.media.source import exists, is_file, plain_source
+from mubic_deploy.media.source import is_file, mode_of, plain_source
 from mubic_deploy.predict import naming
 
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}
@@ -57,7 +59,7 @@ def stream(arguments: Namespace) -> int:
         feeder: Feeder | None = None
         stack.callback(lambda: _let_go(source, feeder))
         # no file where it is -, pipe:0 or an address
-        check_targets(files, KINDS, Path(named) if is_file(named) and exists(Path(named)) else None)
+        check_targets(files, KINDS, Path(named) if is_file(named) and mode_of(named) is not None else None)
         live = arguments.realtime or isinstance(source, LiveSource)
         on_lag = arguments.on_lag or (DROP if live else QUEUE)
         client = stack.enter_context(
@@ -85,12 +87,16 @@ def stream(arguments: Namespace) -> int:
             for found in _maps(client, feeder, outputs, stopped):
                 if found is not None:
                     outputs.add_map(found)
+                if outputs.problem is not None:  # what came until then is kept in the others
+                    stopped.set()
+                    break
                 if time.monotonic() >= due:
                     progress(_status(client.report()), feeder.fed, None)
                     due = time.monotonic() + _STATUS_S
-        if feeder.problem is not None and not outputs.count:
-            raise feeder.problem
-        outputs.finish(whole=not stopped.is_set() and feeder.problem is None)
+        problem = feeder.problem or outputs.problem
+        if problem is not None and not outputs.count:
+            raise problem
+        outputs.finish(whole=not stopped.is_set() and problem is None)
         report = client.report()
     warnings = untrained(client.source["seed"]) + source.warnings + [gap.text for gap in gaps]
     if arguments.json:
@@ -99,8 +105,8 @@ def stream(arguments: Namespace) -> int:
         warn(warnings)
         if not piped:
             say(_summary(report, feeder.fed))
-    if feeder.problem is not None:
-        raise feeder.problem
+    if problem := feeder.problem or outputs.problem:
+        raise problem
     return 0
 
 
@@ -151,9 +157,11 @@ class Feeder:
 
 
 class Outputs:
-    """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called.
+    """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called. An output
+    that fails is given up, the others go on.
 
-    count  how many maps came"""
+    count    how many maps came
+    problem  what the first output failed of"""
 
     def __init__(
         self,
@@ -164,8 +172,11 @@ class Outputs:
         window: Window | None,
         live: bool,
     ) -> None:
-        """live: frames do not wait for maps."""
-        self._source, self._targets, self._plain, self._window = source, targets, plain, window
+        """staged: of the files that appear at the end, by kind; those that fail are taken out. live: frames do not wait
+        for maps. UserError if an output cannot be opened."""
+        self._source, self._targets, self._plain, self._window = source, dict(targets), plain, window
+        self._staged = staged
+        self.problem: UserError | None = None
         self._last_pts: int | None = None
         self._shift = 0
         self.count = 0
@@ -189,8 +200,14 @@ class Outputs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for output in (self.overlay, self._maps, self._lines):
-            if output is not None and output is not sys.stdout:
+        for kind in KINDS:
+            self._close(kind)
+
+    def _close(self, kind: str) -> None:
+        outputs = {"overlay": self.overlay, "maps": self._maps, "ndjson": self._lines}
+        output = outputs[kind]
+        if output is not None and output is not sys.stdout:
+            with contextlib.suppress(OSError, av.FFmpegError):  # of a full disk; nobody reads that file
                 output.close()
 
     @property
@@ -202,7 +219,7 @@ class Outputs:
             self._window.add_frame(frame)
         if self.overlay is not None:
             self._keep_growing(frame)
-            with self._naming("overlay"):
+            with self._or_given_up("overlay"):
                 self.overlay.add_frame(frame)
 
     def refresh(self) -> None:
@@ -225,37 +242,70 @@ class Outputs:
         if self._window is not None:
             self._window.add_map(found)
         if self.overlay is not None:
-            with self._naming("overlay"):
+            with self._or_given_up("overlay"):
                 self.overlay.add_map(found)
         if self._maps is not None:
-            with self._naming("maps"):
+            with self._or_given_up("maps"):
                 self._maps.add_map(found)
         measures = measure(found.saliency)
         if "ndjson" in self._targets:
-            with self._naming("ndjson"):
+            with self._or_given_up("ndjson"):
                 if self._lines is None:  # an earlier file stays until there is a map
                     self._lines = self._targets["ndjson"].open("w", encoding="utf-8")
                 self._lines.write(json.dumps(record(found, measures)) + "\n")
                 self._lines.flush()  # whoever reads along wants each line at once
         if self._plain:
             x, y, _ = measures.peak
-            say(f"{found.time_s:8.3f} s  peak at {x:.3f}, {y:.3f}  {1000 * found.latency_s:6.0f} ms")
+            with self._or_given_up("text"):
+                say(f"{found.time_s:8.3f} s  peak at {x:.3f}, {y:.3f}  {1000 * found.latency_s:6.0f} ms")
 
     def finish(self, whole: bool) -> None:
         """Completes the files. UserError if there was no map."""
         if not self.count:
             raise UserError(f"no map came of {self._source.name}: let it run for longer")
         if self.overlay is not None:
-            with self._naming("overlay"):
+            with self._or_given_up("overlay"):
                 self.overlay.finish(whole)
         if self._maps is not None:
-            with self._naming("maps"):
+            with self._or_given_up("maps"):
                 self._maps.finish()
         if self._window is not None and whole:
             self._window.finish()
 
     def _naming(self, kind: str) -> contextlib.AbstractContextManager[None]:
-        return naming(kind, self._targets.get(kind, Path()))
+        return naming(kind, self._targets.get(kind, Path("on standard output")))  # which is that of the text
+
+    @contextlib.contextmanager
+    def _or_given_up(self, kind: str) -> Iterator[None]:
+        """An output that cannot be written inside is one no more, and its file stays as it was."""
+        try:
+            with self._naming(kind), unread_output():
+                yield
+        except UserError as error:
+            self.problem = self.problem or error
+            if kind != "text":
+                self._close(kind)
+            self._staged.pop(kind, None)
+            self._targets.pop(kind, None)
+            self._plain = self._plain and kind != "text"
+            self.overlay = None if kind == "overlay" else self.overlay
+            self._maps = None if kind == "maps" else self._maps
+            self._lines = None if kind == "ndjson" else self._lines
+
+
+@contextlib.contextmanager
+def unread_output() -> Iterator[None]:
+    """BrokenPipeError where whoever read the standard output is gone, so that what is left for it goes nowhere: Rich,
+    which does the same, ends the program."""
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise
+    except SystemExit:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
 
 
 def record(found: LiveMap, measures: Measures) -> dict[str, Any]:

@@ -272,10 +272,11 @@ class Sender:
         if found is None:
             return
         window, captured = found
-        if window.late and not self._sound_late:
+        late = window.late and float(tensors["HEARD"][0]) < 1
+        if late and not self._sound_late:
             time_s = float(tensors["MAP_TIME"][0])
             self.note(Gap("sound", time_s, 0.0, 0, f"no sound in time at {time_s:.3f} s: silence is used"))
-        self._sound_late = window.late
+        self._sound_late = late
         self._maps += 1
         self._latencies.append(arrived - captured)
         self.results.append(Found(tensors, window, captured, arrived))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
-from typing import Protocol
 
 import av
 import numpy as np
@@ -20,12 +19,13 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
-from mubic_deploy.media.source import STRAY_S, comes_once, is_file, reason
+from mubic_deploy.media.source import STRAY_S, comes_once, is_file, mode_of, reason
 
 STDIN = "-"
 _TICK_S = 0.1  # in which a signal is heard
 _PAUSE_S = 1.0  # before an address is opened again
-_LIVE = ("rtsp://", "rtmp://", "udp://", "rtp://", "srt://")  # these come back after they broke off
+_RTSP = ("rtsp://", "rtsps://")
+_LIVE = (*_RTSP, "rtmp://", "rtmps://", "udp://", "rtp://", "srt://")  # these come back after they broke off
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,6 @@ class SoundEnd:
 
 
 Item = Frame | Heard | SoundEnd
-
-
-class Source(Protocol):
-    """An opened source. Iterated once, it gives its frames and its sound as they come.
-
-    display, rate, time_base  see `Film`; they are what an overlay is made with
-    has_sound                 whether its file can be opened a second time for its sound
-    warnings                  one line each for what was missing, complete at the end"""
-
-    name: str
-    source: str
-    display: tuple[int, int]
-    rate: Fraction
-    time_base: Fraction
-    has_sound: bool
-    warnings: list[str]
-
-    @property
-    def map_shape(self) -> tuple[int, int]: ...
-    def items(self) -> Iterator[Item]: ...
-    def close(self) -> None: ...
 
 
 class FileSource(Film):
@@ -111,7 +90,11 @@ class LiveSource:
     """What comes once, frames and sound side by side: an address, a device, standard input.
 
     An address of a live stream that breaks off is opened again until `patience_s` has passed without a frame; its
-    clock may have jumped by then. Everything else ends where it ends."""
+    clock may have jumped by then. Everything else ends where it ends.
+
+    display, rate, time_base  see `Film`; they are what an overlay is made with
+    has_sound                 whether it can be opened a second time for its sound
+    warnings                  one line each for what was missing, complete at the end"""
 
     def __init__(self, source: str, patience_s: float = 30.0, timeout_s: float = 10.0) -> None:
         """patience_s: see above; also that the first frame may take once the source is open. timeout_s: that an
@@ -268,7 +251,7 @@ class LiveSource:
 
 def open_source(source: str, realtime: bool = False) -> FileSource | LiveSource:
     """A file as such, everything else as live. UserError if there is nothing in it, or realtime asked of what is."""
-    device = source.startswith("/dev/") and not Path(source).is_file()  # /dev/shm has files
+    device = source.startswith("/dev/") and not stat.S_ISREG(mode_of(source) or 0)  # /dev/shm has files
     if source != STDIN and is_file(source) and not device and not comes_once(source):
         return FileSource(source, realtime)
     if realtime:
@@ -278,7 +261,7 @@ def open_source(source: str, realtime: bool = False) -> FileSource | LiveSource:
 
 def open_live(source: str, name: str, timeout_s: float) -> av.container.InputContainer:
     """UserError if it cannot be opened."""
-    options = {"rtsp_transport": "tcp"} if source.startswith("rtsp://") else {}
+    options = {"rtsp_transport": "tcp"} if source.startswith(_RTSP) else {}
     place, kind = source, None
     if source == STDIN:
         place = f"pipe:{os.dup(0)}"
@@ -286,6 +269,11 @@ def open_live(source: str, name: str, timeout_s: float) -> av.container.InputCon
         kind = "v4l2"
     try:
         return av.open(place, format=kind, options=options, timeout=timeout_s if "://" in source else None)
+    except av.error.ProtocolNotFoundError as error:
+        scheme = source.partition("://")[0]
+        raise UserError(
+            f"{name} cannot be opened: FFmpeg was built without {scheme} here: pipe it in from an ffmpeg that has it"
+        ) from error
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
             f"{name} cannot be opened ({reason(error)}): check the address, and that something is sent"

@@ -53,19 +53,18 @@ class Stream:
 
     def push(self, arrays: Arrays, end: bool) -> list[Window]:
         """The windows that a request completes. UserError if something in it cannot be; then nothing of it is taken,
-        except that the decoder of an H.264 stream does not go back."""
+        but after a packet that does not decode H.264 does not go on."""
         timeline = self._timeline
         if self.waiting > MAX_IN_FLIGHT and not end:
             raise UserError(f"{self.waiting} windows of this stream wait for their maps: send no more before those")
-        frames, indices, times = self._frames(arrays)
         sound = arrays.get("SOUND", np.zeros(0, np.float32))
         start = self._sound_start(arrays)
-        timeline.check_frames(indices, times)
         timeline.check_sound(start, len(sound))
         if len(sound) > SOUND_KEPT_S * SAMPLE_RATE:
             raise UserError(f"a request holds {len(sound) / SAMPLE_RATE:.0f} s of sound: send {SOUND_KEPT_S:g} at most")
         if not np.isfinite(sound).all():
             raise UserError("SOUND holds numbers that are none: send samples in [-1, 1]")
+        frames, indices, times = self._frames(arrays)  # last of what is checked: a decoder does not go back
         self._skip(arrays)
         # sound first: no window shall go without sound that is in the same request
         timeline.add_sound(start, np.array(sound))
@@ -128,9 +127,6 @@ class Streams:
         self._config, self._settings, self._clock = config, settings, clock
         self._streams: dict[Hashable, Stream] = {}
         self._ended: list[Stream] = []  # and replaced ones: they are held until their last windows are answered
-
-    def __len__(self) -> int:
-        return len(self._streams)
 
     def push(self, key: Hashable, start: bool, end: bool, arrays: Arrays) -> tuple[Stream, list[Window]]:
         """One request of a sequence -> its stream and the windows that it completes. UserError: see `Stream`; for a

@@ -45,9 +45,9 @@ class Window:
 
 
 def check_stride(stride: int) -> int:
-    """`stride` if it is 1 or more, else UserError."""
-    if stride < 1:
-        raise UserError(f"stride {stride} is out of range: use 1 or more frames")
+    """`stride` if it is 1 to 2^31 - 1, else UserError."""
+    if not 1 <= stride < 2**31:
+        raise UserError(f"stride {stride} is out of range: use 1 or more frames, below 2^31")
     return stride
 
 
@@ -132,9 +132,11 @@ class Timeline:
             )
 
     def add_sound(self, start: int, samples: np.ndarray) -> int:
-        """samples: float32 [n], 16 kHz mono, the first one at sample `start` of the stream's clock. -> how many of the
-        oldest had to go for them. UserError: see `check_sound`."""
+        """samples: float32 [n], 16 kHz mono, the first one at sample `start` of the stream's clock; what is known
+        already is cut off. -> how many of the oldest had to go for them. UserError: see `check_sound`."""
         self.check_sound(start, len(samples))
+        if self._heard is not None and start < self._heard:
+            start, samples = self._heard, samples[self._heard - start :]
         if not len(samples):
             return 0
         self._sound.add(start, samples)

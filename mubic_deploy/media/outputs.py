@@ -40,8 +40,9 @@ def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str,
 
 @contextmanager
 def replacing(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
-    """Temporary files beside the targets, by the same keys and with the same suffix. At the end of the block they are
-    renamed to the targets; if it is left by an exception they are removed and the targets stay as they were.
+    """Temporary files beside the targets, by the same keys and with the same suffix. At the end of the block those that
+    are still in the dictionary are renamed to the targets; if it is left by an exception all are removed, and the
+    targets stay as they were.
 
     UserError if a folder cannot be written."""
     real = {kind: path.resolve() for kind, path in targets.items()}  # a link stays a link
@@ -55,8 +56,10 @@ def replacing(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
                 raise UserError(f"{kind} {path} cannot be written ({error.strerror}): choose another folder") from error
             staged[kind] = temporary
         modes = {kind: temporary.stat().st_mode for kind, temporary in staged.items()}
-        yield dict(staged)
-        for kind, path in real.items():
+        wanted = dict(staged)
+        yield wanted
+        for kind in wanted:
+            path = real[kind]
             if staged[kind].stat().st_mode != modes[kind]:  # of a library that put a file of its own in its place
                 staged[kind].chmod(modes[kind])
             staged[kind].replace(path)

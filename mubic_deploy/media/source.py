@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -28,18 +29,20 @@ def is_file(source: Source) -> bool:
     return "://" not in os.fspath(source)
 
 
-def exists(path: Path) -> bool:
-    """False for a name that is longer than any may be, too."""
+def mode_of(source: str) -> int | None:
+    """What lies at a path, as stat says it. None where nothing does, or where nothing can: the name is too long."""
     try:
-        return path.exists()
-    except OSError:
-        return False
+        return Path(source).stat().st_mode
+    except (OSError, ValueError):
+        return None
 
 
 def comes_once(source: str) -> bool:
     """True for a pipe or a device: what was read of it is gone, and a film is opened several times."""
-    path = Path(source)
-    return source.startswith(("pipe:", "fd:")) or (path.exists() and not path.is_file() and not path.is_dir())
+    if source.startswith(("pipe:", "fd:")):
+        return True
+    mode = mode_of(source)
+    return mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def reason(error: Exception) -> str:

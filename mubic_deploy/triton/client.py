@@ -73,8 +73,9 @@ class TritonPredictor:
         self.address, self.model = destination(url)
         self.timeout = timeout
         self._client = triton.InferenceServerClient(self.address, channel_args=channel(self.address))
+        connecting = min(timeout, _CONNECT_TIMEOUT)
         try:
-            answer = self._client.get_model_config(self.model, client_timeout=min(timeout, _CONNECT_TIMEOUT)).config
+            answer = self._client.get_model_config(self.model, client_timeout=connecting).config
             if not {parameters.CONFIG, parameters.SOURCE} <= set(answer.parameters):
                 raise UserError(
                     f"the model {self.model} on {self.address} is not this package's: start it with mubic-deploy serve"
@@ -83,7 +84,7 @@ class TritonPredictor:
             self.source = json.loads(answer.parameters[parameters.SOURCE].string_value)
         except InferenceServerException as error:
             self.close()
-            raise self._explained(error) from None
+            raise self._explained(error, connecting if connecting < timeout else None) from None
         except UserError:
             self.close()
             raise
@@ -109,7 +110,7 @@ class TritonPredictor:
             if self._client.is_model_ready(graphs.STREAM, client_timeout=_CONNECT_TIMEOUT):
                 return
         except InferenceServerException as error:
-            raise self._explained(error) from None
+            raise self._explained(error, _CONNECT_TIMEOUT) from None
         raise UserError(
             f"the Triton server at {self.address} takes no live streams: write its model repository again with this "
             f"version, it has no model {graphs.STREAM}"
@@ -169,13 +170,19 @@ class TritonPredictor:
             raise self._explained(error) from None
         return future
 
-    def _explained(self, error: InferenceServerException) -> UserError:
-        """The error in one line, with the address and what to do."""
+    def _explained(self, error: InferenceServerException, connecting: float | None = None) -> UserError:
+        """The error in one line, with the address and what to do. connecting: the seconds that were allowed, of what is
+        asked before any clip."""
         status = (error.status() or "").removeprefix("StatusCode.")
         message = " ".join((error.message() or "").split())
         if status == "UNAVAILABLE":
             return UserError(
                 f"no Triton server answers at {self.address}: start one with mubic-deploy serve, or check the address"
+            )
+        if status == "DEADLINE_EXCEEDED" and connecting is not None:
+            return UserError(
+                f"{self.address} did not answer as a Triton server within {connecting:g} s: check the address, and "
+                f"that it is gRPC's port"
             )
         if status == "DEADLINE_EXCEEDED":
             return UserError(

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import Error as CopyError
 from shutil import copy2, copytree, rmtree
 
 from mubic_deploy.errors import UserError
@@ -81,7 +82,10 @@ class TritonServer:
             self.host, {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
         )
         package = _package()
-        folder = Path(tempfile.mkdtemp(prefix="mubic-triton-"))
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="mubic-triton-"))
+        except OSError as error:
+            raise _not_started(error) from None
         try:
             self._launch(package, folder)
             ready = self._wait(wanted)
@@ -127,18 +131,18 @@ class TritonServer:
 
     def _launch(self, package: Path, folder: Path) -> None:
         prefix = self.shm_prefix
-        job = {
-            "command": self._command(package, _backends(package, folder), prefix),
-            "env": _environment(package) | {"TMPDIR": str(folder)},  # what the models leave there goes with it
-            "grace": _GRACE,
-            "shm_prefix": prefix,
-            "remove": [str(folder)],
-        }
-        if self.log is None:
-            handle, name = tempfile.mkstemp(prefix="mubic-triton-", suffix=".log")
-            os.close(handle)
-            self.log = Path(name)
         try:
+            job = {
+                "command": self._command(package, _backends(package, folder), prefix),
+                "env": _environment(package) | {"TMPDIR": str(folder)},  # what the models leave there goes with it
+                "grace": _GRACE,
+                "shm_prefix": prefix,
+                "remove": [str(folder)],
+            }
+            if self.log is None:
+                handle, name = tempfile.mkstemp(prefix="mubic-triton-", suffix=".log")
+                os.close(handle)
+                self.log = Path(name)
             with self.log.open("wb") as log:
                 # a session of its own: an interrupt from the terminal reaches this process only, which ends the server
                 self._process = subprocess.Popen(
@@ -149,7 +153,7 @@ class TritonServer:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise UserError(f"the Triton server cannot be started: {error}") from None
+            raise _not_started(error) from None
 
     def _command(self, package: Path, backends: Path, shm_prefix: str) -> list[str]:
         options = {
@@ -234,6 +238,15 @@ def _package() -> Path:
     if not (package / "tritonserver" / "bin" / "tritonserver").is_file():
         raise UserError(f"{package} holds no tritonserver (it exists for Linux on x86-64): {_INSTALL}")
     return package
+
+
+def _not_started(error: OSError) -> UserError:
+    """A server wants some files of its own: a log, and the wheel's backends."""
+    reason = error.args[0][0][2] if isinstance(error, CopyError) else error  # of copytree: the first file's
+    return UserError(
+        f"the Triton server cannot be started ({reason}): make room in the folder for temporary files, or set TMPDIR "
+        f"to another one"
+    )
 
 
 def _backends(package: Path, folder: Path) -> Path:
