@@ -1,6 +1,6 @@
 # Two commands on a fresh machine with Python 3.11: make demo, make test.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(or $(shell command -v python3.11 || command -v python3),python3.11)
 BIN := .venv/bin
 
 .PHONY: demo test lint checkpoint clean
@@ -27,12 +27,12 @@ checkpoint: .venv/installed
 	mkdir -p runs
 	$(BIN)/mubic-deploy listen runs/hearing.safetensors
 	$(BIN)/mubic-deploy train data/train --recipe demo --vggish runs/hearing.safetensors --accelerator cpu --out runs/demo
-	$(BIN)/mubic-deploy pack runs/demo/model.safetensors mubic_deploy/weights/demo.safetensors
+	$(BIN)/mubic-deploy pack runs/demo/model.safetensors mubic_deploy/weights/demo.safetensors --fit-steps data/train --stride 24
 	$(BIN)/python bench/checkpoint.py data/held_out
 
 .venv/installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else "Python 3.11 is needed, not %d.%d: make PYTHON=..." % v)'
-	@echo "installing into .venv: 5.6 GB, some minutes"
+	@echo "installing into .venv: 6.5 GB, some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from bench import compare, report, run, tune
 from bench.suites import SUITES
-from mubic_deploy.cli import Parser, guarded
+from mubic_deploy.arguments import Parser
+from mubic_deploy.cli import guarded
 
 
 def build_parser() -> Parser:

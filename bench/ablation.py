@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mubic_deploy import checkpoint
+from mubic_deploy.arguments import Parser, positive
 from mubic_deploy.artifacts import sha256
+from mubic_deploy.cli import guarded
 from mubic_deploy.config import VARIANTS
 from mubic_deploy.console import bar
 from mubic_deploy.engines import eager
@@ -89,15 +92,15 @@ def scores(name: str, videos: list[Video], stride: int, steps: int | None = None
     return {**result.means(), "clips": result.clips}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="scenes to train on")
     parser.add_argument("held_out", type=Path, help="scenes of another seed")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--vggish", type=Path, help="what `mubic-deploy listen` made, for the variants that hear")
     parser.add_argument("--full", metavar="CHECKPOINT", help="the full model as it was trained before: demo, or a file")
-    parser.add_argument("--epochs", type=int, help="fewer or more than the recipe's, the same for all")
-    parser.add_argument("--stride", type=int, default=8)
+    parser.add_argument("--epochs", type=positive, help="fewer or more than the recipe's, the same for all")
+    parser.add_argument("--stride", type=positive, default=8)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument(
@@ -134,6 +137,7 @@ def main() -> None:
     if arguments.save:
         rows = save(facts, rows)
     show(rows)
+    return 0
 
 
 def save(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -173,4 +177,4 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

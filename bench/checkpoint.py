@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mubic_deploy import checkpoint
+from mubic_deploy.arguments import Parser, positive
+from mubic_deploy.cli import guarded
 from mubic_deploy.config import ADAPTIVE, DEFAULT_STEPS, DEMO_CHECKPOINT, MAX_STEPS
 from mubic_deploy.console import bar
 from mubic_deploy.engines import eager
+from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline, Predictor
+from mubic_deploy.scenes.write import MARK
 from mubic_deploy.training.clips import SHIFT_S, SOUNDS, Clips
 from mubic_deploy.training.evaluate import METRICS, Evaluation, centre_bias, evaluate, evaluate_maps, video_means
 from mubic_deploy.training.layout import read_list
@@ -35,14 +40,16 @@ def row(result: Evaluation) -> dict[str, Any]:
     return {**result.means(), "clips": result.clips, "steps": result.mean_steps, "excluded": result.excluded()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("held_out", type=Path)
     parser.add_argument("--checkpoint", default=DEMO_CHECKPOINT)
-    parser.add_argument("--stride", type=int, default=32)
+    parser.add_argument("--stride", type=positive, default=32)
     parser.add_argument("--save", action="store_true", help="also write bench/results/model/checkpoint.json")
     arguments = parser.parse_args()
     videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
+    if arguments.save and not (arguments.held_out / MARK).is_file():
+        raise UserError(f"{arguments.held_out} lacks {MARK}, which says how the scenes were made: render them again")
     model, source = checkpoint.load(arguments.checkpoint)
     exported = Pipeline.open(arguments.checkpoint, "onnxruntime")
     reference = Pipeline(model.config, eager.load_engines(model))
@@ -86,12 +93,13 @@ def main() -> None:
     for key, value in summary.items():
         console.print(f"{key} {value:.4f}")
     if arguments.save:
-        made = json.loads((arguments.held_out / "scenes.json").read_text())
+        made = json.loads((arguments.held_out / MARK).read_text())
         facts = {"name": "checkpoint", "scenes": made, "stride": arguments.stride, "shift_s": SHIFT_S}
         weights = {"checkpoint": source.to_json()}
         text = json.dumps({**facts, **weights, "summary": summary, "rows": rows}, indent=2)
         (RESULTS / "checkpoint.json").write_text(text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -20,7 +20,7 @@ from rich.table import Table
 from bench import machine, results, text
 from bench.results import Results, Row
 from bench.timing import ratio
-from mubic_deploy.cli import number
+from mubic_deploy.arguments import number
 from mubic_deploy.console import print_json, say, warn
 from mubic_deploy.errors import UserError
 

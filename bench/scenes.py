@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from mubic_deploy.arguments import Parser, natural, number, positive
+from mubic_deploy.cli import guarded
 from mubic_deploy.metrics import cc
 from mubic_deploy.scenes.plan import FPS, HEIGHT, WIDTH, Plan, make_plan, streams
 from mubic_deploy.scenes.viewers import (
@@ -28,6 +31,7 @@ from mubic_deploy.scenes.viewers import (
     density,
     gaze,
 )
+from mubic_deploy.scenes.write import require_length
 
 RESULTS = Path(__file__).parent / "results" / "model"
 LAG = 2  # frames, of the pursuit
@@ -66,13 +70,14 @@ def maps(plan: Plan, frame: int) -> dict[str, np.ndarray]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=1001)
-    parser.add_argument("--seconds", type=float, default=5.0)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=positive, default=60)
+    parser.add_argument("--seed", type=natural, default=1001)
+    parser.add_argument("--seconds", type=number, default=5.0)
     parser.add_argument("--save", action="store_true", help="also write bench/results/model/scenes.json")
     arguments = parser.parse_args()
+    require_length(arguments.seconds)
     scores: dict[str, list[float]] = {}
     for index in range(arguments.scenes):
         for_plan, _, _, for_viewers = streams(arguments.seed, index)
@@ -87,7 +92,8 @@ def main() -> None:
     print(text)
     if arguments.save:
         (RESULTS / "scenes.json").write_text(text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

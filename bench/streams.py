@@ -36,7 +36,8 @@ from bench.results import FOLDER, Results, Row
 from bench.soak import server_mb, soak
 from bench.timing import Timing
 from mubic_deploy import StreamClient, exported
-from mubic_deploy.cli import Parser, guarded, number, positive
+from mubic_deploy.arguments import Parser, number, positive
+from mubic_deploy.cli import guarded
 from mubic_deploy.config import AUDIO_SAMPLES, DEMO, DEMO_CHECKPOINT
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError

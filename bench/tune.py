@@ -29,8 +29,8 @@ from bench.run import limits
 from bench.serving import addresses, client, serving
 from bench.sides import CLIPS, Context, asking, installed_engines
 from bench.suites.server import PROTOCOLS
+from mubic_deploy.arguments import number, positive
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.cli import number, positive
 from mubic_deploy.config import CONFIGS
 from mubic_deploy.console import bar, say, warn
 from mubic_deploy.engines import cpu

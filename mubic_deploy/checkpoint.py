@@ -42,14 +42,24 @@ def save(model: MUBiC, path: Path, half: bool = False) -> None:
     the adaptive steps.
 
     OSError if it cannot be written, which leaves `path` as it was; UserError if a weight does not fit into FP16."""
-    weights = dict(model.state_dict())
-    if half:
-        for name, value in weights.items():
-            if value.is_floating_point() and not name.startswith(KEPT):
-                weights[name] = value.half()
-                if not weights[name].isfinite().all():
-                    raise UserError(f"{name} does not fit into FP16 (largest {value.abs().max():.3g}): keep FP32")
+    weights = _halved(model) if half else dict(model.state_dict())
     write_tensors(path, weights, {"config": json.dumps(model.config.to_json())})
+
+
+def round_to_half(model: MUBiC) -> None:
+    """Makes the weights what they will be when they were packed in FP16 and read again. In place. UserError if one does
+    not fit into FP16."""
+    model.load_state_dict(_halved(model))
+
+
+def _halved(model: MUBiC) -> dict[str, torch.Tensor]:
+    weights = dict(model.state_dict())
+    for name, value in weights.items():
+        if value.is_floating_point() and not name.startswith(KEPT):
+            weights[name] = value.half()
+            if not weights[name].isfinite().all():
+                raise UserError(f"{name} does not fit into FP16 (largest {value.abs().max():.3g}): keep FP32")
+    return weights
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -68,7 +78,7 @@ def load(name: str, variant: str | None = None, seed: int = 0) -> tuple[MUBiC, S
     weights that do not fit."""
     if name == DEMO_CHECKPOINT:
         if variant not in (None, "full"):
-            raise UserError(f"the demo checkpoint is the full model, not {variant!r}: use --checkpoint random:demo")
+            raise UserError(f"the demo checkpoint is the full model, not {variant!r}: name random:demo instead")
         return _load_file(DEMO_FILE, None), Source(name, sha256=sha256(DEMO_FILE))
     if name.startswith(RANDOM):
         size = name.removeprefix(RANDOM)

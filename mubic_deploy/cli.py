@@ -6,7 +6,6 @@ goes to stdout and nothing else does; progress and messages go to stderr."""
 from __future__ import annotations
 
 import argparse
-import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mubic_deploy.arguments import Parser, instances, natural, number, positive, seconds, steps
 from mubic_deploy.config import (
-    ADAPTIVE,
     CONFIGS,
     DEFAULT_STEPS,
     MAX_STEPS,
@@ -30,6 +29,7 @@ from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW, WAITING
 from mubic_deploy.media.fit import FITS
+from mubic_deploy.sources import versions
 from mubic_deploy.training.settings import DATASETS, LIGHTNING_PRECISIONS, PARTS, RECIPES, SCHEDULES, SPLITS, Settings
 from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT
 
@@ -45,49 +45,6 @@ HOMES = {
     "stream": "mubic_deploy.live.commands",
 }  # else commands
 CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one line an error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def steps(text: str) -> int:
-    """N, or ADAPTIVE for "adaptive". A variant may allow fewer."""
-    if text == "adaptive":
-        return ADAPTIVE
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_STEPS:
-        raise argparse.ArgumentTypeError(f"{text} is no number of steps: use 1 to {MAX_STEPS}, or adaptive")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("0 is too small: use 1 or more")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time: use seconds above 0")
-    return value
-
-
-def instances(text: str) -> tuple[str | None, int]:
-    """MODEL=COUNT, or COUNT with None for the model."""
-    model, equals, count = text.rpartition("=")
-    if equals and not model:
-        raise argparse.ArgumentTypeError(f"{text} names no model: use COUNT or MODEL=COUNT")
-    return model or None, positive(count)
 
 
 def _weights(parser: argparse.ArgumentParser) -> None:
@@ -149,13 +106,6 @@ def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
 
 
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
-
-
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", type=Path, help="folder with video_frames, annotations, fold_lists")
     parser.add_argument(
@@ -206,10 +156,10 @@ def _training(commands: argparse._SubParsersAction) -> None:
     scenes.add_argument("--videos", type=positive, required=True, metavar="N")
     scenes.add_argument("--seed", type=natural, default=0, help="other seeds give other scenes (default 0)")
     scenes.add_argument("--seconds", type=number, default=6.0, help="length of each (default 6)")
-    scenes.add_argument("--workers", type=positive, help="processes (default: one a core)")
+    scenes.add_argument("--workers", type=positive, help="processes that render (default: one a core)")
     _json(scenes)
 
-    train = commands.add_parser("train", help="train on a folder in the field's layout; stop and resume at any moment")
+    train = commands.add_parser("train", help="train on a folder in the field's layout; --resume goes on after a stop")
     _data(train)
     train.add_argument("--out", metavar="RUN", type=Path, help="folder of the run")
     train.add_argument("--check", action="store_true", help="only look for what is wrong with the data")
@@ -230,7 +180,7 @@ def _training(commands: argparse._SubParsersAction) -> None:
     )
     listen.add_argument("out", metavar="OUT.safetensors", type=Path)
     listen.add_argument("--config", choices=list(CONFIGS), default="demo", help="default demo")
-    listen.add_argument("--steps", type=positive, default=600, help="of 32 sounds each (default 600)")
+    listen.add_argument("--steps", type=positive, default=600, help="of training, 32 sounds each (default 600)")
     listen.add_argument("--seed", type=natural, default=1, help="of scenes and weights (default 1)")
     _json(listen)
 
@@ -247,12 +197,21 @@ def _training(commands: argparse._SubParsersAction) -> None:
     pack = commands.add_parser("pack", help="a checkpoint's weights in FP16, half the size")
     pack.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     pack.add_argument("out", metavar="OUT.safetensors", type=Path)
+    fit = "fit the adaptive steps to the packed weights, on clips of this folder's test part"
+    pack.add_argument("--fit-steps", metavar="DATA", type=Path, help=fit)
+    pack.add_argument("--clips", type=positive, default=64, help="for --fit-steps (default 64)")
+    pack.add_argument("--stride", type=positive, default=4, help="frames between the starts of two (default 4)")
+
+
+def _version() -> str:
+    return versions(["mubic-deploy"]).get("mubic-deploy", "of a checkout, not installed")
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="mubic-deploy", description="Where do people look? Audio-visual saliency of films and streams."
     )
+    parser.add_argument("--version", action="version", version=f"mubic-deploy {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     info = commands.add_parser("info", help="parameters and MACs of each variant, beside the thesis's")
@@ -274,7 +233,8 @@ def build_parser() -> Parser:
     engines = commands.add_parser(
         "engines", help="build TensorRT engines of exported graphs, on the GPU that runs them"
     )
-    engines.add_argument("artifacts", metavar="GRAPHS", type=Path, help="what export made, with --precision float16")
+    half = "what export made, best with --precision float16"
+    engines.add_argument("artifacts", metavar="GRAPHS", type=Path, help=half)
     engines.add_argument("--out", metavar="DIR", type=Path, required=True)
     engines.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
     engines.add_argument("--best-batch", type=positive, default=1, help="batch to choose kernels for (default 1)")
@@ -373,8 +333,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)  # on the way out half-written outputs are removed
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)  # on the way out half-written outputs are removed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -389,10 +349,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """What `work` returns, as an exit code; 2 and one line where it cannot be done, 130 where it was interrupted."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    for each, handler in before.items():
         if handler != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _terminate)
+            signal.signal(each, _terminate)
     try:
         return work()
     except UserError as error:
@@ -411,8 +371,8 @@ def guarded(work: Callable[[], int]) -> int:
         print("mubic-deploy: interrupted", file=sys.stderr)
         return 130
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for each, handler in before.items():
+            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def _targets(overlay: Target | None, maps: Target | None, contact_sheet: Target 
     given = {"overlay": overlay, "maps": maps, "contact sheet": contact_sheet}
     targets = {kind: Path(path) for kind, path in given.items() if path is not None}
     if not targets.keys() & {"overlay", "maps"}:
-        raise UserError("nothing to write: ask for an overlay, for maps, or for both")
+        raise UserError("nothing to write: ask for an overlay (-o) or maps (--maps); a contact sheet comes beside")
     return targets
 
 

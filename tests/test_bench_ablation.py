@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,3 +64,21 @@ def test_variants_on_other_data_are_not_saved_together(tmp_path: Path, monkeypat
     ablation.SAVED.write_text(json.dumps(older))  # of a version that did not say
     with pytest.raises(UserError, match="variants with other data"):
         ablation.save(facts, {"visual_only": {"history": history}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("ablation.py", "none", "none"), "none is not a folder"),
+        (("ablation.py", "none", "none", "--full", "demo", "--epochs", "2"), "leave out --epochs"),
+        (("checkpoint.py", "none"), "none is not a folder"),
+        (("scenes.py", "--scenes", "0"), "0 is too small"),
+        (("scenes.py", "--seconds", "0.1"), "scenes of 0.1 s cannot be made"),
+    ],
+)
+def test_wrong_input_of_the_scripts_is_one_line(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    script = Path(ablation.__file__).parent / arguments[0]
+    command = [sys.executable, str(script), *arguments[1:]]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1), ran.stderr
+    assert says in ran.stderr

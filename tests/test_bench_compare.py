@@ -15,7 +15,7 @@ from bench import compare
 from bench.compare import ALIKE, FASTER, SLOWER
 from bench.results import Results, Row
 from bench.timing import Timing
-from mubic_deploy.cli import Parser
+from mubic_deploy.arguments import Parser
 from mubic_deploy.errors import UserError
 
 MACHINE = {"cpu": "AMD EPYC", "cores": 2, "gpu": None, "versions": {"torch": "2.11.0"}}

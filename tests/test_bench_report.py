@@ -19,7 +19,7 @@ from bench.drawing import Styles
 from bench.groups import Group
 from bench.results import Results, Row
 from bench.timing import Timing
-from mubic_deploy.cli import Parser
+from mubic_deploy.arguments import Parser
 from mubic_deploy.errors import UserError
 
 MACHINE = {"cpu": "AMD EPYC", "cores": 2, "memory_gb": 24.0, "gpu": None, "versions": {"torch": "2.11.0"}}

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import av
@@ -21,7 +22,7 @@ from triton_serving import processes, serving
 
 from mubic_deploy import checkpoint, console
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.cli import guarded
+from mubic_deploy.cli import guarded, main
 from mubic_deploy.config import DEMO, VARIANTS
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.triton.server import TritonServer
@@ -204,7 +205,7 @@ PREDICT = ("predict", "{film}", "-o", "{out}", "--artifacts", "{graphs}")
         wrong(*PREDICT, "--variant", "concat", says="holds the variant 'full', not 'concat'"),
         wrong(
             "predict", "{film}", "-o", "{out}", "--variant", "concat",
-            says="the demo checkpoint is the full model, not 'concat': use --checkpoint random:demo",
+            says="the demo checkpoint is the full model, not 'concat': name random:demo instead",
         ),
         wrong(*PREDICT, "--engine", "tensorflow", says="unknown engine 'tensorflow'"),
         wrong("predict", "file:{film}", "-o", "{film}", says="bunny.mp4 is the film itself"),
@@ -228,7 +229,11 @@ PREDICT = ("predict", "{film}", "-o", "{out}", "--artifacts", "{graphs}")
         wrong("stream", "{film}", "--url", "127.0.0.1:9", "--ndjson", "-", "--json", says="give --ndjson a file"),
         wrong("serve", "--artifacts", "{edited}", says="SHA-256 differs"),
         wrong("demo", "--video", "{missing}", "--out", "{folder}", says="missing.mp4"),
+        wrong("demo", "--video", "{missing}", "--out", "{folder}/new/deep", says="missing.mp4"),
         wrong("demo", "--out", "{text}", says="choose another --out"),
+        wrong("predict", "{film}", "--contact-sheet", "{folder}/s.png", says="a contact sheet comes beside"),
+        wrong("predict", "{film}", "--colour", "red", says="--colour red (see mubic-deploy predict --help)"),
+        wrong("repository", "{folder}", "--out", "{out}", "--loops", "2", says="for --engine tensorrt: leave them out"),
         wrong("predict", "{cut}", "-o", "{out}", says="cut.mp4 ends before its index"),
         wrong("export", "random:huge", "--out", "{folder}/x", says="unknown checkpoint 'random:huge'"),
         wrong("export", "random:demo", "--out", "{text}", says="is not an earlier export"),
@@ -247,6 +252,12 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, bad: dict[str, Path], a
     assert ran.err.startswith("mubic-deploy: ")
     assert ran.err.count("\n") == 1, ran.err
     assert sorted(bad["folder"].rglob("*")) == before
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"mubic-deploy {metadata.version('mubic-deploy')}\n"
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

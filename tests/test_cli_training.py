@@ -14,6 +14,8 @@ from PIL import Image
 from mubic_deploy import checkpoint
 from mubic_deploy.config import DEMO, get_config
 from mubic_deploy.model.mubic import random_model
+from mubic_deploy.training.adaptive import smallest_steps
+from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.layout import Video
 
 QUICK = ("--config", "demo", "--epochs", 1, "--batch", 4, "--validate", 2, "--accelerator", "cpu", "--workers", 0)
@@ -99,6 +101,26 @@ def test_pack_is_half_precision_and_loads(run, tmp_path: Path) -> None:
     assert not (tmp_path / "d.safetensors").exists()
 
 
+def test_pack_fits_the_steps_to_the_packed_weights(run, shared: list[Video], tmp_path: Path) -> None:
+    model = random_model(DEMO, seed=4)
+    checkpoint.save(model, tmp_path / "a.safetensors")
+    out = tmp_path / "b.safetensors"
+    ran = run("pack", tmp_path / "a.safetensors", out, "--fit-steps", shared[0].root, "--clips", 2, "--stride", 8)
+    assert ran.code == 0, ran.err
+    packed, _ = checkpoint.load(str(out))
+    clips = Clips(shared, DEMO, stride=8)
+    entropies, needed = smallest_steps(packed, clips, clips.spread(2))
+    with torch.no_grad():
+        said = packed.fusion.adaptive.mlp(torch.from_numpy(entropies)[:, None])[:, 0].round().tolist()
+    assert said == needed.tolist() != [4, 4]  # which the head says before it is fitted
+    for name, value in model.named_parameters():
+        if not name.startswith("fusion.adaptive."):
+            assert torch.equal(value.half().float(), packed.get_parameter(name))
+    checkpoint.save(random_model(get_config("demo", "no_diffusion")), tmp_path / "c.safetensors")
+    ran = run("pack", tmp_path / "c.safetensors", tmp_path / "d.safetensors", "--fit-steps", shared[0].root)
+    assert (ran.code, "takes one step: leave out --fit-steps" in ran.err) == (2, True)
+
+
 def test_videos_in_both_parts_are_said(run, field: list[Video]) -> None:
     root = field[0].root
     lists = [root / "fold_lists" / f"Scenes_list_{part}_1_fps.txt" for part in ("train", "test")]
@@ -158,9 +180,11 @@ def wrong(*arguments: object, says: str):
         wrong("evaluate", "{broken}", says="does not exist: extract the video's sound track"),
         wrong("evaluate", "{data}", "--part", "validation", says="--part"),
         wrong("scenes", "{out}", says="--videos"),
-        wrong("scenes", "{out}", "--videos", 1, "--seconds", 0.2, says="ask for 1 or more"),
+        wrong("scenes", "{out}", "--videos", 1, "--seconds", 0.2, says="ask for 1 to 600 s"),
         wrong("scenes", "{data}", "--videos", 1, says="is not an earlier set of scenes"),
-        wrong("pack", "{file}", "{out}", says="is not a MUBiC checkpoint"),
+        wrong("pack", "{file}", "{out}.safetensors", says="is not a MUBiC checkpoint"),
+        wrong("pack", "demo", "{out}", says="must end in .safetensors"),
+        wrong("pack", "random:demo", "{out}.safetensors", "--fit-steps", "{empty}", says="holds no list like AVAD"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_leaves_nothing(

@@ -233,9 +233,9 @@ def test_two_devices_share_each_batch(shared, tmp_path, settings):
         model = random_model(get_config("demo", "visual_only"))
         run = training.Run(tmp_path, settings, [])
         trainer = training.Trainer(fabric, settings, run, model, clips, clips, 0, lambda *_: None)
-        monkey = mock.patch.object(Clips, "__getitem__", lambda self, index: {"INDEX": torch.tensor(index)})
+        monkey = mock.patch.object(Clips, "__getitem__", lambda self, index: {"LABEL": torch.tensor(index)})
         with monkey:
-            seen.append([batch["INDEX"].tolist() for _, batch in trainer._batches(0, 0)])
+            seen.append([batch["LABEL"].tolist() for _, batch in trainer._batches(0, 0)])
     assert [len(batch) for batch in seen[0]] == [len(batch) for batch in seen[1]]
     whole = [one + other for one, other in zip(*seen, strict=True)]
     order = torch.randperm(7, generator=training.generator(settings.seed, 0)).tolist()

@@ -64,7 +64,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     """What a package depends on. UserError for cuda where there is none, or the driver is too old for PyTorch."""
     if device.type == "cpu":
         return {"type": "cpu", "instructions": instructions(Path("/proc/cpuinfo").read_text())}
-    require_gpu("use --engine onnxruntime, or --device cpu to compile")
+    require_gpu("use packages that were compiled for a CPU (compile --device cpu), or a machine with one")
     major, minor = torch.cuda.get_device_capability()
     return {"type": "cuda", "name": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
 

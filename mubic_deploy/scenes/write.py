@@ -26,8 +26,9 @@ from mubic_deploy.scenes.viewers import density, fixation_map, gaze
 DATASET = "Scenes"
 MARK = "scenes.json"  # says how the folder was made
 OF_VIDEOS, LISTS = ("video_frames", "video_audio", "annotations"), "fold_lists"
-SHORTEST_S = 1.0
+SHORTEST_S, LONGEST_S = 1.0, 600.0
 MAT_TEXT = 116  # bytes of free text that a MATLAB file begins with
+ENOUGH = 4  # videos, so that each split has some to train on and some to test on
 TEST_SHARE = 5  # in each of the three splits every fifth video is a test video, another fifth each
 
 
@@ -44,10 +45,9 @@ def write_scenes(
 
     `out` may be new, empty or an earlier set of scenes and no more, which is replaced. UserError if it is something
     else, cannot be written, or a setting is out of range. Nothing is left behind unless all is written."""
-    if videos < 1 or not SHORTEST_S <= seconds <= 600:
-        raise UserError(
-            f"{videos} scenes of {seconds} s cannot be made: ask for 1 or more of {SHORTEST_S:.0f} to 600 s"
-        )
+    if videos < 1:
+        raise UserError(f"{videos} scenes cannot be made: ask for 1 or more")
+    require_length(seconds)
     out = Path(out)
     try:
         _require_scenes(out)
@@ -63,6 +63,12 @@ def write_scenes(
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another folder") from None
     except BrokenProcessPool:
         raise UserError("a worker process was killed, perhaps for want of memory: ask for fewer workers") from None
+
+
+def require_length(seconds: float) -> None:
+    """UserError unless a scene can be so long."""
+    if not SHORTEST_S <= seconds <= LONGEST_S:
+        raise UserError(f"scenes of {seconds:g} s cannot be made: ask for {SHORTEST_S:g} to {LONGEST_S:g} s")
 
 
 def _require_scenes(out: Path) -> None:

@@ -103,8 +103,7 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """VIDEO   uint8 [16, H, W, 3], RGB
         AUDIO   float32 [16608] in [-1, 1], 16 kHz, centred on the label frame; zero beyond the sound's ends
-        TARGET  float32 [1, h, w] in [0, 1], peak 1, zero in the bars
-        INDEX   int64 []"""
+        TARGET  float32 [1, h, w] in [0, 1], peak 1, zero in the bars"""
         number, start, mirrored = self._drawn(index)
         video, fit = self.videos[number], self._fits[number]
         shown = [min(start + i, video.frames) for i in range(self.config.frames)]
@@ -118,7 +117,6 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
             "VIDEO": torch.from_numpy(clip),
             "AUDIO": torch.from_numpy(excerpt(self._sounds[number], (label - 1) / video.fps - self._late_s)),
             "TARGET": torch.from_numpy(target / target.max())[None],
-            "INDEX": torch.tensor(index, dtype=torch.int64),
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,6 +124,10 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         iterator is made: its worker processes take their copy of this object then. `persistent_workers=True` would keep
         the old one."""
         self._epoch = epoch
+
+    def spread(self, wanted: int) -> list[int]:
+        """The indices of `wanted` clips (or of all), evenly over the set."""
+        return sorted({int(i) for i in np.linspace(0, len(self) - 1, min(len(self), wanted))})
 
     def ground_truth(self, index: int) -> GroundTruth:
         """The label at its own size, never mirrored."""

@@ -15,7 +15,7 @@ from mubic_deploy.commands import predictor
 from mubic_deploy.config import get_config
 from mubic_deploy.console import bar, messages, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
-from mubic_deploy.training.layout import CheckReport, Video, check, read_list
+from mubic_deploy.training.layout import CheckReport, Video, check, in_both, read_list
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
 LINE_S = 60
@@ -24,7 +24,7 @@ HEADINGS = {"cc": "CC", "nss": "NSS", "sim": "SIM", "auc_judd": "AUC-J", "auc_sh
 
 def scenes(arguments: Namespace) -> int:
     """Rendered scenes into a folder."""
-    from mubic_deploy.scenes.write import write_scenes
+    from mubic_deploy.scenes.write import ENOUGH, write_scenes
 
     began = time.monotonic()
     with bar("rendering") as progress:
@@ -40,7 +40,9 @@ def scenes(arguments: Namespace) -> int:
     if arguments.json:
         print_json({"out": str(arguments.out), "videos": arguments.videos, "seed": arguments.seed, "seconds": seconds})
     else:
-        say(f"{arguments.videos} scenes in {arguments.out} in {seconds:.0f} s: train with mubic-deploy train")
+        enough = arguments.videos >= ENOUGH
+        use = f"train with mubic-deploy train {arguments.out}" if enough else f"too few to train on, render {ENOUGH}"
+        say(f"{arguments.videos} scenes in {arguments.out} in {seconds:.0f} s: {use}")
     return 0
 
 
@@ -49,7 +51,7 @@ def train(arguments: Namespace) -> int:
     training = _videos(arguments, "train")
     validation = _videos(arguments, "test")
     if arguments.check:
-        warn(_in_both(training, validation))
+        warn(in_both(training, validation))
         return _print_check(_check(training + validation, arguments.deep), arguments.json)
     if arguments.out is None:
         raise UserError("there is nowhere to write to: give --out RUN, or --check to look at the data only")
@@ -61,7 +63,6 @@ def train(arguments: Namespace) -> int:
     machine = Machine(arguments.accelerator, arguments.devices, arguments.workers)
     if make_fabric(machine, settings.precision).is_global_zero:
         _check(training + validation, arguments.deep).require()
-        warn(_in_both(training, validation))
     else:  # Fabric runs the whole command once a device: one of them speaks
         messages.quiet = True
     began = time.monotonic()
@@ -188,17 +189,42 @@ def evaluate(arguments: Namespace) -> int:
 
 
 def pack(arguments: Namespace) -> int:
-    """A checkpoint in FP16, half the size."""
+    """A checkpoint in FP16, half the size; its adaptive steps fitted anew if data are named."""
     from mubic_deploy import checkpoint
+    from mubic_deploy.media.outputs import check_targets
 
-    model, _ = checkpoint.load(str(arguments.checkpoint))
     out: Path = arguments.out
+    check_targets({"weights": out}, {"weights": (".safetensors",)}, None)
+    model, _ = checkpoint.load(str(arguments.checkpoint))
+    if arguments.fit_steps is not None:
+        _fit_packed(model, arguments)
     try:
         checkpoint.save(model, out, half=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another file") from None
     say(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def _fit_packed(model: Any, arguments: Namespace) -> None:
+    """The head of the adaptive steps goes by figures of the entropy that FP16 weights change a little."""
+    from mubic_deploy.checkpoint import round_to_half
+    from mubic_deploy.training.adaptive import fit_steps
+    from mubic_deploy.training.clips import Clips
+
+    if model.config.max_steps == 1:
+        raise UserError(f"the variant {model.config.variant} takes one step: leave out --fit-steps")
+    root: Path = arguments.fit_steps
+    videos = [video for name in _present(root) for video in read_list(root, name, "test", 1)]
+    clips = Clips(videos, model.config, stride=arguments.stride)
+    round_to_half(model)
+    with bar("fitting") as progress:
+        fit_steps(
+            model,
+            clips,
+            clips.spread(arguments.clips),
+            progress=lambda done, n: progress("fitting adaptive steps", done, n),
+        )
 
 
 def _row(result: Any) -> dict[str, Any]:
@@ -216,18 +242,6 @@ def _videos(arguments: Namespace, part: str) -> list[Video]:
     root: Path = arguments.data
     named = arguments.dataset or _present(root)
     return [video for name in named for video in read_list(root, name, part, arguments.split)]
-
-
-def _in_both(training: list[Video], validation: list[Video]) -> list[str]:
-    """A warning if there are videos in both parts."""
-    known = {str(video) for video in training}
-    both = [str(video) for video in validation if str(video) in known]
-    if not both:
-        return []
-    return [
-        f"{len(both)} of {len(validation)} videos of the test part are in the training part too, the first is "
-        f"{both[0]}: figures on them do not say how other videos would do"
-    ]
 
 
 def _present(root: Path) -> list[str]:

@@ -190,6 +190,18 @@ def decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
         raise UserError(f"{path} is damaged ({_reason(error)}): get it again") from error
 
 
+def in_both(training: Sequence[Video], validation: Sequence[Video]) -> list[str]:
+    """A warning if there are videos in both parts, else none."""
+    known = {str(video) for video in training}
+    both = [str(video) for video in validation if str(video) in known]
+    if not both:
+        return []
+    return [
+        f"{len(both)} of {len(validation)} videos of the test part are in the training part too, the first is "
+        f"{both[0]}: figures on them do not say how other videos would do"
+    ]
+
+
 def labelled(video: Video) -> list[int]:
     """The frames that have both a density and a fixation map. The releases lack some."""
     maps, fixations = _names(video.map(1).parent), _names(video.fixations(1).parent)

@@ -41,7 +41,7 @@ from mubic_deploy.training import curves, samples
 from mubic_deploy.training.adaptive import fit_steps
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
-from mubic_deploy.training.layout import Video
+from mubic_deploy.training.layout import Video, in_both
 from mubic_deploy.training.machine import DEFAULT_MACHINE, REMEDY, Machine, ending_together, make_fabric, reading_clips
 from mubic_deploy.training.objective import Draw, Objective, draw
 from mubic_deploy.training.settings import Settings
@@ -69,8 +69,9 @@ def train(
     started for a further device.
 
     prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming. note: is
-    told how many clips are left out. UserError if `out` holds another run, or none to resume, if data or settings are
-    not the run's, if there is no clip, if the machine has no such devices, or if the run cannot be written."""
+    told how many clips are left out, and of videos in both parts. UserError if `out` holds another run, or none to
+    resume, if data or settings are not the run's, if there is no clip, if the machine has no such devices, or if the
+    run cannot be written."""
     if settings.batch % machine.devices:
         raise UserError(f"batch {settings.batch} cannot be shared by {machine.devices} devices: use a multiple")
     run = Run(Path(out), settings, [f"{v} {v.frames} {v.fps}" for v in (*training, *validation)])
@@ -95,13 +96,15 @@ def train(
                     f"{skipped} of {clips_in_all} clips of the {part} part are left out: their map is missing or empty"
                 )
         if fabric.is_global_zero:  # before an epoch is spent
-            for index in _spread(len(held_clips), settings.validate):
+            for index in held_clips.spread(settings.validate):
                 held_clips.ground_truth(index)
         model = random_model(config, settings.seed)
         if state is None:
             prepare(model)
             if fabric.is_global_zero:
                 run.start()
+        for warning in in_both(training, validation):
+            note(warning)
         trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress, state)
         with (
             contextlib.closing(trainer),
@@ -214,7 +217,7 @@ class Trainer:
         """Fits the adaptive steps on validation clips and writes the finished model."""
         model = self.model.eval()
         if model.config.max_steps > 1:
-            chosen = _spread(len(self.held_clips), self.settings.validate)
+            chosen = self.held_clips.spread(self.settings.validate)
             fit_steps(
                 model,
                 self.held_clips,
@@ -275,7 +278,7 @@ class Trainer:
     def _end_epoch(self, epoch: int, loss: float) -> None:
         """Validation, history, curves, samples and the best checkpoint."""
         self.progress(f"epoch {epoch + 1}: validating", (epoch + 1) * self.steps, self.settings.epochs * self.steps)
-        chosen = _spread(len(self.held_clips), self.settings.validate)
+        chosen = self.held_clips.spread(self.settings.validate)
         predictor = Pipeline(self.model.config, eager.load_engines(self.model))
         result = evaluate(predictor, self.held_clips, chosen, shuffled=False)
         means = result.means()
@@ -344,11 +347,6 @@ def _prepare_modules(model: MUBiC, settings: Settings) -> None:
 def _merit(entry: dict[str, Any]) -> tuple[float, int]:
     """What the best epoch has most of: validation CC, none where it is undefined; of equal ones the earlier."""
     return (-math.inf if math.isnan(entry["cc"]) else entry["cc"], -entry["epoch"])
-
-
-def _spread(n: int, wanted: int) -> list[int]:
-    """`wanted` indices (or all) evenly over 0..n-1."""
-    return sorted({int(i) for i in np.linspace(0, n - 1, min(n, wanted))})
 
 
 def write_json(path: Path, value: Any) -> None:

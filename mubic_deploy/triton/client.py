@@ -37,7 +37,7 @@ def destination(url: str) -> tuple[str, str]:
     place, slash, model = url.removeprefix(SCHEME).partition("/")
     host, _, port = place.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"{url!r} is no address of a Triton server: use triton://HOST:PORT, with the port of gRPC")
+        raise UserError(f"{url!r} is no address of a Triton server: use [triton://]HOST:PORT, with the port of gRPC")
     if slash and model not in MODELS:
         raise UserError(f"{url!r} names no model of this package: use {' or '.join(MODELS)} after the slash, or none")
     return place, model or graphs.ENSEMBLE

@@ -80,7 +80,7 @@ def repository(arguments: Namespace) -> int:
 
     options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
     given = {name: value for name, value in options.items() if value is not None}
-    served = f"tritonserver --model-repository {arguments.out}"
+    served = f"tritonserver --disable-auto-complete-config --model-repository {arguments.out}"
     if arguments.engine == "tensorrt":
         from mubic_deploy.engines.tensorrt import Plans
 
@@ -97,22 +97,26 @@ def repository(arguments: Namespace) -> int:
         if plans.manifest["version_compatible"]:
             served += " --backend-config=tensorrt,version-compatible=true"
     elif given:
-        raise UserError("--loops, --no-cuda-graphs and --no-warm-up are for --engine tensorrt")
+        raise UserError("--loops, --no-cuda-graphs and --no-warm-up are for --engine tensorrt: leave them out")
     else:
         artifacts = Artifacts.open(arguments.artifacts)
         write_repository(artifacts, arguments.out, **serving_options(arguments, artifacts))
     say(f"{arguments.out}: serve it with {served}")
+    say('  with this package on its PYTHONPATH; docs/deployment.md, "A Triton of your own", says what else it wants')
     return 0
 
 
 def demo(arguments: Namespace) -> int:
     """Export, serve, predict a rendered scene, or a film that was named, through the server, stop."""
+    from mubic_deploy.media.film import Film
     from mubic_deploy.predict import check, predict_film
     from mubic_deploy.triton.client import TritonPredictor
     from mubic_deploy.triton.repository import write_repository
     from mubic_deploy.triton.server import TritonServer
 
     out: Path = arguments.out
+    if arguments.video is not None:
+        Film(arguments.video).close()  # before a folder is made
     try:
         out.mkdir(parents=True, exist_ok=True)
         film = arguments.video or str(_scene(out / "scene.mp4"))
