@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -55,10 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
             results = measure(suite, arguments.size, arguments.threads, arguments.quick, addresses)
             path = out / f"{suite}_{arguments.size}.json"
             results.write(path)
-        except UserError as error:
+        except Exception as error:
             if arguments.suite != "all":
                 raise
             failed.append(suite)
+            if not isinstance(error, UserError):  # the other suites are worth hours, too
+                traceback.print_exc()
             warn([f"{suite} was left out: {error}"])
             continue
         show(results)

@@ -32,13 +32,14 @@ from rich.table import Table
 
 from bench import alignment, text
 from bench.looped import RATE, Loop, clip, repository, server_of
-from bench.results import FOLDER, Results, Row
+from bench.results import FOLDER, LOOKS, Results, Row
 from bench.soak import server_mb, soak
 from bench.timing import Timing
 from mubic_deploy import StreamClient, exported
 from mubic_deploy.arguments import Parser, number, positive
 from mubic_deploy.cli import guarded
 from mubic_deploy.config import AUDIO_SAMPLES, DEMO, DEMO_CHECKPOINT
+from mubic_deploy.console import say
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.report import Gap, Report
@@ -267,7 +268,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=positive, nargs="+", default=[1, 2, 3, 4, 6], help="of `load`")
     parser.add_argument("--seconds", type=number, default=30, help="of each part of `load`, at least 2")
     parser.add_argument("--minutes", type=number, default=30, help="of `soak`, at least 0.5")
-    parser.add_argument("--save", action="store_true", help="also write bench/results/streams_NAME.json")
+    kept = (
+        f"also write streams_NAME.json to bench/results, or to {LOOKS} with --film or other settings than the default"
+    )
+    parser.add_argument("--save", action="store_true", help=kept)
     arguments = parser.parse_args(given)
     for name, least in (("seconds", 2), ("minutes", 0.5)):
         if not least <= getattr(arguments, name) < float("inf"):
@@ -279,7 +283,10 @@ def main(given: Sequence[str] | None = None) -> int:
     results.finish()
     show(results)
     if arguments.save:
-        results.write(FOLDER / f"{results.suite}.json")
+        usual = all(getattr(arguments, name) == parser.get_default(name) for name in (*names, "film"))
+        path = (FOLDER if usual else LOOKS) / f"{results.suite}.json"
+        results.write(path)
+        say(f"{path}")
     return 0
 
 

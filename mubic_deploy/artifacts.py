@@ -57,7 +57,9 @@ class Layout:
         try:
             manifest = json.loads(file.read_text())
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path} holds no {self.manifest}: {self.again}") from None
+            missing = "is a file, not a folder" if path.is_file() else f"holds no {self.manifest}"
+            what = missing if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}: {self.again}") from None
         except (ValueError, OSError) as error:
             raise UserError(f"{file} cannot be read ({error}): {self.again}") from None
         if not isinstance(manifest, dict) or manifest.get("format") != self.format:

@@ -360,6 +360,8 @@ def test_all_goes_on_after_a_suite_that_cannot_be_run(
     def some(suite: str, size: str, threads: int, quick: bool, addresses: object) -> results.Results:
         if suite == "server":
             raise UserError("nvidia-pytriton is missing")
+        if suite == "batch":
+            raise ZeroDivisionError("a bug")
         limits = {"gemm_float32": 1e11, "copy": 1e10}
         return results.Results(suite, {"size": size, "threads": threads, "quick": quick}, limits)
 
@@ -367,8 +369,11 @@ def test_all_goes_on_after_a_suite_that_cannot_be_run(
     assert main(["run", "all", "--size", "demo", "--out", str(tmp_path)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "server was left out: nvidia-pytriton is missing" in said
-    assert "left out: server" in said.split("mubic-deploy:")[-1]
-    assert {p.name for p in tmp_path.iterdir()} == {f"{s}_demo.json" for s in SUITES if s != "server"}
+    assert "ZeroDivisionError: a bug" in said
+    last = said.split("mubic-deploy:")[-1]
+    assert "server" in last
+    assert "batch" in last
+    assert {p.name for p in tmp_path.iterdir()} == {f"{s}_demo.json" for s in SUITES if s not in ("server", "batch")}
     assert main(["run", "server", "--size", "demo", "--out", str(tmp_path)]) == 2
 
 

@@ -128,6 +128,28 @@ def test_alignment_as_a_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     assert "25 fps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("given", "usual"),
+    [
+        (["soak"], True),
+        (["soak", "--maps", "9"], True),  # a setting of `work`
+        (["soak", "--minutes", "1"], False),
+        (["load", "--streams", "1"], False),
+        (["bytes", "--film", "film.mp4"], False),
+    ],
+)
+def test_only_whole_measurements_are_kept_among_the_results(
+    given: list[str], usual: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name, (_, names) = given[0], streams.MEASUREMENTS[given[0]]
+    monkeypatch.setitem(streams.MEASUREMENTS, name, (lambda *_: None, names))
+    monkeypatch.setattr(streams, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(streams, "LOOKS", tmp_path / "looks")
+    assert streams.main([*given, "--save"]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == ("results" if usual else "looks")
+
+
 def test_load_is_drawn_over_the_streams() -> None:
     found = Results("streams_load", {"size": "demo"})
     for count in (1, 2, 4):

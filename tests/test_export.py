@@ -297,6 +297,13 @@ def test_damaged_artifacts_are_refused(demo_artifacts: Artifacts, tmp_path: Path
     folder = tmp_path / "copy"
     shutil.copytree(demo_artifacts.path, folder)
     damage(folder, what)
+    (tmp_path / "file").touch()
+    for path, says in (
+        (tmp_path / "gone", "gone does not exist: make it"),
+        (tmp_path / "file", "is a file, not a folder"),
+    ):
+        with pytest.raises(UserError, match=says):
+            Artifacts.open(path)
     with pytest.raises(UserError, match=message) as caught:
         Artifacts.open(folder)
     assert "\n" not in str(caught.value)
