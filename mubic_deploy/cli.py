@@ -354,7 +354,15 @@ def guarded(work: Callable[[], int]) -> int:
         if handler != signal.SIG_IGN:  # as nohup has it
             signal.signal(each, _terminate)
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()  # here, where it can be said that nobody reads it
+        return code
+    except BrokenPipeError:
+        from mubic_deploy.console import forget_stdout
+
+        forget_stdout()
+        print("mubic-deploy: whatever read the standard output has ended", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"mubic-deploy: {error}", file=sys.stderr)
         return 2

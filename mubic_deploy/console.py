@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +15,15 @@ from rich.progress import Progress as Bar
 
 from mubic_deploy import strict_json
 
-screen = Console()
+
+class Screen(Console):
+    """Rich's console; BrokenPipeError where nobody reads it any more, where Rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
+
+
+screen = Screen()
 messages = Console(stderr=True)
 
 Progress = Callable[[str, int, int], None]  # what goes on, how much of it is done, of how much
@@ -33,6 +44,13 @@ def say(text: str) -> None:
     """One line on stdout, as it is and at once, for whoever reads along through a pipe."""
     screen.print(text, markup=False, highlight=False, soft_wrap=True)
     screen.file.flush()
+
+
+def forget_stdout() -> None:
+    """After a BrokenPipeError: what is left for standard output goes nowhere, or Python fails of it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def warn(texts: list[str]) -> None:

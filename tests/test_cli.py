@@ -254,6 +254,17 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, bad: dict[str, Path], a
     assert sorted(bad["folder"].rglob("*")) == before
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_that_nobody_reads(options: list[str]) -> None:
+    command = [sys.executable, "-m", "mubic_deploy.cli", "info", "--config", "demo", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == "mubic-deploy: whatever read the standard output has ended\n"
+        assert running.wait(30) == 2
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

@@ -229,7 +229,7 @@ def test_two_devices_share_each_batch(shared, tmp_path, settings):
         clips = Clips(shared, DEMO)
         fabric = mock.Mock(world_size=2, global_rank=rank, is_global_zero=False)
         fabric.setup.side_effect = lambda *modules: modules
-        fabric.setup_dataloaders.side_effect = lambda loader, **_: loader
+        fabric.to_device.side_effect = lambda batch: batch
         model = random_model(get_config("demo", "visual_only"))
         run = training.Run(tmp_path, settings, [])
         trainer = training.Trainer(fabric, settings, run, model, clips, clips, 0, lambda *_: None)
@@ -469,6 +469,7 @@ def test_a_gpu_short_of_memory(shared, tmp_path, monkeypatch):
         train(replace(QUICK, variant="no_diffusion"), shared, shared, tmp_path, machine=HERE)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_worker_process_is_one_line(shared, tmp_path):
     """As the system kills one where memory is short: here while a step is computed."""
 
@@ -555,6 +556,13 @@ def test_what_a_run_refuses(whole, shared, tmp_path, monkeypatch):
         train(QUICK, shared, shared, whole, machine=HERE)
     with pytest.raises(UserError, match="no run to resume"):
         train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)
+    strange = tmp_path / "other"
+    strange.mkdir()
+    (strange / "settings.json").write_text('{"theme": "dark"}')  # of an editor, say
+    with pytest.raises(UserError, match=r"other/settings.json is not of a run: choose another --out"):
+        train(QUICK, shared, shared, strange, machine=HERE)
+    assert [p.name for p in strange.iterdir()] == ["settings.json"]
+    assert json.loads((strange / "settings.json").read_text()) == {"theme": "dark"}
     with pytest.raises(UserError, match=r"other settings \(batch 3 instead of 4\)"):
         train(replace(QUICK, batch=4), shared, shared, whole, resume=True, machine=HERE)
     with pytest.raises(UserError, match="other videos"):

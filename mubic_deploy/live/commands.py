@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import av
 
 from mubic_deploy.commands import untrained
-from mubic_deploy.console import bar, print_json, say, warn
+from mubic_deploy.console import bar, forget_stdout, print_json, say, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.measures import Measures, measure
@@ -279,9 +279,11 @@ class Outputs:
     def _or_given_up(self, kind: str) -> Iterator[None]:
         """An output that cannot be written inside is one no more, and its file stays as it was."""
         try:
-            with self._naming(kind), unread_output():
+            with self._naming(kind):
                 yield
         except UserError as error:
+            if isinstance(error.__cause__, BrokenPipeError):
+                forget_stdout()
             self.problem = self.problem or error
             if kind != "text":
                 self._close(kind)
@@ -291,21 +293,6 @@ class Outputs:
             self.overlay = None if kind == "overlay" else self.overlay
             self._maps = None if kind == "maps" else self._maps
             self._lines = None if kind == "ndjson" else self._lines
-
-
-@contextlib.contextmanager
-def unread_output() -> Iterator[None]:
-    """BrokenPipeError where whoever read the standard output is gone, so that what is left for it goes nowhere: Rich,
-    which does the same, ends the program."""
-    try:
-        yield
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        raise
-    except SystemExit:
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
 
 
 def record(found: LiveMap, measures: Measures) -> dict[str, Any]:

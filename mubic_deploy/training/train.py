@@ -15,6 +15,7 @@ Every random number is drawn from (seed, epoch, step), so there is no generator 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,17 +122,23 @@ class Run:
     def __init__(self, folder: Path, settings: Settings, videos: list[str]) -> None:
         self.folder, self.settings, self.videos = folder, settings, videos
         self.model, self.best, self.state = (folder / f"{n}.safetensors" for n in ("model", "best", "state"))
+        self.begun = folder / "settings.json"
 
     def require_new(self) -> None:
-        """UserError if there is a run in the folder."""
+        """UserError if there is a run in the folder, or a settings.json of something else."""
         if self.state.exists() or self.model.exists():
             raise UserError(f"{self.folder} holds a run already: go on with --resume, or choose another --out")
+        if self.begun.exists():  # by a run that saved nothing, or by something else
+            try:
+                Settings.from_json(json.loads(self.begun.read_text()))
+            except (UserError, TypeError, ValueError, OSError):
+                raise UserError(f"{self.begun} is not of a run: choose another --out") from None
 
     def start(self) -> None:
         """Makes the folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "settings.json", self.settings.to_json())
+            write_json(self.begun, self.settings.to_json())
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another --out") from None
 
@@ -235,12 +242,17 @@ class Trainer:
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         # devices must have equally many clips, also of the last batch
         batches = [(b + order[: -len(b) % world])[rank::world] for b in batches]
-        loader = DataLoader(self.train_clips, batch_sampler=batches[first:], num_workers=self.workers)
+        read = iter(DataLoader(self.train_clips, batch_sampler=batches[first:], num_workers=self.workers))
         try:
-            yield from enumerate(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False), first)
+            for step, batch in enumerate(read, first):
+                yield step, self.fabric.to_device(batch)
         except UserError as error:  # a worker process's comes as the last line of its traceback
             line = str(error).rstrip().splitlines()[-1]
             raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
+        finally:
+            if self.workers:
+                with contextlib.suppress(RuntimeError):  # of a killed one, which was said; or __del__ says it once more
+                    read._shutdown_workers()  # type: ignore[attr-defined]
 
     def _step(self, epoch: int, step: int, batch: dict[str, torch.Tensor]) -> float:
         settings = self.settings
