@@ -9,11 +9,11 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/mubic-deploy demo --out out
 
-# processes that test at once
+# processes that test at once, each on a core of its own: with more threads than cores they wait for each other
 JOBS ?= 2
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .
