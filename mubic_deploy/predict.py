@@ -24,7 +24,7 @@ from mubic_deploy.media.maps import FilmMap, MapsWriter
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
 from mubic_deploy.media.sheet import ContactSheet
-from mubic_deploy.media.source import Source, is_file
+from mubic_deploy.media.source import Source, is_file, reason
 from mubic_deploy.pipeline import Predictor
 
 Target = str | os.PathLike[str]
@@ -226,8 +226,7 @@ def naming(kind: str, target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, av.FFmpegError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         by_number = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EPIPE: "whatever read it has ended"}
         other = "check the disk" if isinstance(error, OSError) else "write it as .mkv, or convert the film first"
         remedy = by_number.get(getattr(error, "errno", None) or 0, other)
-        raise UserError(f"{kind} {target} cannot be written ({reason}): {remedy}") from error
+        raise UserError(f"{kind} {target} cannot be written ({reason(error)}): {remedy}") from error

@@ -189,6 +189,14 @@ def test_a_full_folder_for_temporary_files(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_log_that_cannot_be_written(repository: Path, tmp_path: Path) -> None:
+    """Of which room for temporary files is no cure."""
+    log = tmp_path / "gone" / "server.log"
+    with pytest.raises(UserError, match=rf"cannot be started: .*No such file or directory: '{log}'$"):
+        TritonServer(repository, log=log, **FREE_PORTS).start()
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_repository(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"there is no model repository {tmp_path}/none"):
         TritonServer(tmp_path / "none").start()

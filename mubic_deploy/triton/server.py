@@ -143,6 +143,9 @@ class TritonServer:
                 handle, name = tempfile.mkstemp(prefix="mubic-triton-", suffix=".log")
                 os.close(handle)
                 self.log = Path(name)
+        except OSError as error:
+            raise _not_started(error) from None
+        try:
             with self.log.open("wb") as log:
                 # a session of its own: an interrupt from the terminal reaches this process only, which ends the server
                 self._process = subprocess.Popen(
@@ -152,8 +155,8 @@ class TritonServer:
                     stderr=log,
                     start_new_session=True,
                 )
-        except OSError as error:
-            raise _not_started(error) from None
+        except OSError as error:  # names the log, if it is that
+            raise UserError(f"the Triton server cannot be started: {error}") from None
 
     def _command(self, package: Path, backends: Path, shm_prefix: str) -> list[str]:
         options = {
