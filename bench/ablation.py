@@ -49,13 +49,18 @@ SAVED, CURVES = Path("bench/results/model/ablation.json"), Path("docs/ablation.p
 STEPS = (1, 2, 4, 8, 12)
 
 
+def heard_before(variant: str, vggish: Path | None) -> str:
+    """Digest of the file that a variant's VGGish starts from; empty for none."""
+    return sha256(vggish) if vggish is not None and variant != "visual_only" else ""
+
+
 def trained(settings: Settings, data: Path, runs: Path, machine: Machine, vggish: Path | None) -> Path:
     """The finished checkpoint of a variant, trained now unless it was before. UserError if it was begun with other
     settings or another VGGish."""
     variant = settings.variant
     out, mark = runs / variant, runs / variant / "vggish.sha256"
     finished = out / "model.safetensors"
-    heard = sha256(vggish) if vggish is not None and variant != "visual_only" else ""
+    heard = heard_before(variant, vggish)
     if (mark.read_text() if mark.exists() else "") != heard and (out / "settings.json").exists():
         raise UserError(f"{out} began with another --vggish: name the same, or other --runs")
     if finished.is_file():
@@ -122,15 +127,18 @@ def main() -> int:
         "videos": len(videos),
         "data": {"train": made(arguments.data), "held_out": made(arguments.held_out)},
         "settings": {k: v for k, v in settings.to_json().items() if k != "variant"},
-        "vggish_sha256": sha256(arguments.vggish) if arguments.vggish else None,
+        "vggish": arguments.vggish is not None,  # which, by the row: `listen` makes other bits on another processor
     }
     for variant in arguments.variants:
+        more: dict[str, Any]
         if variant == "full" and arguments.full is not None:
             name, more = arguments.full, {"checkpoint": checkpoint.load(arguments.full, variant)[1].to_json()}
         else:
             alike = replace(settings, variant=variant)
             path = trained(alike, arguments.data, arguments.runs, machine, arguments.vggish)
             name, more = str(path), {"history": json.loads((path.parent / "history.json").read_text())}
+            if heard := heard_before(variant, arguments.vggish):
+                more["vggish_sha256"] = heard
         rows[variant] = {**scores(name, videos, arguments.stride), **more}
         if variant == "full":
             rows[variant]["steps"] = {str(n): scores(name, videos, arguments.stride, n) for n in STEPS}
