@@ -16,7 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mubic_deploy.artifacts import sha256
-from mubic_deploy.config import CHECKPOINTS, CONFIGS, DEMO_CHECKPOINT, DEMO_FILE, RANDOM, Config, get_config
+from mubic_deploy.config import (
+    CHECKPOINTS,
+    CONFIGS,
+    DEMO_CHECKPOINT,
+    DEMO_FILE,
+    RANDOM,
+    Config,
+    get_config,
+    weights_seed,
+)
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing_file
 from mubic_deploy.model.mubic import MUBiC, random_model
@@ -71,24 +80,28 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
         raise OSError(str(error)) from error
 
 
-def load(name: str, variant: str | None = None, seed: int = 0) -> tuple[MUBiC, Source]:
+def load(name: str, variant: str | None = None, seed: int | None = None) -> tuple[MUBiC, Source]:
     """The model that `name` stands for, in eval mode. `variant` chooses one for random weights; a file must be of it.
+    `seed` is of random weights only (default 0).
 
     FP16 weights become FP32. UserError for an unknown name, a file that is missing or no checkpoint, another variant,
-    weights that do not fit."""
+    weights that do not fit, a seed for weights that are not random."""
     if name == DEMO_CHECKPOINT:
         if variant not in (None, "full"):
             raise UserError(f"the demo checkpoint is the full model, not {variant!r}: name random:demo instead")
+        weights_seed(name, seed)
         return _load_file(DEMO_FILE, None), Source(name, sha256=sha256(DEMO_FILE))
     if name.startswith(RANDOM):
         size = name.removeprefix(RANDOM)
         if size not in CONFIGS:
             raise UserError(f"unknown checkpoint {name!r}: use {CHECKPOINTS}")
+        seed = weights_seed(name, seed)
         return random_model(get_config(size, variant or "full"), seed), Source(name, seed=seed)
     path = Path(name)
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {name} {what}: use {CHECKPOINTS}")
+    weights_seed(name, seed)
     return _load_file(path, variant), Source(name, sha256=sha256(path))
 
 

@@ -57,7 +57,7 @@ def _optimise(parser: argparse.ArgumentParser, choices: Sequence[str], default: 
 
 
 def _weights_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=natural, default=0, help="of random weights (default 0)")
+    parser.add_argument("--seed", type=natural, help="of random weights (default 0)")
 
 
 def _graphs(parser: argparse.ArgumentParser) -> None:

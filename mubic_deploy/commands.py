@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config
+from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config, weights_seed
 from mubic_deploy.console import bar, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
@@ -191,9 +191,10 @@ def untrained(seed: int | None) -> list[str]:
     return [] if seed is None else [UNTRAINED.format(seed=seed)]
 
 
-def artifacts_of(arguments: Namespace, seed: int = 0) -> Artifacts:
+def artifacts_of(arguments: Namespace, seed: int | None = None) -> Artifacts:
     """The folder that was named, or the cached export of the checkpoint; seed: of random weights."""
     if arguments.artifacts is not None:
+        weights_seed(arguments.artifacts, seed)
         return Artifacts.open(arguments.artifacts, arguments.variant)
     with bar("exporting") as progress:
         return exported.cached(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant, seed, progress)

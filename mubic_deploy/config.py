@@ -170,6 +170,14 @@ DEMO = Config(
 CONFIGS = {c.name: c for c in (FULL, DEMO)}
 
 
+def weights_seed(checkpoint: str | Path, seed: int | None) -> int:
+    """The seed of a checkpoint's random weights, 0 unless one is given. UserError if one is given for a checkpoint, or
+    for a folder made of one, whose weights are not to be drawn."""
+    if seed is not None and not str(checkpoint).startswith(RANDOM):
+        raise UserError(f"no weights are drawn for {checkpoint}: leave out their seed {seed}, or name {RANDOM}SIZE")
+    return seed or 0
+
+
 def get_config(name: str, variant: str = "full") -> Config:
     """The named configuration in the given variant. UserError for an unknown name."""
     if name not in CONFIGS:

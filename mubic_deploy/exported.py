@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mubic_deploy import folders
 from mubic_deploy.artifacts import Artifacts, sha256
-from mubic_deploy.config import CHECKPOINTS, DEMO_CHECKPOINT, DEMO_FILE, RANDOM
+from mubic_deploy.config import CHECKPOINTS, DEMO_CHECKPOINT, DEMO_FILE, RANDOM, weights_seed
 from mubic_deploy.console import Progress
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
@@ -26,7 +26,7 @@ def export(
     checkpoint: str,
     out: Path,
     variant: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress = lambda *_: None,
     precision: str = FLOAT32,
     fixed_steps: int | None = None,
@@ -47,7 +47,7 @@ def export(
 
 
 def cached(
-    checkpoint: str, variant: str | None = None, seed: int = 0, progress: Progress = lambda *_: None
+    checkpoint: str, variant: str | None = None, seed: int | None = None, progress: Progress = lambda *_: None
 ) -> Artifacts:
     """The exported graphs of a checkpoint from the cache, exported first where they are not there or not whole. One
     process at a time exports; those that want the same wait for it."""
@@ -89,13 +89,14 @@ def cache_dir() -> Path:
         raise UserError("there is no home folder to keep exported graphs in: set MUBIC_CACHE to a folder") from None
 
 
-def _key(checkpoint: str, variant: str | None, seed: int) -> str:
+def _key(checkpoint: str, variant: str | None, seed: int | None) -> str:
     """A name that changes with everything the graphs depend on: weights, model and export sources, tools."""
     path = DEMO_FILE if checkpoint == DEMO_CHECKPOINT else Path(checkpoint)
     if path.is_file():
+        weights_seed(checkpoint, seed)
         weights: list[object] = [_hash(path), variant]
     elif checkpoint.startswith(RANDOM):
-        weights = [checkpoint, variant or "full", seed]
+        weights = [checkpoint, variant or "full", weights_seed(checkpoint, seed)]
     else:
         what = "is a directory" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {checkpoint} {what}: use {CHECKPOINTS}")  # before PyTorch is asked for

@@ -11,7 +11,7 @@ import numpy as np
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts, Folder
-from mubic_deploy.config import DEMO_CHECKPOINT, Config
+from mubic_deploy.config import DEMO_CHECKPOINT, Config, weights_seed
 from mubic_deploy.diffusion import noise, schedule
 from mubic_deploy.engines import Arrays, Engine, HostArrays, cpu
 from mubic_deploy.errors import UserError
@@ -115,7 +115,7 @@ class Pipeline:
         source: str | Path = DEMO_CHECKPOINT,
         engine: str = cpu.ENGINES[0],
         variant: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         cuda_graphs: bool = True,
     ) -> Pipeline:
         """The pipeline of one of ENGINES. source, by engine:
@@ -126,9 +126,13 @@ class Pipeline:
         aotinductor                              a folder of compiled packages
         tensorrt                                 a folder of plans
 
-        variant and seed: of random weights. cuda_graphs: whether a GPU replays a batch size's kernels as one launch.
-        UserError for a source or an engine that is none, of another variant, or that this machine cannot run."""
+        variant: of random weights, or that the source must be of. seed: of the random weights of a checkpoint
+        (default 0). cuda_graphs: whether a GPU replays a batch size's kernels as one launch. UserError for a source or
+        an engine that is none, of another variant, or that this machine cannot run; for a seed where there is nothing
+        to draw."""
         folder: Folder
+        if Path(source).is_dir():
+            weights_seed(source, seed)
         if engine in EAGER:
             from mubic_deploy import checkpoint
             from mubic_deploy.engines import eager
