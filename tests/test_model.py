@@ -415,7 +415,7 @@ def test_pipelines_open_by_name(tmp_path):
     clip = random_clip(DEMO, 0)
     maps = [
         Pipeline.open(source, engine="eager", seed=seed).predict(clip["VIDEO"], clip["AUDIO"])[0]
-        for source, seed in (("random:demo", 4), (file, 0))
+        for source, seed in (("random:demo", 4), (file, None))
     ]
     assert (maps[0] == maps[1]).all()
     with pytest.raises(UserError, match="unknown engine 'tpu'"):
