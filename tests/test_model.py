@@ -233,6 +233,19 @@ def test_visual_only_is_deaf_and_no_diffusion_takes_one_step():
         pipeline.predict(a["VIDEO"], a["AUDIO"], 0, 4)
 
 
+@pytest.mark.parametrize("variant", ["full", "no_diffusion"])
+def test_large_contexts_do_not_saturate_the_map(variant):
+    """The fusion's contexts are not normalised: a map of nothing but 0 and 1 has no gradient to learn from."""
+    config = get_config("demo", variant)
+    model = random_model(config)
+    inputs = empty_inputs(graphs.signatures(config)["denoiser"], 1)
+    torch.manual_seed(0)
+    contexts = [300 * torch.randn_like(x) for x in inputs[:4]]
+    with torch.no_grad():
+        found = model.denoiser(*contexts, *inputs[4:])[0]
+    assert 0.01 < found.min() < found.max() < 0.99
+
+
 def test_samples_of_a_batch_do_not_see_each_other():
     """Different steps in one batch, adaptive among them, give the maps that each gives alone."""
     model = random_model(DEMO)

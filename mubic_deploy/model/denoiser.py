@@ -131,7 +131,8 @@ class NoiseAttention(nn.Module):
 class Decoder(nn.Module):
     """Coarse to fine over the four scales, then one map in [0, 1] (eq. 3.42 to 3.52).
 
-    Without noise features (variant no_diffusion) the same chain regresses the map from the contexts alone."""
+    Without noise features (variant no_diffusion) the same chain regresses the map from the contexts alone; the norm
+    that else follows the attention to them stays."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -143,6 +144,8 @@ class Decoder(nn.Module):
         if self.diffusion:
             self.keys = nn.ModuleList(Keys(widths[i], widths[i], 2 ** (4 - i)) for i in range(3))
             self.attention = nn.ModuleList(NoiseAttention(config, i) for i in range(4))
+        else:
+            self.norms = nn.ModuleList(nn.LayerNorm(n) for n in widths)
         self.collapse = nn.Conv3d(widths[0], widths[0], (config.time, 1, 1))
         self.head = nn.Conv2d(widths[0], 1, 3, padding=1)
 
@@ -162,6 +165,8 @@ class Decoder(nn.Module):
                 f = self.contexts[i](f, *conditions[i])
             if self.diffusion:
                 f = self.attention[i](noise[i], f, keys4 if i == 3 else self.keys[i](f))
+            else:
+                f = self.norms[i](f)
             f = self.temporal[i](f)
         x = F.relu(self.collapse(channels_first(f))[:, :, 0])
         return F.interpolate(self.head(x), scale_factor=2.0, mode="bilinear").sigmoid()
