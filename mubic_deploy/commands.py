@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, VARIANTS, get_config, weights_seed
+from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, RANDOM, VARIANTS, get_config, weights_seed
 from mubic_deploy.console import bar, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
@@ -96,7 +96,8 @@ def parity(arguments: Namespace) -> int:
     artifacts = Artifacts.open(arguments.artifacts)
     source = artifacts.manifest["source"]
     named = arguments.checkpoint or source["name"]
-    model, found = checkpoint.load(named, artifacts.config.variant, source["seed"] or 0)
+    seed = source["seed"] if named.startswith(RANDOM) else None
+    model, found = checkpoint.load(named, artifacts.config.variant, seed)
     if model.config != artifacts.config or found.sha256 != source.get("sha256"):
         raise UserError(
             f"{arguments.artifacts} was not exported from {named} as it is now: name its weights with --checkpoint"

@@ -97,9 +97,9 @@ def test_a_full_disk_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_the_graphs_depend_on_is_in_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"first")
-    names = [exported._key(str(file), None, 0)]
+    names = [exported._key(str(file), None, None)]
     file.write_bytes(b"other")  # trained on
-    names.append(exported._key(str(file), None, 0))
+    names.append(exported._key(str(file), None, None))
     names += [exported._key("random:demo", *rest) for rest in ((None, 0), (None, 1), ("concat", 0))]
     names.append(exported._key("random:full", None, 0))
     sources = tmp_path / "export"
