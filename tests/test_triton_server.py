@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -73,6 +74,16 @@ def start_serve(repository: Path, temporary: Path) -> tuple[subprocess.Popen, st
     return process, url, prefix, Path(log)
 
 
+def counted(server: TritonServer) -> int:
+    """How many requests to the ensemble the server's metrics say have succeeded."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as answer:
+        count = re.search(
+            r'^nv_inference_request_success\{model="mubic",version="1"\} (\d+)$', answer.read().decode(), re.M
+        )
+    assert count is not None, "no count of the ensemble's requests among the metrics"
+    return int(count[1])
+
+
 def test_start_and_stop(repository: Path) -> None:
     server = TritonServer(repository, **FREE_PORTS)
     with server:
@@ -82,8 +93,11 @@ def test_start_and_stop(repository: Path) -> None:
         assert len(ports) == 3
         with TritonPredictor(server.url) as predictor:
             predictor.predict(*clips(predictor.config, 1))
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as answer:
-            assert b'nv_inference_request_success{model="mubic",version="1"} 1' in answer.read()
+        # Triton counts a request after its answer has gone, so the count may come a moment later.
+        end = time.monotonic() + 30
+        while counted(server) < 1 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert counted(server) == 1
         log = server.log
         assert log is not None
         assert "Started GRPCInferenceService" in log.read_text()
