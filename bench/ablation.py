@@ -5,7 +5,7 @@ model with 1, 2, 4, 8 and 12 steps.
     mubic-deploy scenes data/train --videos 480 --seed 1 --seconds 5
     mubic-deploy scenes data/held_out --videos 60 --seed 1001 --seconds 5
     mubic-deploy listen runs/hearing.safetensors
-    python bench/ablation.py data/train data/held_out --vggish runs/hearing.safetensors --save
+    python bench/ablation.py data/train data/held_out --vggish runs/hearing.safetensors --stride 32 --full demo --save
 
 A run that is there is not trained again, and one that was stopped goes on; --variants takes some of them at a time, and
 --save keeps those that were saved before. `--full demo` takes the shipped checkpoint for the full model, which `make
@@ -28,10 +28,11 @@ from mubic_deploy import checkpoint
 from mubic_deploy.arguments import Parser, positive
 from mubic_deploy.artifacts import sha256
 from mubic_deploy.cli import guarded
-from mubic_deploy.config import VARIANTS
+from mubic_deploy.config import VARIANTS, get_config
 from mubic_deploy.console import bar
 from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing_file
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.scenes.write import MARK
@@ -39,47 +40,62 @@ from mubic_deploy.thesis import TABLE_4_2, TABLE_4_3
 from mubic_deploy.training import curves
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
-from mubic_deploy.training.layout import Video, read_list
-from mubic_deploy.training.machine import Machine
+from mubic_deploy.training.layout import Video, check, read_list
+from mubic_deploy.training.machine import Machine, make_fabric
 from mubic_deploy.training.pretrained import load_vggish
 from mubic_deploy.training.settings import PARTS, RECIPES, Settings
-from mubic_deploy.training.train import train
+from mubic_deploy.training.train import Run, train
 
 SAVED, CURVES = Path("bench/results/model/ablation.json"), Path("docs/ablation.png")  # in the checkout
 STEPS = (1, 2, 4, 8, 12)
 
 
-def heard_before(variant: str, vggish: Path | None) -> str:
-    """Digest of the file that a variant's VGGish starts from; empty for none."""
-    return sha256(vggish) if vggish is not None and variant != "visual_only" else ""
+class Variant:
+    """One variant's run: its folder, and what it is trained with."""
 
+    def __init__(self, settings: Settings, data: Path, runs: Path, vggish: Path | None) -> None:
+        self.settings, self.out = settings, runs / settings.variant
+        self.training, self.test = (read_list(data, "Scenes", part, 1) for part in PARTS)
+        self.vggish = vggish if settings.variant != "visual_only" else None
+        self.mark = self.out / "vggish.sha256"
+        self.finished = self.out / "model.safetensors"
+        self.begun = (self.out / "state.safetensors").is_file()
 
-def trained(settings: Settings, data: Path, runs: Path, machine: Machine, vggish: Path | None) -> Path:
-    """The finished checkpoint of a variant, trained now unless it was before. UserError if it was begun with other
-    settings or another VGGish."""
-    variant = settings.variant
-    out, mark = runs / variant, runs / variant / "vggish.sha256"
-    finished = out / "model.safetensors"
-    heard = heard_before(variant, vggish)
-    if (mark.read_text() if mark.exists() else "") != heard and (out / "settings.json").exists():
-        raise UserError(f"{out} began with another --vggish: name the same, or other --runs")
-    if finished.is_file():
-        found = Settings.from_json(json.loads((out / "settings.json").read_text()))
-        if different := settings.differences(found):
-            raise UserError(f"{out} was trained with other settings ({different}): name other --runs, or remove it")
-        return finished
+    def require_alike(self) -> None:
+        """UserError if the run was begun with other settings, other data or another VGGish, or if it cannot begin."""
+        run = Run(self.out, self.settings, [*self.training, *self.test])
+        if not self.begun:
+            run.require_new()
+            if self.vggish is not None:
+                load_vggish(MUBiC(get_config(self.settings.config, self.settings.variant)), self.vggish)
+            return
+        run.resume()
+        if (self.mark.read_text() if self.mark.exists() else "") != self.heard:
+            raise UserError(f"{self.out} began with another --vggish: name the same, or other --runs")
 
-    def prepare(model: MUBiC) -> None:
-        if vggish is not None and model.config.has_audio:
-            load_vggish(model, vggish)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(heard)
+    @property
+    def heard(self) -> str:
+        """Digest of the file that the variant's VGGish starts from; empty for none."""
+        try:
+            return sha256(self.vggish) if self.vggish is not None else ""
+        except OSError as error:
+            raise UserError(f"{self.vggish} cannot be read ({error.strerror}): check --vggish") from None
 
-    parts = [read_list(data, "Scenes", part, 1) for part in PARTS]
-    with bar(variant) as progress:
-        resume = (out / "state.safetensors").is_file()
-        train(settings, parts[0], parts[1], out, resume=resume, prepare=prepare, machine=machine, progress=progress)
-    return finished
+    def train(self, machine: Machine) -> Path:
+        """The finished checkpoint, trained now unless it was before."""
+        if not self.finished.is_file():
+            with bar(self.settings.variant) as progress:
+                options: dict[str, Any] = {"resume": self.begun, "machine": machine, "progress": progress}
+                train(self.settings, self.training, self.test, self.out, prepare=self._prepare, **options)
+        return self.finished
+
+    def _prepare(self, model: MUBiC) -> None:
+        if self.vggish is None:
+            self.mark.unlink(missing_ok=True)  # of a run that was ended before it saved anything
+            return
+        load_vggish(model, self.vggish)
+        self.mark.parent.mkdir(parents=True, exist_ok=True)
+        self.mark.write_text(self.heard)
 
 
 def made(data: Path) -> dict[str, Any]:
@@ -116,49 +132,73 @@ def main() -> int:
         parser.error("--full names the full model, which is not among --variants: add it")
     if arguments.full is not None and arguments.epochs is not None:
         parser.error("--full takes a model of the recipe's epochs, and the others get as many: leave out --epochs")
-    videos = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
-    machine = Machine(arguments.accelerator, 1, 1)
-    rows: dict[str, dict[str, Any]] = {}
+    held_out = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
     settings = RECIPES["demo"]
     if arguments.epochs is not None:
         settings = replace(settings, epochs=arguments.epochs)
     facts = {
         "stride": arguments.stride,
-        "videos": len(videos),
+        "videos": len(held_out),
         "data": {"train": made(arguments.data), "held_out": made(arguments.held_out)},
         "settings": {k: v for k, v in settings.to_json().items() if k != "variant"},
         "vggish": arguments.vggish is not None,  # which, by the row: `listen` makes other bits on another processor
     }
+    runs = {
+        variant: Variant(replace(settings, variant=variant), arguments.data, arguments.runs, arguments.vggish)
+        for variant in arguments.variants
+        if variant != "full" or arguments.full is None
+    }
+    # whatever would be refused is, before hours are spent
+    machine = Machine(arguments.accelerator, 1, 1)
+    make_fabric(machine, settings.precision)
+    if arguments.save:
+        saved_before(facts)
+    if arguments.full is not None:
+        checkpoint.load(arguments.full, "full")
+    for run in runs.values():
+        run.require_alike()
+    with bar("checking") as progress:
+        data = {str(v.root / str(v)): v for run in runs.values() for v in (*run.training, *run.test)}
+        check([*data.values(), *held_out], lambda done, n: progress("checking the data", done, n)).require()
+
+    rows: dict[str, dict[str, Any]] = {}
     for variant in arguments.variants:
         more: dict[str, Any]
-        if variant == "full" and arguments.full is not None:
+        if variant not in runs:
             name, more = arguments.full, {"checkpoint": checkpoint.load(arguments.full, variant)[1].to_json()}
         else:
-            alike = replace(settings, variant=variant)
-            path = trained(alike, arguments.data, arguments.runs, machine, arguments.vggish)
+            path = runs[variant].train(machine)
             name, more = str(path), {"history": json.loads((path.parent / "history.json").read_text())}
-            if heard := heard_before(variant, arguments.vggish):
+            if heard := runs[variant].heard:
                 more["vggish_sha256"] = heard
-        rows[variant] = {**scores(name, videos, arguments.stride), **more}
+        rows[variant] = {**scores(name, held_out, arguments.stride), **more}
         if variant == "full":
-            rows[variant]["steps"] = {str(n): scores(name, videos, arguments.stride, n) for n in STEPS}
+            rows[variant]["steps"] = {str(n): scores(name, held_out, arguments.stride, n) for n in STEPS}
     if arguments.save:
         rows = save(facts, rows)
     show(rows)
     return 0
 
 
+def saved_before(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The variants that were saved, none if there are none. UserError if they were trained or evaluated otherwise."""
+    path = Path(__file__).parent.parent / SAVED
+    if not path.is_file():
+        return {}
+    saved = json.loads(path.read_text())
+    if strange := [name for name, value in facts.items() if saved.get(name) != value]:
+        raise UserError(f"{SAVED} has variants with other {strange[0]}: remove it, or train and evaluate alike")
+    return dict(saved["variants"])
+
+
 def save(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Beside the variants that were saved before, if they were trained and evaluated alike; returns all of them, in the
-    order of the thesis. UserError if they were not."""
+    """Beside the variants that were saved before; returns all of them, in the order of the thesis. UserError if they
+    were trained or evaluated otherwise."""
     root = Path(__file__).parent.parent
-    if (root / SAVED).is_file():
-        saved = json.loads((root / SAVED).read_text())
-        if strange := [name for name, value in facts.items() if saved.get(name) != value]:
-            raise UserError(f"{SAVED} has variants with other {strange[0]}: remove it, or train and evaluate alike")
-        rows = saved["variants"] | rows
+    rows = saved_before(facts) | rows
     rows = {variant: rows[variant] for variant in VARIANTS if variant in rows}
-    (root / SAVED).write_text(json.dumps({**facts, "variants": rows}, indent=1) + "\n")
+    with replacing_file(root / SAVED) as part:
+        part.write_text(json.dumps({**facts, "variants": rows}, indent=1) + "\n")
     histories = {variant: row["history"] for variant, row in rows.items() if "history" in row}
     if histories:
         curves.draw(histories, root / CURVES)

@@ -3,37 +3,108 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from field_data import write_sound
+from safetensors.torch import save_file
 
 from bench import ablation
+from mubic_deploy.config import DEMO, get_config
 from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import random_model
+from mubic_deploy.training import train as training
+from mubic_deploy.training.layout import Video
 from mubic_deploy.training.machine import Machine
 from mubic_deploy.training.settings import RECIPES
+from mubic_deploy.training.state import State, save_state
 
 WANTED = replace(RECIPES["demo"], variant="concat", epochs=3)
 CPU = Machine("cpu", 1, 0)
 
 
-def finished(runs: Path, **other: object) -> Path:
-    """A run's folder as `train` leaves it, of WANTED but for `other`."""
-    folder = runs / "concat"
-    folder.mkdir(parents=True)
-    (folder / "settings.json").write_text(json.dumps({**WANTED.to_json(), **other}))
-    (folder / "model.safetensors").write_bytes(b"weights")
-    return folder / "model.safetensors"
+def run_of(data: Path, runs: Path, vggish: Path | None = None) -> ablation.Variant:
+    return ablation.Variant(WANTED, data, runs, vggish)
 
 
-def test_a_finished_run_is_taken_if_it_was_trained_alike(tmp_path: Path) -> None:
-    path = finished(tmp_path / "same")
-    assert ablation.trained(WANTED, tmp_path, tmp_path / "same", CPU, None) == path
-    finished(tmp_path / "other", epochs=6)
-    with pytest.raises(UserError, match=r"concat was trained with other settings \(epochs 6 instead of 3\)"):
-        ablation.trained(WANTED, tmp_path, tmp_path / "other", CPU, None)
+def finished(data: Path, runs: Path, vggish: Path | None = None) -> Path:
+    """A run's folder as `train` leaves it, of WANTED."""
+    run, model = run_of(data, runs, vggish), random_model(get_config("demo", "concat"))
+    videos = training.Run(run.out, WANTED, [*run.training, *run.test])
+    run.out.mkdir(parents=True)
+    state = State(WANTED, videos.videos, 3, 0, 0.0, {}, [], data=videos.data)
+    save_state(run.out / "state.safetensors", state, model, torch.optim.Adam(model.parameters()))
+    if run.heard:
+        run.mark.write_text(run.heard)
+    run.finished.write_bytes(b"weights")
+    return run.finished
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An audio encoder in the form that `mubic-deploy listen` leaves it."""
+    path = tmp_path_factory.mktemp("hearing") / "hearing.safetensors"
+    encoder = random_model(DEMO).audio_encoder
+    save_file({f"audio_encoder.{name}": value.contiguous() for name, value in encoder.state_dict().items()}, path)
+    return path
+
+
+def test_a_finished_run_is_taken_if_it_was_trained_alike(field: list[Video], tmp_path: Path, hearing: Path) -> None:
+    data = field[0].root
+    path = finished(data, tmp_path / "deaf")
+    run_of(data, tmp_path / "deaf").require_alike()
+    assert run_of(data, tmp_path / "deaf").train(CPU) == path  # at once
+    finished(data, tmp_path / "hears", hearing)
+    run_of(data, tmp_path / "hears", hearing).require_alike()
+
+    longer = ablation.Variant(replace(WANTED, epochs=6), data, tmp_path / "deaf", None)
+    with pytest.raises(UserError, match=r"concat was begun with other settings \(epochs 3 instead of 6\)"):
+        longer.require_alike()
+    for runs, vggish in (("deaf", hearing), ("hears", None)):
+        with pytest.raises(UserError, match="concat began with another --vggish"):
+            run_of(data, tmp_path / runs, vggish).require_alike()
+    write_sound(field[-1].sound, np.zeros((2, 4000)), 16_000)  # another data set with the same names
+    with pytest.raises(UserError, match="concat was begun with other files under the videos' names"):
+        run_of(data, tmp_path / "deaf").require_alike()
+
+
+def test_what_would_be_refused_is_refused_before_any_training(
+    field: list[Video], tmp_path: Path, hearing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trains(*_: object, **__: object) -> None:
+        raise AssertionError("a variant was trained")
+
+    data = field[0].root
+    monkeypatch.setattr(ablation, "train", trains)
+    monkeypatch.setattr(ablation, "SAVED", tmp_path / "ablation.json")
+    (tmp_path / "ablation.json").write_text('{"stride": 32, "variants": {}}')
+    finished(data, tmp_path / "runs")  # of three epochs, the last to be looked at
+    shutil.copytree(data, tmp_path / "other")
+    (tmp_path / "other/video_audio/Scenes/two/two.wav").unlink()
+
+    def refused(*arguments: object, held_out: Path = data) -> str:
+        command = ["ablation.py", data, held_out, "--accelerator", "cpu", "--runs", tmp_path / "none", *arguments]
+        monkeypatch.setattr("sys.argv", [*map(str, command)])
+        with pytest.raises(UserError) as error:
+            ablation.main()
+        return str(error.value)
+
+    two = ("--variants", "visual_only", "concat")
+    assert "has variants with other stride" in refused("--save")
+    assert "none.safetensors does not exist" in refused("--vggish", tmp_path / "none.safetensors", *two)
+    assert "typo.safetensors" in refused("--full", "typo.safetensors", "--variants", "visual_only", "full")
+    assert "other settings (epochs 3 instead of 6)" in refused(*two, "--runs", tmp_path / "runs")
+    assert "two.wav does not exist" in refused(*two, "--vggish", hearing, held_out=tmp_path / "other")
+    monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, (data, data)), "--accelerator", "cpu", *two])
+    monkeypatch.chdir(tmp_path)  # where the runs would be
+    with pytest.raises(AssertionError, match="a variant was trained"):
+        ablation.main()
 
 
 def test_scenes_are_known_by_their_mark_or_their_lists(tmp_path: Path) -> None:

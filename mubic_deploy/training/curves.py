@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mubic_deploy.folders import replacing_file
+
 PANELS = (("loss", "training loss"), ("learning_rate", "learning rate"), ("cc", "CC"), ("sim", "SIM"), ("nss", "NSS"))
 
 
 def draw(history: list[dict[str, Any]] | dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """A PNG with a panel a quantity. history: entries as in history.json, or several runs' by name."""
+    """A PNG with a panel a quantity. history: entries as in history.json, or several runs' by name.
+
+    Whole or not at all. OSError if it cannot be written."""
     from matplotlib.figure import Figure
 
     runs = history if isinstance(history, dict) else {"": history}
@@ -24,4 +28,5 @@ def draw(history: list[dict[str, Any]] | dict[str, list[dict[str, Any]]], path: 
             axes.set_yscale("log")
     if len(runs) > 1:
         figure.axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110, format="png")
+    with replacing_file(path) as part:
+        figure.savefig(part, dpi=110, format="png")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from mubic_deploy.training.settings import DATASETS, PARTS, SPLITS
 
 FIXATIONS = "eyeMap"  # the variable in the .mat files
 ASPECT_TOLERANCE = 0.02
+DIGESTED = 65_536  # bytes of a file that `digest` reads
 JPEG_END, JPEG_TAIL = b"\xff\xd9", 32  # the end marker, in the last bytes of the file
 
 Progress = Callable[[int, int], None]  # (videos done, of how many)
@@ -200,6 +202,24 @@ def in_both(training: Sequence[Video], validation: Sequence[Video]) -> list[str]
         f"{len(both)} of {len(validation)} videos of the test part are in the training part too, the first is "
         f"{both[0]}: figures on them do not say how other videos would do"
     ]
+
+
+def digest(videos: Iterable[Video]) -> str:
+    """8 hex digits by which other data under the same names are noticed, wherever they lie: CRC-32 over each video's
+    first frame, middle density map (a release may lack it) and sound, of each the length and first 64 KiB. UserError
+    names a file that is there and cannot be read."""
+    crc = 0
+    for video in videos:
+        for path in (video.frame(1), video.map(video.frames // 2 + 1), video.sound):
+            try:
+                with path.open("rb") as file:
+                    begin, length = file.read(DIGESTED), file.seek(0, os.SEEK_END)
+            except FileNotFoundError:
+                begin, length = b"", -1
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({_reason(error)}): get it again") from error
+            crc = zlib.crc32(begin, zlib.crc32(str(length).encode(), crc))
+    return f"{crc:08x}"
 
 
 def labelled(video: Video) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mubic_deploy.folders import replacing_file
 from mubic_deploy.media.heat import blend_rgb
 from mubic_deploy.pipeline import Predictor
 from mubic_deploy.training.clips import Clips
@@ -29,8 +30,10 @@ def draw(predictor: Predictor, clips: Clips, indices: Sequence[int], seed: int =
 
 
 def save(picture: np.ndarray, path: Path) -> None:
+    """As a PNG, whole or not at all. OSError if it cannot be written."""
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(picture).save(path)
+    with replacing_file(path) as part:
+        Image.fromarray(picture).save(part, format="PNG")
 
 
 def _grown(saliency: np.ndarray, frame: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ class Settings:
 
     batch              clips a step, over all devices
     learning_rate      of Adam; `schedule` scales it: piecewise (1e-4, 1e-5, 1e-6 in 12 epochs: 6, 3, 3), plateau
-                       (ReduceLROnPlateau on the epoch's loss), cosine (to a hundredth)
+                       (ReduceLROnPlateau on the epoch's loss, to a hundredth), cosine (to a hundredth)
     warmup             steps over which the learning rate rises from 0
     noises             diffusion steps drawn for each clip, which share its encoders and fusion
     timestep_power     1 draws the diffusion's steps uniformly, more prefers noisy ones (objective.draw)

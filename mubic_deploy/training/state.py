@@ -20,7 +20,8 @@ from mubic_deploy.training.settings import Settings
 class State:
     """The run goes on at `step` of `epoch` (both from 0); `total` is the loss summed over the epoch's steps so far;
     `videos` a line each, name, frames and rate; `plateau` what ReduceLROnPlateau remembers, `scaler` what the scaler of
-    16-mixed's gradients does; `devices` how many there were, None in earlier versions' states."""
+    16-mixed's gradients does; `devices` how many there were, `data` the digest of the videos' files: both None in
+    earlier versions' states."""
 
     settings: Settings
     videos: list[str]
@@ -31,6 +32,7 @@ class State:
     history: list[dict[str, Any]]
     scaler: dict[str, Any] = field(default_factory=dict)
     devices: int | None = None
+    data: str | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def into(self, model: MUBiC, adam: torch.optim.Adam) -> None:
@@ -69,6 +71,7 @@ def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -
         "history": state.history,
         "scaler": state.scaler,
         "devices": state.devices,
+        "data": state.data,
     }
     write_tensors(path, tensors, {"state": json.dumps(facts)})
 

@@ -42,7 +42,7 @@ from mubic_deploy.training import curves, samples
 from mubic_deploy.training.adaptive import fit_steps
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
-from mubic_deploy.training.layout import Video, in_both
+from mubic_deploy.training.layout import Video, digest, in_both
 from mubic_deploy.training.machine import DEFAULT_MACHINE, REMEDY, Machine, ending_together, make_fabric, reading_clips
 from mubic_deploy.training.objective import Draw, Objective, draw
 from mubic_deploy.training.settings import Settings
@@ -50,6 +50,7 @@ from mubic_deploy.training.state import State, load_state, save_state
 
 SAVE_S = 300  # at most this many seconds of work are lost when a run is killed
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 1  # epochs
+PLATEAU_END = 0.01  # of the learning rate: 1e-4 to 1e-6, Table 4.1
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def train(
     run cannot be written."""
     if settings.batch % machine.devices:
         raise UserError(f"batch {settings.batch} cannot be shared by {machine.devices} devices: use a multiple")
-    run = Run(Path(out), settings, [f"{v} {v.frames} {v.fps}" for v in (*training, *validation)])
+    run = Run(Path(out), settings, [*training, *validation])
     state = run.resume() if resume else None
     if state is None:
         run.require_new()
@@ -119,8 +120,9 @@ def train(
 class Run:
     """The folder of a run."""
 
-    def __init__(self, folder: Path, settings: Settings, videos: list[str]) -> None:
-        self.folder, self.settings, self.videos = folder, settings, videos
+    def __init__(self, folder: Path, settings: Settings, videos: Sequence[Video]) -> None:
+        self.folder, self.settings = folder, settings
+        self.videos, self.data = [f"{v} {v.frames} {v.fps}" for v in videos], digest(videos)
         self.model, self.best, self.state = (folder / f"{n}.safetensors" for n in ("model", "best", "state"))
         self.begun = folder / "settings.json"
 
@@ -150,6 +152,11 @@ class Run:
             raise UserError(f"{self.folder} was begun with other settings ({different}): resume with the same")
         if state.videos != self.videos:
             raise UserError(f"{self.folder} was begun with other videos: resume with the same data, or start a new run")
+        if state.data not in (None, self.data):
+            raise UserError(
+                f"{self.folder} was begun with other files under the videos' names: resume with the same data, or "
+                f"start a new run"
+            )
         return state
 
 
@@ -182,7 +189,7 @@ class Trainer:
         self.objective, self.optimizer = fabric.setup(Objective(model), self.adam)
         # on a rate of its own: the factor of Adam's, which is set anew at each step
         unit = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        self.plateau = ReduceLROnPlateau(unit, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
+        self.plateau = ReduceLROnPlateau(unit, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE, min_lr=PLATEAU_END)
         self.writer: Any = None
         if self.lead:
             from torch.utils.tensorboard import SummaryWriter
@@ -322,8 +329,8 @@ class Trainer:
         rule = {"best": float(self.plateau.best), "bad": self.plateau.num_bad_epochs}
         rule["factor"] = self.plateau.optimizer.param_groups[0]["lr"]
         scaler = self.fabric.strategy.precision.state_dict()
-        devices = self.fabric.world_size
-        state = State(self.settings, self.run.videos, epoch, step, total, rule, self.history, scaler, devices)
+        place = (self.settings, self.run.videos, epoch, step, total)
+        state = State(*place, rule, self.history, scaler, self.fabric.world_size, self.run.data)
         _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
 
     def _restore(self, state: State) -> None:
