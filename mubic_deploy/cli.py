@@ -73,6 +73,10 @@ def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
     parser.add_argument("--steps", type=steps, metavar="N|adaptive", help=numbers)
     parser.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
     parser.add_argument("--stride", type=positive, default=stride, help=f"frames between two maps (default {stride})")
+    _fit(parser)
+
+
+def _fit(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--fit", choices=FITS, default="letterbox", help="how frames meet the model's size")
 
 
@@ -108,6 +112,10 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", type=Path, help="folder with video_frames, annotations, fold_lists")
+    _folds(parser)
+
+
+def _folds(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--dataset", action="append", choices=DATASETS, help="may be repeated (default: all that are there)"
     )
@@ -198,9 +206,12 @@ def _training(commands: argparse._SubParsersAction) -> None:
     pack.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     pack.add_argument("out", metavar="OUT.safetensors", type=Path)
     fit = "fit the adaptive steps to the packed weights, on clips of this folder's test part"
-    pack.add_argument("--fit-steps", metavar="DATA", type=Path, help=fit)
-    pack.add_argument("--clips", type=positive, default=64, help="for --fit-steps (default 64)")
-    pack.add_argument("--stride", type=positive, default=4, help="frames between the starts of two (default 4)")
+    pack.add_argument("--fit-steps", metavar="DATA", dest="data", type=Path, help=fit)
+    fitting = pack.add_argument_group("for --fit-steps")
+    _folds(fitting)
+    _fit(fitting)
+    fitting.add_argument("--clips", type=positive, default=64, help="how many (default 64)")
+    fitting.add_argument("--stride", type=positive, default=4, help="frames between the starts of two (default 4)")
 
 
 def _version() -> str:

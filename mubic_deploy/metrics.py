@@ -28,13 +28,13 @@ def cc(prediction: np.ndarray, target: np.ndarray) -> float:
 
 
 def sim(prediction: np.ndarray, target: np.ndarray) -> float:
-    """Similarity: what two maps [h, w], each of sum 1, have in common (eq. 3.61), in [0, 1]; NaN if one is constant.
+    """Similarity: what two maps [h, w], each of sum 1, have in common (eq. 3.61), in [0, 1]. A map of zeros
+    shares nothing: 0, unless the other is constant. NaN if one is constant at another value.
 
     Before that each map is scaled to [0, 1], as in the reference: else a model that gives every pixel something would
     gain by it. (pysaliency subtracts the minimum only where it is negative.)"""
     prediction, target = _pair(prediction, target, "target")
-    a, b = _scaled(prediction), _scaled(target)
-    return float(np.minimum(a / a.sum(), b / b.sum()).sum())
+    return float(np.minimum(_share(prediction), _share(target)).sum())
 
 
 def nss(prediction: np.ndarray, fixations: np.ndarray) -> float:
@@ -131,6 +131,14 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     if not (math.isfinite(high - low) and high > low):
         return np.full(values.shape, math.nan)
     return (values.astype(np.float64) - low) / (high - low)
+
+
+def _share(values: np.ndarray) -> np.ndarray:
+    """float64, scaled to [0, 1], then to the sum 1; a map of zeros as it is; NaN everywhere if otherwise constant."""
+    if not values.any():
+        return np.zeros(values.shape)
+    scaled = _scaled(values)
+    return np.asarray(scaled / scaled.sum())
 
 
 def _mann_whitney(positives: np.ndarray, negatives: np.ndarray) -> float:

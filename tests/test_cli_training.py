@@ -116,6 +116,9 @@ def test_pack_fits_the_steps_to_the_packed_weights(run, shared: list[Video], tmp
     for name, value in model.named_parameters():
         if not name.startswith("fusion.adaptive."):
             assert torch.equal(value.half().float(), packed.get_parameter(name))
+    fold = ("--fit-steps", shared[0].root, "--dataset", "Scenes", "--split", 2)
+    ran = run("pack", tmp_path / "a.safetensors", tmp_path / "d.safetensors", *fold)
+    assert (ran.code, "Scenes_list_test_2_fps.txt does not exist" in ran.err) == (2, True)
     checkpoint.save(random_model(get_config("demo", "no_diffusion")), tmp_path / "c.safetensors")
     ran = run("pack", tmp_path / "c.safetensors", tmp_path / "d.safetensors", "--fit-steps", shared[0].root)
     assert (ran.code, "takes one step: leave out --fit-steps" in ran.err) == (2, True)

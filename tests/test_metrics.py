@@ -275,11 +275,11 @@ def test_a_value_at_a_threshold_is_above_it():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -2.0, 1e-200])
-def test_a_constant_map_has_no_cc_sim_nss_and_an_auc(value):
+def test_a_constant_map_has_no_cc_nss_nor_sim_unless_zero_and_an_auc(value):
     constant, fixated, others = np.full((360, 640), value), np.zeros((360, 640), bool), np.ones((360, 640))
     fixated[10:12, 20:22] = True
     varied = np.arange(360 * 640.0).reshape(360, 640)
-    for metric in (cc, sim):  # 0.1's mean over 230 400 pixels is not 0.1
+    for metric in (cc, sim) if value else (cc,):  # 0.1's mean over 230 400 pixels is not 0.1
         assert math.isnan(metric(constant, varied))
         assert math.isnan(metric(varied, constant))
         assert math.isnan(metric(constant, constant))
@@ -287,6 +287,15 @@ def test_a_constant_map_has_no_cc_sim_nss_and_an_auc(value):
     assert auc_judd(constant, fixated) == pytest.approx(0.5 + 0.5 / 5)
     for levels in (10, None):
         assert auc_shuffled(constant, fixated, others, levels) == 0.5
+
+
+def test_a_map_of_zeros_shares_nothing():
+    # the reference's similarity.m scales a map only if any of it is not zero
+    zeros, varied, constant = np.zeros(SIZE), MAPS["uniform"], np.full(SIZE, 0.3)
+    for pair in ((zeros, varied), (varied, zeros), (zeros, zeros)):
+        assert sim(*pair) == 0.0
+    assert math.isnan(sim(zeros, constant))
+    assert math.isnan(sim(constant, zeros))
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=NAMES)

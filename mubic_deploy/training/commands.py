@@ -196,7 +196,7 @@ def pack(arguments: Namespace) -> int:
     out: Path = arguments.out
     check_targets({"weights": out}, {"weights": (".safetensors",)}, None)
     model, _ = checkpoint.load(str(arguments.checkpoint))
-    if arguments.fit_steps is not None:
+    if arguments.data is not None:
         _fit_packed(model, arguments)
     try:
         checkpoint.save(model, out, half=True)
@@ -214,9 +214,7 @@ def _fit_packed(model: Any, arguments: Namespace) -> None:
 
     if model.config.max_steps == 1:
         raise UserError(f"the variant {model.config.variant} takes one step: leave out --fit-steps")
-    root: Path = arguments.fit_steps
-    videos = [video for name in _present(root) for video in read_list(root, name, "test", 1)]
-    clips = Clips(videos, model.config, stride=arguments.stride)
+    clips = Clips(_videos(arguments, "test"), model.config, stride=arguments.stride, fit=arguments.fit)
     round_to_half(model)
     with bar("fitting") as progress:
         fit_steps(
