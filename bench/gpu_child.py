@@ -219,15 +219,19 @@ def missing(section: str) -> str:
     """Why an engine cannot be had here, before anything is exported for it; empty if it can."""
     try:
         if section == TENSORRT:
+            from mubic_deploy.engines.cuda import import_driver
             from mubic_deploy.engines.tensorrt import import_tensorrt
 
             import_tensorrt()
+            import_driver()
         if section == ONNXRUNTIME:
             from mubic_deploy.engines.onnxruntime import require_cuda
 
             require_cuda()
     except UserError as error:
         return str(error)
+    except ImportError as error:
+        return f"ONNX Runtime is not installed ({error})"
     return ""
 
 

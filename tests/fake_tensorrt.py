@@ -54,9 +54,9 @@ def tensorrt(api: Api, driver: Driver) -> ModuleType:
 
     class ILogger:
         class Severity:
-            ERROR = Member(1)
+            ERROR = Member(api.enums["ILogger.Severity"]["ERROR"])
 
-    class Described:
+    class ParserError:
         def __init__(self, text: str) -> None:
             self.text = text
 
@@ -99,8 +99,8 @@ def tensorrt(api: Api, driver: Driver) -> ModuleType:
                 return False
             return True
 
-        def get_error(self, index: int) -> Described:
-            return Described(self._errors[index])
+        def get_error(self, index: int) -> ParserError:
+            return ParserError(self._errors[index])
 
     class ITimingCache:
         def __init__(self, content: bytes) -> None:
@@ -251,7 +251,7 @@ def tensorrt(api: Api, driver: Driver) -> ModuleType:
                 return None
             return ICudaEngine(content[len(MAGIC) :], self.logger)
 
-    doubles = (INetworkDefinition, OnnxParser, ITimingCache, IOptimizationProfile, IBuilderConfig, Builder)
+    doubles = (ParserError, INetworkDefinition, OnnxParser, ITimingCache, IOptimizationProfile, IBuilderConfig, Builder)
     for double in (*doubles, IExecutionContext, ICudaEngine, Runtime, ITensor):
         offered = {n for n in (*vars(double), *double.__annotations__) if not n.startswith("_")}
         assert offered <= set(api.classes[double.__name__]), f"{double.__name__} has no {offered}"

@@ -41,6 +41,8 @@ for name in dir(trt):
         enums[name] = {key: int(member) for key, member in value.__members__.items()}
     else:
         classes[name] = [key for key in dir(value) if not key.startswith("_")]
+        nested = {f"{name}.{key}": getattr(getattr(value, key), "__members__", None) for key in classes[name]}
+        enums |= {key: {m: int(v) for m, v in members.items()} for key, members in nested.items() if members}
         lines = {key: (getattr(value, key).__doc__ or "").splitlines() for key in [*classes[name], "__init__"]}
         overloads[name] = {k: [x for x in text if k + "(self: " in x and " -> " in x] for k, text in lines.items()}
 print(json.dumps({"version": trt.__version__, "classes": classes, "enums": enums, "overloads": overloads}))

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -130,6 +131,16 @@ def test_a_section_in_a_process_of_its_own(tmp_path: Path) -> None:
     whole.section(gpu.Section(gpu_child.ONNXRUNTIME, 60), tmp_path)
     assert whole.run.results.left_out.keys() == {gpu_child.ONNXRUNTIME}
     assert "random:tiny" in whole.run.results.left_out[gpu_child.ONNXRUNTIME]
+
+
+def test_an_engine_whose_packages_are_not_all_there_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "mubic_deploy.engines.onnxruntime", raising=False)
+    monkeypatch.delattr("mubic_deploy.engines.onnxruntime", raising=False)
+    assert "pycuda cannot be used" in gpu_child.missing(gpu_child.TENSORRT)
+    assert "ONNX Runtime is not installed" in gpu_child.missing(gpu_child.ONNXRUNTIME)
 
 
 def test_what_compiles_gets_the_optimisations_that_paid() -> None:

@@ -26,7 +26,7 @@ from mubic_deploy.graphs import signatures
 from mubic_deploy.metrics import cc
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.model.optimise import fold_batch_norm
-from mubic_deploy.model.precision import LARGEST, half, recorded, require_small
+from mubic_deploy.model.precision import LARGEST, half, prepared, recorded, require_small
 from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.scenes.film import write_film
@@ -167,6 +167,23 @@ def test_a_weight_that_is_too_large_is_named(tiny_model: MUBiC, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_no_module_computes_is_recorded_where_it_goes(tiny_model: MUBiC) -> None:
+    """The patches' queries, keys and values are a bare product, the pooling's input; the residual sum is the norm's."""
+    largest = dict[str, float]()
+    names = ("visual_encoder.blocks.1.attn.pool_q.pool", "visual_encoder.blocks.1.norm2")
+    watched = copy.deepcopy(tiny_model)
+
+    def note(name: str, x: torch.Tensor) -> None:
+        largest[name] = float(x.abs().max())
+
+    for name in names:
+        watched.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+    clip = random_clip(TINY, 0)
+    with recorded(watched) as activations:
+        Pipeline(TINY, eager.load_engines(watched)).predict(clip["VIDEO"], clip["AUDIO"], 0, 1)
+    assert all(activations[name] >= largest[name] > 0 for name in names)
+
+
 def test_an_activation_that_is_too_large_is_named(tiny_model: MUBiC) -> None:
     large = copy.deepcopy(tiny_model)
     weight = large.get_parameter("fusion.contexts.3.weight")
@@ -201,6 +218,32 @@ def test_tensorrts_parser_takes_the_graphs(half_artifacts: Artifacts, name: str)
     model = onnx.load(half_artifacts.file(name))
     assert not list(tensorrt_operators.problems(model))
     assert not {node.op_type for node in model.graph.node} & {"ScatterND", "ScatterElements", "STFT", "DFT", "Loop"}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_int64_is_only_for_shapes(half_artifacts: Artifacts, name: str) -> None:
+    """Which the parser wants as INT64; whatever else counts does so in INT32."""
+    graph = shape_inference.infer_shapes(onnx.load(half_artifacts.file(name)), strict_mode=True).graph
+    types = element_types(graph)
+    wide = {n.op_type for n in graph.node if any(types.get(o) == TensorProto.INT64 for o in n.output)}
+    assert wide <= {"Shape", "Concat"}
+
+
+def test_the_parser_takes_what_is_deployed(tiny_model: MUBiC, tmp_path: Path) -> None:
+    """In FP16 and with the padded heads that docs/deployment.md exports: at batch 1 and 8."""
+    exported, signature = prepared(tiny_model, "float16", ["pad_heads"]), signatures(TINY, "float16")["visual_encoder"]
+    path = tmp_path / "visual_encoder.onnx"
+    onnx_graphs.trace(exported.graph("visual_encoder"), signature, path)
+    model = onnx.load(path)
+    assert not list(tensorrt_operators.problems(model))
+    for batch in (1, 8):
+        for value in model.graph.input:
+            value.type.tensor_type.shape.dim[0].dim_value = batch
+        for value in model.graph.output:
+            value.type.tensor_type.shape.dim[0].ClearField("value")
+        inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+        for tensor, value in zip(signature.outputs, inferred.output, strict=True):
+            assert [d.dim_value for d in value.type.tensor_type.shape.dim] == [batch, *tensor.shape]
 
 
 def test_what_the_parser_does_not_take_is_named() -> None:

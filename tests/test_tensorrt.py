@@ -72,6 +72,10 @@ def test_every_name_that_is_used_exists(api: Api) -> None:
                 for member in attributes(tree, name):
                     assert member in api.enums[name], f"TensorRT {api.version} has no {name}.{member}"
                     used.add(member)
+        for nested in (name for name in api.enums if "." in name):
+            for member in attributes(tree, nested.split(".")[1]):
+                assert member in api.enums[nested], f"TensorRT {api.version} has no {nested}.{member}"
+                used.add(member)
         for owner, kind in OBJECTS.items():
             for name in attributes(tree, owner):
                 assert name in api.classes[kind], f"TensorRT {api.version}: {kind} has no {name}"
@@ -84,6 +88,7 @@ def test_every_name_that_is_used_exists(api: Api) -> None:
         "device_memory_size_v2",
         "set_timing_cache",
         "HALF",
+        "ERROR",
     }
     assert not used & {"FP16", "execute_v2", "build_engine", "max_batch_size"}
 

@@ -74,8 +74,9 @@ def require_small(activations: Mapping[str, float]) -> None:
 
 @contextmanager
 def recorded(model: MUBiC) -> Iterator[dict[str, float]]:
-    """The largest absolute value that left each module of an FP32 model while the block ran, by the module's name; and
-    for what attention keeps inside, its products of queries and keys, the largest that they can be."""
+    """The largest absolute value that entered or left each module of an FP32 model while the block ran, by the module's
+    name: so sums between modules count too, and products that no module computes; and for what attention keeps inside,
+    its products of queries and keys, the largest that they can be."""
     largest: dict[str, float] = {}
 
     class Scores(TorchFunctionMode):
@@ -90,9 +91,10 @@ def recorded(model: MUBiC) -> Iterator[dict[str, float]]:
     def note(name: str, value: float) -> None:
         largest[name] = float(np.maximum(value, largest.get(name, 0.0)))  # NumPy's, because a NaN must stay
 
-    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, args: object, out: object) -> None:
-            for tensor in out if isinstance(out, Iterable) and not isinstance(out, Tensor) else (out,):
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
+            outputs = out if isinstance(out, Iterable) and not isinstance(out, Tensor) else (out,)
+            for tensor in (*args, *outputs):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     note(name, float(tensor.detach().abs().max()))
 
