@@ -13,7 +13,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/mubic
 
-# pycuda is compiled against the image's CUDA and linked with its stub of the driver; of that only the driver's part is used, so CURAND is left out
+# pycuda is compiled against the image's CUDA and linked with its stub of the driver; only the driver's part of CUDA is
+# used, so CURAND is left out
 RUN for file in /usr/local/cuda/include/cuda.h /usr/local/cuda/lib64/stubs/libcuda.so; do \
     test -f "$file" || { echo "the Triton image has no $file: see docs/deployment.md" >&2; exit 1; }; done
 RUN printf '%s\n' 'CUDA_ROOT = "/usr/local/cuda"' 'CUDA_ENABLE_CURAND = False' > /etc/aksetup-defaults.py

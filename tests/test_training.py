@@ -571,12 +571,25 @@ def test_plateau_lowers_the_rate_and_remembers(shared, tmp_path):
         bad = 0 if entry["loss"] < best * (1 - 1e-4) else bad + 1
         best = min(best, entry["loss"])
         if bad > 1:
-            rate, bad = max(rate / 10, 1e-11), 0  # to a hundredth, as Table 4.1's
+            rate, bad = rate / 10, 0
     assert rate < 1e-9  # the rule was met
     with pytest.raises(StopError):
         train(settings, shared[:1], shared[:1], stopped, machine=HERE, progress=stop_at(5))
     train(settings, shared[:1], shared[:1], stopped, resume=True, machine=HERE)
     assert json.loads((stopped / "history.json").read_text()) == history
+
+
+def test_plateau_ends_at_a_hundredth(shared, tmp_path):
+    """Table 4.1: 1e-4 to 1e-6."""
+    fabric = mock.Mock(world_size=1, global_rank=0, is_global_zero=False)
+    fabric.setup.side_effect = lambda *modules: modules
+    clips, model = Clips(shared, DEMO), random_model(get_config("demo", "visual_only"))
+    settings = replace(QUICK, schedule="plateau")
+    run = training.Run(tmp_path, settings, [])
+    plateau = training.Trainer(fabric, settings, run, model, clips, clips, 0, lambda *_: None).plateau
+    for _ in range(20):
+        plateau.step(1.0)
+    assert plateau.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
 def test_what_a_run_refuses(whole, shared, tmp_path, monkeypatch):

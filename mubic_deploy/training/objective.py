@@ -87,7 +87,7 @@ class Objective(nn.Module):
             with torch.no_grad():
                 last = torch.full_like(drawn.step, DIFFUSION_STEPS - 1)
                 guess = model.denoiser.predict(conditions, drawn.noise, model.denoiser.modulations(last)).float()
-            torch.clear_autocast_cache()  # before PyTorch 2.10 it hands on copies of weights that get no gradient
+            torch.clear_autocast_cache()  # PyTorch 2.9 hands on its copies of weights, without their gradient
             clean = torch.where(drawn.guessed[..., None, None], guess, clean)
         clean = 2 * clean - 1
         alpha = self.alpha[drawn.step.long()][..., None, None]
