@@ -119,7 +119,7 @@ def compile_packages(run: Run, folder: Path) -> None:
     cores, at_work = len(os.sched_getaffinity(0)), {}
     for graph in graphs:
         # the visual encoder has as many kernels as most others together, and is waited for
-        threads = max(1, cores // (2 if graph == "visual_encoder" else 8))
+        threads = max(1, cores // (2 if graph == "visual_encoder" else 4))
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         command = [*PROCESS, PACKAGE, str(folder), graph]
         with (folder / f"{graph}.log").open("wb") as log:

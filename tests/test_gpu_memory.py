@@ -58,8 +58,8 @@ def test_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_aotinductor(monkeypatch: pytest.MonkeyPatch, when: str, cause: RuntimeError) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (300_000_000, 80_000_000_000))
     monkeypatch.setattr(aotinductor, "to_torch", lambda array, device: torch.from_numpy(array))
-    load = raising(cause) if when == "loaded" else lambda *_, **__: raising(cause)
-    monkeypatch.setattr(aotinductor, "aoti_load_package", load)
+    load = raising(cause) if when == "loaded" else lambda *_: SimpleNamespace(boxed_run=raising(cause))
+    monkeypatch.setattr(aotinductor, "AOTIModelPackageLoader", load)
     with pytest.raises(UserError) as error:
         aotinductor.AOTInductorEngine(Path("fusion.pt2"), SIGNATURE, GPU, 4, cuda_graphs=False)(INPUTS)
     what = "fusion.pt2" if when == "loaded" else "fusion"
@@ -72,7 +72,7 @@ def test_aotinductor(monkeypatch: pytest.MonkeyPatch, when: str, cause: RuntimeE
 
 def test_other_errors_of_a_package_are_not_about_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, cause in ((GPU, RuntimeError("a bug")), (torch.device("cpu"), OF_A_PACKAGE)):
-        monkeypatch.setattr(aotinductor, "aoti_load_package", raising(cause))
+        monkeypatch.setattr(aotinductor, "AOTIModelPackageLoader", raising(cause))
         with pytest.raises(RuntimeError) as error:
             aotinductor.AOTInductorEngine(Path("fusion.pt2"), SIGNATURE, device, 4, cuda_graphs=False)
         assert error.value is cause

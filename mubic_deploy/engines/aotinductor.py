@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import aoti_load_package
+from torch import Tensor
+from torch._C._aoti import AOTIModelPackageLoader
 
 from mubic_deploy.artifacts import Folder, Layout
 from mubic_deploy.engines import Arrays, Engine
 from mubic_deploy.engines.eager import from_torch, require_gpu, to_torch
 from mubic_deploy.engines.memory import REMEDY, first_line, is_short, short_of_memory
-from mubic_deploy.engines.replay import Replayed
+from mubic_deploy.engines.replay import Replayed, Run
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature
 
@@ -87,10 +88,8 @@ class AOTInductorEngine:
         self, path: Path, signature: Signature, device: torch.device, max_batch: int, cuda_graphs: bool
     ) -> None:
         self.signature, self.max_batch, self._device = signature, max_batch, device
-        with on_gpu(str(path), device):
-            # single-threaded: the runner's bookkeeping for several threads cannot be captured
-            package = aoti_load_package(str(path), run_single_threaded=device.type == "cuda")
-        self._run = Replayed(package) if device.type == "cuda" and cuda_graphs else package
+        run = loaded(path, device)
+        self._run = Replayed(run) if device.type == "cuda" and cuda_graphs else run
 
     def __call__(self, inputs: Arrays) -> Arrays:
         arrays = [t.check(inputs[t.name]) for t in self.signature.inputs]
@@ -106,6 +105,21 @@ class AOTInductorEngine:
             # a package reads its inputs as they lay when it was compiled, and does not look
             outputs = self._run(*(to_torch(array, self._device).contiguous() for array in arrays))
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
+
+
+def loaded(path: Path, device: torch.device) -> Run:
+    """What a package computes: its inputs in, its outputs out.
+
+    By PyTorch's own loader, because `aoti_load_package` first finds out about the machine what `Packages.require` knows
+    already: with a C++ compiler, which a machine that serves need not have, and for seconds."""
+    with on_gpu(str(path), device):
+        # single-threaded: the runner's bookkeeping for several threads cannot be captured
+        package = AOTIModelPackageLoader(str(path), "model", device.type == "cuda", 1, -1)
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        return package.boxed_run(list(inputs))
+
+    return run
 
 
 @contextlib.contextmanager

@@ -123,22 +123,23 @@ def rimmed(x: Tensor) -> Tensor:
 
 
 class ShiftedSum(nn.Module):
-    """A depth-wise 3 x 3 x 3 convolution: [B, T, H, W, C] -> [B, T', H', W', C], summed in FP32. repeats: of the
-    kernels along C."""
+    """A depth-wise 3 x 3 x 3 convolution: [B, T, H, W, C] -> [B, T', H', W', C], summed in FP32. Of several, which have
+    one stride, each takes its share of C. repeats: of each one's kernels along C."""
 
-    def __init__(self, conv: nn.Conv3d, repeats: int = 1) -> None:
+    def __init__(self, *convs: nn.Conv3d, repeats: int = 1) -> None:
         super().__init__()
-        self.kernel, self.stride = conv.kernel_size, conv.stride
-        weight = conv.weight.detach().flatten(1)  # [C, 27]
-        self.weight = nn.Parameter(weight.repeat(repeats, 1).contiguous())
-        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().repeat(repeats))
+        self.kernel, self.stride = convs[0].kernel_size, convs[0].stride
+        weight = torch.cat([conv.weight.detach().flatten(1).repeat(repeats, 1) for conv in convs])
+        self.weight = nn.Parameter(weight.T.contiguous())  # [27, C], so that channels side by side are read together
+        biases = [conv.bias.detach().repeat(repeats) for conv in convs if conv.bias is not None]
+        self.bias = nn.Parameter(torch.cat(biases)) if biases else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.of_padded(rimmed(x))
 
     def of_padded(self, x: Tensor) -> Tensor:
         """What `rimmed` gave, or some of its channels."""
-        out = (windowed(x, self.kernel, self.stride).flatten(5).float() * self.weight.float()).sum(-1)
+        out = (windowed(x, self.kernel, self.stride).flatten(5).float() * self.weight.T.float()).sum(-1)
         if self.bias is not None:
             out = out + self.bias.float()
         return out.to(x.dtype)
@@ -167,7 +168,7 @@ class PlacesProduct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kt, kh, kw = self.kernel
-        x = self.linear(x).unflatten(-1, (kt, kh, kw, -1))  # [B, T, H, W, kt, kh, kw, D]
+        x = self.linear(x.contiguous()).unflatten(-1, (kt, kh, kw, -1))  # [B, T, H, W, kt, kh, kw, D]
         return x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(1, 2).flatten(2, 3).flatten(3, 4)
 
 
@@ -200,17 +201,44 @@ class TokenKeys(Keys):
 # ---- visual encoder
 
 
+class JointNorm(nn.LayerNorm):
+    """Some LayerNorms of one size as one, each with weights of its own: [..., norms, heads, d]."""
+
+    def __init__(self, *norms: nn.LayerNorm) -> None:
+        super().__init__(norms[0].normalized_shape, norms[0].eps, elementwise_affine=False)
+        self.weight = nn.Parameter(torch.stack([norm.weight.detach() for norm in norms])[:, None])
+        self.bias = nn.Parameter(torch.stack([norm.bias.detach() for norm in norms])[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
+
+
 class TokenAttention(FoldedAttention):
-    """Folded attention on tokens as they come: pooling shifts them, and position vectors meet queries in one product.
+    """Folded attention on tokens as they come: pooling shifts them, keys and values together, and position vectors meet
+    queries in one product.
 
     Queries, keys and values have one head size, a multiple of 8."""
 
     constants = ("relative", "index_t", "index_h", "index_w", "indicators")
-    pools: nn.ModuleList
+    shift_q: ShiftedSum
+    shift_kv: ShiftedSum
+    norm_q: nn.LayerNorm
+    norm_kv: JointNorm
+    norm_first: JointNorm  # of the class token, which is not pooled
+
+    def set_up(self) -> None:
+        """Takes the pools apart. In place."""
+        pools: list[Pool] = [self.pool_q, self.pool_k, self.pool_v]
+        convs, norms = [pool.pool for pool in pools], [pool.norm_act[0] for pool in pools]
+        self.shift_q = ShiftedSum(convs[0], repeats=self.num_heads)
+        self.shift_kv = ShiftedSum(*convs[1:], repeats=self.num_heads)
+        self.norm_q, self.norm_kv, self.norm_first = norms[0], JointNorm(*norms[1:]), JointNorm(*norms)
+        del self.pool_q, self.pool_k, self.pool_v
+        self._kept = self._fixed = None
 
     def _positions(self, q_thw: Grid, k_thw: Grid) -> tuple[list[Tensor], Tensor]:
-        """The vectors of all axes' distances [d, L], the columns of each axis's pairs [q, k], and the indicators
-        [1 + k, 1, wide] behind d columns of zeros."""
+        """The vectors of all axes' distances [d, L], the columns of each axis's pairs [q, k], and the indicators of
+        keys, behind d columns of zeros, beside zeros for the values: [1 + k, 2, 1, d + wide]."""
         weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         vectors = [relative_vectors(r, q, k) for r, q, k in zip(weights, q_thw, k_thw, strict=True)]
         starts = itertools.accumulate([0, *map(len, vectors[:-1])])
@@ -219,7 +247,7 @@ class TokenAttention(FoldedAttention):
         relative = torch.cat(vectors)
         relative = F.pad(relative, (0, 0, 0, -len(relative) % MULTIPLE)).T.contiguous()
         indicators = F.pad(one_hot_positions(k_thw, relative), (self.head_dim, self._wide(k_thw) - sum(k_thw)))
-        return [relative, *columns], indicators[:, None]
+        return [relative, *columns], F.pad(indicators[:, None, None], (0, 0, 0, 0, 0, 1))
 
     def _wide(self, k_thw: Grid) -> int:
         """Columns of a query behind its own."""
@@ -228,19 +256,15 @@ class TokenAttention(FoldedAttention):
     def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
         heads, d = self.num_heads, self.head_dim
         qkv = self.qkv(x)
-        norms = [pool.norm_act for pool in (self.pool_q, self.pool_k, self.pool_v)]
-        grids = rimmed(qkv[:, 1:].unflatten(1, thw)).chunk(3, -1)
-        pooled = [
-            pool.of_padded(grid).unflatten(-1, (heads, d))
-            for pool, grid in zip(typed(self.pools, ShiftedSum), grids, strict=True)
-        ]
-        q, k, v = (norm(y) for norm, y in zip(norms, pooled, strict=True))
-        q0, k0, v0 = self._first(qkv[:, :1].unflatten(-1, (3, heads, d)), [norm[0] for norm in norms])
-        q_thw, k_thw = ((x.shape[1], x.shape[2], x.shape[3]) for x in (q, k))
+        grid_q, grid_kv = rimmed(qkv[:, 1:].unflatten(1, thw)).tensor_split([heads * d], -1)
+        q = self.norm_q(self.shift_q.of_padded(grid_q).unflatten(-1, (heads, d)))
+        kv = self.norm_kv(self.shift_kv.of_padded(grid_kv).unflatten(-1, (2, heads, d)))
+        q0, kv0 = self.norm_first(qkv[:, :1].unflatten(-1, (3, heads, d))).tensor_split([1], 2)
+        q_thw, k_thw = ((x.shape[1], x.shape[2], x.shape[3]) for x in (q, kv))
 
         (relative, *columns), indicators = self.positions(q_thw, k_thw)
         wide = self._wide(k_thw)
-        q_wide = behind(q0 * self.scaler, q.flatten(1, 3) * self.scaler, wide)
+        q_wide = behind(q0[:, :, 0] * self.scaler, q.flatten(1, 3) * self.scaler, wide)
         start = d
         products = q @ relative
         for axis, index in enumerate(columns, 1):
@@ -248,19 +272,12 @@ class TokenAttention(FoldedAttention):
             by_axis = self._taken(products, index, axis).flatten(1, 3)
             q_wide = q_wide + F.pad(by_axis, (start, d + wide - start - size, 0, 0, 1, 0))
             start += size
-        k_wide = behind(k0, k.flatten(1, 3), wide) + indicators
-        v_wide = behind(v0, v.flatten(1, 3), wide)
+        k_wide, v_wide = kept(behind(kv0, kv.flatten(1, 3), wide) + indicators).unbind(2)
         q_wide, k_wide, v_wide = (y.transpose(1, 2) for y in (q_wide, k_wide, v_wide))
         out = product(q_wide, k_wide, v_wide, scale=1.0)[..., :d].transpose(1, 2)
 
         # residual pooling (eq. 3.11), not for the class token
         return self.project((out + F.pad(q.flatten(1, 3), (0, 0, 0, 0, 1, 0))).flatten(2)), q_thw
-
-    @staticmethod
-    def _first(x: Tensor, norms: list[nn.LayerNorm]) -> tuple[Tensor, ...]:
-        """The class token [B, 1, 3, heads, d], which is not pooled, under three norms as one, in FP32."""
-        y = F.layer_norm(x.float(), x.shape[-1:], eps=norms[0].eps).unbind(2)
-        return tuple((z * norm.weight + norm.bias).to(x.dtype) for z, norm in zip(y, norms, strict=True))
 
     @staticmethod
     def _taken(products: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -271,9 +288,10 @@ class TokenAttention(FoldedAttention):
 
 
 def behind(first: Tensor, rest: Tensor, more: int) -> Tensor:
-    """Tokens behind the class token, zeros behind each: [B, 1, heads, d] and [B, n, heads, d] ->
-    [B, 1 + n, heads, d + more]. As a sum, which is one kernel where a concatenation is two."""
-    return F.pad(first, (0, more, 0, 0, 0, rest.shape[1])) + F.pad(rest, (0, more, 0, 0, 1, 0))
+    """Tokens behind the class token, zeros behind each: [B, 1, ..., d] and [B, n, ..., d] -> [B, 1 + n, ..., d + more].
+    As a sum, which is one kernel where a concatenation is two."""
+    between = [0, 0] * (rest.dim() - 3)
+    return F.pad(first, [0, more, *between, 0, rest.shape[1]]) + F.pad(rest, [0, more, *between, 1, 0])
 
 
 class TokenMaxPool(nn.Module):
@@ -299,11 +317,7 @@ def visual_tokens(encoder: VisualEncoder) -> None:
         attention = block.attn
         if isinstance(attention, FoldedAttention):
             attention.__class__ = TokenAttention
-            attention._kept = attention._fixed = None
-            pools: list[Pool] = [attention.pool_q, attention.pool_k, attention.pool_v]
-            attention.pools = nn.ModuleList(ShiftedSum(pool.pool, attention.num_heads) for pool in pools)
-            for pool in pools:
-                pool.pool = nn.Identity()
+            attention.set_up()
         if isinstance(block.pool_skip, Pool) and isinstance(block.pool_skip.pool, nn.MaxPool3d):
             block.pool_skip = TokenMaxPool(block.pool_skip.pool)
 
