@@ -170,6 +170,7 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     """The packages that `mubic-deploy compile --device cuda --precision float16` makes, but compiled side by side."""
     run.results.notes[f"compiler, {AOTINDUCTOR}"] = compiler()
     run.write()
+    packages_script().require_shared_runtime()  # before minutes are waited for
     failed = compiled_packages(run, folder, PATIENCE * limit_s)
     run.results.notes |= {f"log, {AOTINDUCTOR}, {graph}": lines for graph, lines in failed.items()}
     if set(failed) - {SAMPLER}:

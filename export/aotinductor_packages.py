@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import subprocess
 import sys
 import warnings
 from collections.abc import Collection
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._inductor import aoti_compile_and_package
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 from mubic_deploy.artifacts import describe, sha256
 from mubic_deploy.checkpoint import Source
@@ -89,6 +91,7 @@ def build(
     does not compute what eager PyTorch does."""
     device = torch.device(options.device)
     facts = aotinductor.facts(device)
+    require_shared_runtime()
     if options.fixed_steps is not None:
         model.config.check_fixed_steps(options.fixed_steps)
     out = Path(out)
@@ -145,6 +148,21 @@ def _build_into(
     largest.require(said)
     manifest["parity"] = parity.to_json()
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def require_shared_runtime() -> None:
+    """UserError if the C++ compiler has no shared libstdc++: it would put a second one into every package, which crashes
+    as soon as it is loaded beside PyTorch's (in std::regex, whose locales the two of them mix up)."""
+    try:
+        command = get_cpp_compiler()
+        said = subprocess.run([command, "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=True)
+    except (OSError, RuntimeError, subprocess.CalledProcessError):
+        return  # it is no GCC or Clang, or there is none, which the compiler says itself
+    if not Path(said.stdout.strip()).is_absolute():  # GCC gives the name back where it finds no file
+        raise UserError(
+            f"{command} has no libstdc++.so, and packages that it links crash: name another C++ compiler in CXX, such "
+            f"as the system's g++"
+        )
 
 
 def contiguous_convolutions(model: MUBiC) -> MUBiC:

@@ -192,10 +192,10 @@ class Pipeline:
 
     def condition(self, arrays: Arrays) -> Arrays:
         """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip."""
-        features = self.engines["visual_encoder"](arrays)
-        if self.config.has_audio:
-            features = {**features, **self.engines["audio_encoder"](arrays)}
-        return self.engines["fusion"](features)
+        features: Arrays = {}
+        if self.config.has_audio:  # first: a GPU listens while the frames are still on their way to it
+            features = self.engines["audio_encoder"](arrays)
+        return self.engines["fusion"]({**features, **self.engines["visual_encoder"](arrays)})
 
     def _sampled(self, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> HostArrays:
         """See `sample`."""

@@ -170,6 +170,23 @@ def test_a_compiler_that_fails_is_said(
         )
 
 
+def test_a_compiler_that_would_link_a_second_runtime_is_refused(
+    tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GCC says it where it was built with a static libstdc++ only."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\ncase "$1" in -print-file-name=*) echo libstdc++.so;; *) exec g++ "$@";; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(packages_script, "get_cpp_compiler", lambda: str(compiler))
+    with pytest.raises(UserError, match=r"g\+\+ has no libstdc\+\+.so, .* name another C\+\+ compiler in CXX"):
+        packages_script.build(tiny_model, Source("random", 0), tmp_path / "p", packages_script.Options(max_batch=4))
+    assert not (tmp_path / "p").exists()
+    monkeypatch.setattr(packages_script, "get_cpp_compiler", lambda: "g++")
+    packages_script.require_shared_runtime()
+    monkeypatch.setattr(packages_script, "get_cpp_compiler", lambda: str(tmp_path / "none"))
+    packages_script.require_shared_runtime()
+
+
 def test_the_commands(run, packages: Packages, tiny_model: MUBiC, tmp_path: Path) -> None:
     ran = run("compile", "random:demo", "--out", tmp_path / "p", "--precision", "float16")
     assert ran.code == 2

@@ -81,23 +81,28 @@ def windowed(x: Tensor, kernel: Iterable[int], stride: Iterable[int]) -> Tensor:
 
 
 class WindowProduct(nn.Module):
-    """A dense convolution as a product: [B, C, *grid] -> [B, D, *grid'], both views of channels last."""
+    """A dense convolution as a product: [B, C, *grid] -> [B, D, *grid'], both views of channels last.
 
-    def __init__(self, conv: nn.Conv2d | nn.Conv3d) -> None:
+    Zeros widen the kernel until a row of it is a multiple of 8 values, which lie side by side in the input and are read
+    together. once: what the windows are taken of is a tensor, because it takes long to compute."""
+
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d, once: bool = False) -> None:
         super().__init__()
-        self.kernel, self.stride = conv.kernel_size, conv.stride
+        *others, width = conv.kernel_size
+        more = -width % (MULTIPLE // math.gcd(MULTIPLE, conv.in_channels))
+        self.kernel, self.stride, self.once = (*others, width + more), conv.stride, once
         assert not isinstance(conv.padding, str)
         self.padding = [p for n in reversed(conv.padding) for p in (n, n)]
-        weight = conv.weight.detach().movedim(1, -1).flatten(1)
-        self.more = padded(weight.shape[1]) - weight.shape[1]
-        self.linear = linear(F.pad(weight, (0, self.more)), conv.bias)
+        self.padding[1] += more
+        weight = F.pad(conv.weight.detach(), (0, more)).movedim(1, -1).flatten(1)
+        self.linear = linear(weight, conv.bias)
 
     def windows(self, x: Tensor) -> Tensor:
-        """[B, C, *grid] -> [B, *grid', prod(kernel) C], zeros behind it to a multiple of 8."""
+        """[B, C, *grid] -> [B, *grid', prod(kernel) C]."""
         axes = len(self.kernel)
-        x = x.movedim(1, -1).to(self.linear.weight.dtype)
-        x = windowed(F.pad(x, [0, 0, *self.padding]), self.kernel, self.stride)
-        return F.pad(x.movedim(axes + 1, -1).flatten(axes + 1), (0, self.more))
+        x = F.pad(x.movedim(1, -1).to(self.linear.weight.dtype), [0, 0, *self.padding])
+        x = windowed(aligned(x) if self.once else x, self.kernel, self.stride)
+        return x.movedim(axes + 1, -1).flatten(axes + 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.windows(x)).movedim(-1, 1)
@@ -115,6 +120,14 @@ def kept(x: Tensor) -> Tensor:
     """x [B, ...], contiguous, as it is. Inductor makes a tensor of what `as_strided` is asked of; else it would compute
     x again wherever it is read, such as the 27 masks of a padded window."""
     return x.as_strided(x.shape, x.stride())
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [..., W, C] as part of a tensor whose rows are a multiple of MULTIPLE values, so that they can be read together
+    in every row."""
+    width, channels = x.shape[-2:]
+    more = -width % (MULTIPLE // math.gcd(MULTIPLE, channels))
+    return kept(F.pad(x, (0, 0, 0, more)))[..., :width, :]
 
 
 def rimmed(x: Tensor) -> Tensor:
@@ -205,7 +218,7 @@ class JointNorm(nn.LayerNorm):
     """Some LayerNorms of one size as one, each with weights of its own: [..., norms, heads, d]."""
 
     def __init__(self, *norms: nn.LayerNorm) -> None:
-        super().__init__(norms[0].normalized_shape, norms[0].eps, elementwise_affine=False)
+        super().__init__(list(norms[0].normalized_shape), norms[0].eps, elementwise_affine=False)
         self.weight = nn.Parameter(torch.stack([norm.weight.detach() for norm in norms])[:, None])
         self.bias = nn.Parameter(torch.stack([norm.bias.detach() for norm in norms])[:, None])
 
@@ -219,7 +232,7 @@ class TokenAttention(FoldedAttention):
 
     Queries, keys and values have one head size, a multiple of 8."""
 
-    constants = ("relative", "index_t", "index_h", "index_w", "indicators")
+    constants = ("relative", "columns", "indicators")
     shift_q: ShiftedSum
     shift_kv: ShiftedSum
     norm_q: nn.LayerNorm
@@ -237,17 +250,20 @@ class TokenAttention(FoldedAttention):
         self._kept = self._fixed = None
 
     def _positions(self, q_thw: Grid, k_thw: Grid) -> tuple[list[Tensor], Tensor]:
-        """The vectors of all axes' distances [d, L], the columns of each axis's pairs [q, k], and the indicators of
-        keys, behind d columns of zeros, beside zeros for the values: [1 + k, 2, 1, d + wide]."""
+        """The vectors of all axes' distances [d, L]; which of them a query's pairs with the places of each axis take,
+        int32 [q_t, q_h, q_w, 1, k_t + k_h + k_w]; and the indicators of keys, behind d columns of zeros, beside zeros
+        for the values: [1 + k, 2, 1, d + wide]."""
         weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         vectors = [relative_vectors(r, q, k) for r, q, k in zip(weights, q_thw, k_thw, strict=True)]
         starts = itertools.accumulate([0, *map(len, vectors[:-1])])
         device = weights[0].device
-        columns = [relative_index(q, k, device) + n for q, k, n in zip(q_thw, k_thw, starts, strict=True)]
+        by_t, by_h, by_w = (relative_index(q, k, device) + n for q, k, n in zip(q_thw, k_thw, starts, strict=True))
+        axes = (by_t[:, None, None], by_h[:, None], by_w)
+        columns = torch.cat([index.expand(*q_thw, -1) for index in axes], -1)[:, :, :, None].int()
         relative = torch.cat(vectors)
         relative = F.pad(relative, (0, 0, 0, -len(relative) % MULTIPLE)).T.contiguous()
         indicators = F.pad(one_hot_positions(k_thw, relative), (self.head_dim, self._wide(k_thw) - sum(k_thw)))
-        return [relative, *columns], F.pad(indicators[:, None, None], (0, 0, 0, 0, 0, 1))
+        return [relative, columns], F.pad(indicators[:, None, None], (0, 0, 0, 0, 0, 1))
 
     def _wide(self, k_thw: Grid) -> int:
         """Columns of a query behind its own."""
@@ -262,29 +278,18 @@ class TokenAttention(FoldedAttention):
         q0, kv0 = self.norm_first(qkv[:, :1].unflatten(-1, (3, heads, d))).tensor_split([1], 2)
         q_thw, k_thw = ((x.shape[1], x.shape[2], x.shape[3]) for x in (q, kv))
 
-        (relative, *columns), indicators = self.positions(q_thw, k_thw)
+        (relative, columns), indicators = self.positions(q_thw, k_thw)
         wide = self._wide(k_thw)
+        products = q @ relative  # [B, t, h, w, heads, L]
+        taken = products.gather(-1, columns.long().expand(*products.shape[:-1], -1)).flatten(1, 3)
         q_wide = behind(q0[:, :, 0] * self.scaler, q.flatten(1, 3) * self.scaler, wide)
-        start = d
-        products = q @ relative
-        for axis, index in enumerate(columns, 1):
-            size = index.shape[1]
-            by_axis = self._taken(products, index, axis).flatten(1, 3)
-            q_wide = q_wide + F.pad(by_axis, (start, d + wide - start - size, 0, 0, 1, 0))
-            start += size
+        q_wide = q_wide + F.pad(taken, (d, wide - taken.shape[-1], 0, 0, 1, 0))
         k_wide, v_wide = kept(behind(kv0, kv.flatten(1, 3), wide) + indicators).unbind(2)
         q_wide, k_wide, v_wide = (y.transpose(1, 2) for y in (q_wide, k_wide, v_wide))
         out = product(q_wide, k_wide, v_wide, scale=1.0)[..., :d].transpose(1, 2)
 
         # residual pooling (eq. 3.11), not for the class token
         return self.project((out + F.pad(q.flatten(1, 3), (0, 0, 0, 0, 1, 0))).flatten(2)), q_thw
-
-    @staticmethod
-    def _taken(products: Tensor, index: Tensor, axis: int) -> Tensor:
-        """products [B, t, h, w, heads, L], index [n, k] of axis 1, 2 or 3 -> [B, t, h, w, heads, k]."""
-        shape = [1] * 6
-        shape[axis], shape[5] = index.shape
-        return products.gather(-1, index.view(shape).expand(*products.shape[:-1], -1))
 
 
 def behind(first: Tensor, rest: Tensor, more: int) -> Tensor:
@@ -312,7 +317,7 @@ class TokenMaxPool(nn.Module):
 
 def visual_tokens(encoder: VisualEncoder) -> None:
     """In place."""
-    encoder.conv_proj = WindowProduct(encoder.conv_proj)  # type: ignore[assignment]
+    encoder.conv_proj = WindowProduct(encoder.conv_proj, once=True)  # type: ignore[assignment]
     for block in encoder.blocks:
         attention = block.attn
         if isinstance(attention, FoldedAttention):
