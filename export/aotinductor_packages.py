@@ -151,8 +151,8 @@ def _build_into(
 
 
 def require_shared_runtime() -> None:
-    """UserError if the C++ compiler has no shared libstdc++: it would put a second one into every package, which crashes
-    as soon as it is loaded beside PyTorch's (in std::regex, whose locales the two of them mix up)."""
+    """UserError if the C++ compiler has no shared libstdc++: it would put a second one into every package, which
+    crashes as soon as it is loaded beside PyTorch's (in std::regex, whose locales the two of them mix up)."""
     try:
         command = get_cpp_compiler()
         said = subprocess.run([command, "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=True)

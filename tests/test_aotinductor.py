@@ -179,7 +179,9 @@ def test_a_compiler_that_would_link_a_second_runtime_is_refused(
     compiler.chmod(0o755)
     monkeypatch.setattr(packages_script, "get_cpp_compiler", lambda: str(compiler))
     with pytest.raises(UserError, match=r"g\+\+ has no libstdc\+\+.so, .* name another C\+\+ compiler in CXX"):
-        packages_script.build(tiny_model, Source("random", 0), tmp_path / "p", packages_script.Options(max_batch=4))
+        packages_script.build(
+            tiny_model, checkpoint.Source("random", 0), tmp_path / "p", packages_script.Options(max_batch=4)
+        )
     assert not (tmp_path / "p").exists()
     monkeypatch.setattr(packages_script, "get_cpp_compiler", lambda: "g++")
     packages_script.require_shared_runtime()
