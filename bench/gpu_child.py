@@ -7,6 +7,7 @@ are some. SECONDS: how long it may take."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import faulthandler
 import functools
 import json
@@ -35,9 +36,12 @@ from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import DEFAULT_STEPS, OPTIMISATIONS, Config
+from mubic_deploy.engines import Engine
+from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, SAMPLER, Signature, signatures
 from mubic_deploy.model.precision import prepared
+from mubic_deploy.parity import Parity, compare
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.sources import load_script, source_dir
 
@@ -46,6 +50,7 @@ PROCESS = (sys.executable, "-m", "bench.gpu_child")
 PACKAGE, PACKAGES = "package", "packages"  # no sections: the compiler of one graph of AOTInductor's, and of all
 SETTINGS = "settings.json"
 NICE = 10
+Engines = dict[str, Engine]
 PATIENCE = 0.6  # of the time, for the sampler's package: without it the loop is measured
 
 
@@ -119,7 +124,7 @@ def compile_packages(run: Run, folder: Path) -> None:
     cores, at_work = len(os.sched_getaffinity(0)), {}
     for graph in graphs:
         # the visual encoder has as many kernels as most others together, and is waited for
-        threads = max(1, cores // (2 if graph == "visual_encoder" else 4))
+        threads = max(1, cores // (4 if graph == "visual_encoder" else 8))  # some cores stay free, for what is timed
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         command = [*PROCESS, PACKAGE, str(folder), graph]
         with (folder / f"{graph}.log").open("wb") as log:
@@ -183,6 +188,7 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
         shutil.move(folder / path.name, path)
 
     vars(script)["compile_graph"] = take
+    vars(script)["compare"] = functools.partial(noted_comparison, run)
     options = package_options(script, run, None if failed else DEFAULT_STEPS)
     packages = script.build(weights(run.config, True, run.device), Source("random", 0), folder / "packages", options)
     from mubic_deploy.engines.aotinductor import load_engines
@@ -190,6 +196,30 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     pipeline = Pipeline(run.config, load_engines(packages), packages.max_batch, packages.fixed_steps)
     run.engine(AOTINDUCTOR, pipeline)
     run.kernels(AOTINDUCTOR, pipeline)
+
+
+def noted_comparison(
+    run: Run, config: Config, reference: Engines, packages: Engines, *more: Any, **options: Any
+) -> Parity:
+    """`parity.compare` of eager PyTorch and the packages, every tensor's differences kept; where they are too large,
+    those without CUDA graphs beside them, because a GPU may be there only once."""
+    key = f"parity, {AOTINDUCTOR}, batch {options.get('batch', 1)}"
+    result = compare(config, reference, packages, *more, **options)
+    run.results.notes[key] = {**result.to_json(), "means": result.means}
+    if not result.ok:
+        singly = {name: unreplayed(engine) for name, engine in packages.items()}
+        plain = compare(config, reference, singly, *more, **options)
+        run.results.notes[f"{key}, without CUDA graphs"] = {**plain.to_json(), "means": plain.means}
+    run.write()
+    return result
+
+
+def unreplayed(engine: Any) -> Any:
+    """An engine of packages that launches its kernels one by one."""
+    out = copy.copy(engine)
+    if isinstance(run := getattr(engine, "run", None), Replayed):
+        out.run = run.run
+    return out
 
 
 # ---- engines of exported graphs

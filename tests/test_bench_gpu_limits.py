@@ -18,7 +18,10 @@ import torch
 from half_fixtures import TINY
 
 from bench import gpu, gpu_child, limited, results, timing
+from mubic_deploy.engines import eager
+from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import random_model
 
 SMALL = replace(TINY, frames=8, height=32, width=48)  # FP16 is slow on a CPU
 RULE = timing.Rule(repeats=2, seconds=0.2, short_s=0.0, warm_up_s=0.0, quick=True)
@@ -216,3 +219,23 @@ def test_whatever_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatc
         whole.section(gpu.Section(name, 1, fails), tmp_path)
     left_out = whole.run.results.left_out
     assert left_out == {"bare": "Exception", "missing": "ImportError: No module named 'x'", "ours": "no"}
+
+
+def test_what_packages_differ_by_is_kept(tmp_path: Path) -> None:
+    """By tensor, with CUDA graphs and without: a GPU may be there only once."""
+    run, model = gpu.Run(SMALL, "cpu", RULE, tmp_path / "results.json"), random_model(SMALL)
+    reference, same, other = (eager.load_engines(m) for m in (model, model, random_model(SMALL, 1)))
+    gpu_child.noted_comparison(run, SMALL, reference, same, 1)
+    assert run.results.notes.keys() == {"parity, AOTInductor, batch 1"}
+    for engine in other.values():
+        engine.run = Replayed(engine.__call__)  # type: ignore
+    found = gpu_child.noted_comparison(run, SMALL, reference, other, 1, batch=2)
+    notes = json.loads((tmp_path / "results.json").read_text())["notes"]
+    noted = notes["parity, AOTInductor, batch 2"]
+    assert not found.ok
+    assert noted["graphs"] == found.graphs
+    assert noted["means"]["fusion"]["CONTEXT1"] > 0
+    assert notes["parity, AOTInductor, batch 2, without CUDA graphs"]["graphs"] == found.graphs
+    engine = other["fusion"]
+    assert gpu_child.unreplayed(engine).run == engine.__call__
+    assert isinstance(engine.run, Replayed)  # type: ignore[attr-defined]

@@ -89,7 +89,7 @@ class AOTInductorEngine:
     ) -> None:
         self.signature, self.max_batch, self._device = signature, max_batch, device
         run = loaded(path, device)
-        self._run = Replayed(run) if device.type == "cuda" and cuda_graphs else run
+        self.run = Replayed(run) if device.type == "cuda" and cuda_graphs else run
 
     def __call__(self, inputs: Arrays) -> Arrays:
         arrays = [t.check(inputs[t.name]) for t in self.signature.inputs]
@@ -103,7 +103,7 @@ class AOTInductorEngine:
             )
         with torch.inference_mode(), on_gpu(self.signature.name, self._device):
             # a package reads its inputs as they lay when it was compiled, and does not look
-            outputs = self._run(*(to_torch(array, self._device).contiguous() for array in arrays))
+            outputs = self.run(*(to_torch(array, self._device).contiguous() for array in arrays))
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 

@@ -15,8 +15,6 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC
 
-PINNED = 65_536  # bytes from which the driver does not copy to the GPU at once
-
 
 class EagerEngine:
     """One graph of a model in eval mode, on the device where its weights are."""
@@ -75,10 +73,7 @@ def to_torch(array: Array, device: torch.device) -> torch.Tensor:
     """The same tensor on `device`."""
     if isinstance(array, DeviceArray):
         return array.value
-    x = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda" and x.nbytes >= PINNED:
-        x = x.pin_memory()  # a copy by several cores to where the GPU reads by itself, not by the driver alone
-    return x.to(device, non_blocking=True)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def from_torch(x: torch.Tensor) -> Array:

@@ -38,7 +38,7 @@ class Replayed:
     was replayed is another tensor to whoever gets it next, itself included."""
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        self.run = run
         self._captured: dict[int, Captured] = {}
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
@@ -61,11 +61,11 @@ class Replayed:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self._run(*places)
+                    self.run(*places)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                outputs = self._run(*places)
+                outputs = self.run(*places)
         return Captured(graph, places, outputs, [None] * len(places))
 
 

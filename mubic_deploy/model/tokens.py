@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -186,15 +186,30 @@ class PlacesProduct(nn.Module):
 
 
 class TokenSTC(STC):
-    """Spatio-temporal compression as products summed over windows, in FP32."""
+    """Spatio-temporal compression as products summed over windows, in FP32.
+
+    Its weights lie as they are read, [f, 1, f, C]. As the convolution's, Inductor would normalise in a loop over
+    channels, through memory that it wrote in the loop before: on a GPU without a barrier, so that a warp may read what
+    another one has not written yet. So it does so at once, in registers."""
+
+    def set_up(self) -> None:
+        """Takes the convolution apart. In place."""
+        assert self.conv.bias is not None
+        self.weight = nn.Parameter(self.conv.weight.detach()[:, 0].permute(1, 2, 0)[:, None].contiguous())
+        self.bias = nn.Parameter(self.conv.bias.detach())
+        del self.conv
 
     def forward(self, x: Tensor) -> Tensor:
         (h, w), f = x.shape[2:4], self.factor
         x = F.pad(x, (0, 0, 0, -w % f, 0, -h % f)).unflatten(3, (-1, f)).unflatten(2, (-1, f))
-        weight = self.conv.weight[:, 0].permute(1, 2, 0)[:, None]  # [f, 1, f, C]
-        assert self.conv.bias is not None
-        out = (x.float() * weight.float()).sum((3, 5)) + self.conv.bias.float()
+        out = (x.float() * self.weight.float()).sum((3, 5)) + self.bias.float()
         return self.norm(out.to(x.dtype).flatten(1, 3))
+
+
+def compression_tokens(stc: STC) -> None:
+    """In place."""
+    stc.__class__ = TokenSTC
+    cast(TokenSTC, stc).set_up()
 
 
 class TokenKeys(Keys):
@@ -439,7 +454,7 @@ def tokens(model: nn.Module) -> None:
             case MMI():
                 fusion_tokens(module)
             case STC():
-                module.__class__ = TokenSTC
+                compression_tokens(module)
             case TemporalConv():
                 module.conv = WindowProduct(module.conv)  # type: ignore[assignment]
             case NoiseEncoder():
