@@ -142,7 +142,7 @@ def sections(run: Run, whole_search: bool = False) -> list[Section]:
         Section("kernels", 7, lambda: run.kernels("optimised", made(unreplayed))),
         Section("kernels of eager FP16", 6, lambda: run.kernels("eager FP16", made(HALF))),
         Section(whole, 480) if whole_search else Section(limited_search, 110),
-        Section(gpu_child.AOTINDUCTOR, 130),
+        Section(gpu_child.AOTINDUCTOR, 130, missing=gpu_child.missing(gpu_child.AOTINDUCTOR)),
         Section(WHOLE, 25, lambda: run.stages(WHOLE, {**COMPETITORS, OPTIMISED: best})),
         Section("waterfall", 22, lambda: run.stages("waterfall", waterfall, run.look)),
         Section("steps", 5, lambda: run.steps(OPTIMISED, made(looped))),

@@ -175,7 +175,6 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     """The packages that `mubic-deploy compile --device cuda --precision float16` makes, but compiled side by side."""
     run.results.notes[f"compiler, {AOTINDUCTOR}"] = compiler()
     run.write()
-    packages_script().require_shared_runtime()  # before minutes are waited for
     failed = compiled_packages(run, folder, PATIENCE * limit_s)
     run.results.notes |= {f"log, {AOTINDUCTOR}, {graph}": lines for graph, lines in failed.items()}
     if set(failed) - {SAMPLER}:
@@ -206,11 +205,12 @@ def noted_comparison(
     key = f"parity, {AOTINDUCTOR}, batch {options.get('batch', 1)}"
     result = compare(config, reference, packages, *more, **options)
     run.results.notes[key] = {**result.to_json(), "means": result.means}
+    run.write()
     if not result.ok:
         singly = {name: unreplayed(engine) for name, engine in packages.items()}
         plain = compare(config, reference, singly, *more, **options)
         run.results.notes[f"{key}, without CUDA graphs"] = {**plain.to_json(), "means": plain.means}
-    run.write()
+        run.write()
     return result
 
 
@@ -247,8 +247,10 @@ def onnxruntime(run: Run, folder: Path, _limit_s: float) -> None:
 
 
 def missing(section: str) -> str:
-    """Why an engine cannot be had here, before anything is exported for it; empty if it can."""
+    """Why an engine cannot be had here, before anything is exported or compiled for it; empty if it can."""
     try:
+        if section == AOTINDUCTOR:
+            packages_script().require_shared_runtime()
         if section == TENSORRT:
             from mubic_deploy.engines.cuda import import_driver
             from mubic_deploy.engines.tensorrt import import_tensorrt

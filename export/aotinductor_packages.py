@@ -87,8 +87,8 @@ def build(
 ) -> Packages:
     """Packages of all graphs of `model` into `out`, which may hold earlier ones (they are replaced).
 
-    UserError without the device or a C++ compiler, if `out` is something else or cannot be written, or if a package
-    does not compute what eager PyTorch does."""
+    UserError without the device or a C++ compiler, for one as of `require_shared_runtime`, if `out` is something else
+    or cannot be written, or if a package does not compute what eager PyTorch does."""
     device = torch.device(options.device)
     facts = aotinductor.facts(device)
     require_shared_runtime()
@@ -151,14 +151,20 @@ def _build_into(
 
 
 def require_shared_runtime() -> None:
-    """UserError if the C++ compiler has no shared libstdc++: it would put a second one into every package, which
-    crashes as soon as it is loaded beside PyTorch's (in std::regex, whose locales the two of them mix up)."""
+    """UserError if the C++ compiler has a static libstdc++ and no shared one: it would put a second one into every
+    package, which crashes as soon as it is loaded beside PyTorch's (in std::regex, whose locales the two of them mix
+    up)."""
+    names = ("libstdc++.so", "libstdc++.a")
     try:
         command = get_cpp_compiler()
-        said = subprocess.run([command, "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=True)
+        said = [
+            subprocess.run([command, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+            for name in names
+        ]
     except (OSError, RuntimeError, subprocess.CalledProcessError):
-        return  # it is no GCC or Clang, or there is none, which the compiler says itself
-    if not Path(said.stdout.strip()).is_absolute():  # GCC gives the name back where it finds no file
+        return  # it is no GCC or Clang, or there is none, which is said when it compiles
+    shared, static = (path.strip() != name for path, name in zip(said, names, strict=True))  # the name: not found
+    if static and not shared:
         raise UserError(
             f"{command} has no libstdc++.so, and packages that it links crash: name another C++ compiler in CXX, such "
             f"as the system's g++"

@@ -193,7 +193,7 @@ class Pipeline:
     def condition(self, arrays: Arrays) -> Arrays:
         """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip."""
         features: Arrays = {}
-        if self.config.has_audio:  # first: a GPU listens while the frames are still on their way to it
+        if self.config.has_audio:  # first: a GPU listens while the host prepares the frames
             features = self.engines["audio_encoder"](arrays)
         return self.engines["fusion"]({**features, **self.engines["visual_encoder"](arrays)})
 

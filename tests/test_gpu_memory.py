@@ -58,7 +58,13 @@ def test_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_aotinductor(monkeypatch: pytest.MonkeyPatch, when: str, cause: RuntimeError) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (300_000_000, 80_000_000_000))
     monkeypatch.setattr(aotinductor, "to_torch", lambda array, device: torch.from_numpy(array))
-    load = raising(cause) if when == "loaded" else lambda *_: SimpleNamespace(boxed_run=raising(cause))
+
+    def load(*arguments: object) -> SimpleNamespace:
+        assert arguments == ("fusion.pt2", "model", True, 1, -1)  # in one thread, or it cannot be captured
+        if when == "loaded":
+            raise cause
+        return SimpleNamespace(boxed_run=raising(cause))
+
     monkeypatch.setattr(aotinductor, "AOTIModelPackageLoader", load)
     with pytest.raises(UserError) as error:
         aotinductor.AOTInductorEngine(Path("fusion.pt2"), SIGNATURE, GPU, 4, cuda_graphs=False)(INPUTS)

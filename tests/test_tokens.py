@@ -23,6 +23,7 @@ from mubic_deploy.model.mubic import MUBiC, empty_inputs
 from mubic_deploy.model.optimise import optimised
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.model.tokens import (
+    JointNorm,
     PlacesProduct,
     ShiftedSum,
     TokenContext,
@@ -31,6 +32,7 @@ from mubic_deploy.model.tokens import (
     TokenNoiseStage,
     WindowProduct,
     WindowSum,
+    aligned,
     compression_tokens,
 )
 from mubic_deploy.parity import compare
@@ -69,6 +71,27 @@ def channels_first(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def test_windows_times_a_matrix_are_the_convolution(conv: nn.Conv2d | nn.Conv3d, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     same(WindowProduct(conv)(x), conv(x))
+
+
+@torch.no_grad()
+def test_rows_are_read_together() -> None:
+    """Windows' rows are a multiple of 8 values, and so are those of what they are taken of."""
+    conv, x = nn.Conv3d(3, 6, (3, 7, 7), (2, 4, 4), (1, 3, 3)), torch.randn(2, 3, 5, 10, 13)
+    once = WindowProduct(conv, once=True)
+    same(once(x), conv(x))
+    assert once.kernel == (3, 7, 8)
+    rows = aligned(x.movedim(1, -1))
+    assert torch.equal(rows, x.movedim(1, -1))
+    assert rows.stride(-3) == 48
+
+
+@torch.no_grad()
+def test_norms_as_one() -> None:
+    norms = [nn.LayerNorm(6) for _ in range(3)]
+    for parameter in nn.ModuleList(norms).parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 3, 4, 6)
+    same(JointNorm(*norms)(x), torch.stack([norm(y) for norm, y in zip(norms, x.unbind(2), strict=True)], 2))
 
 
 @torch.no_grad()
@@ -149,6 +172,10 @@ def test_a_stage_whose_shortcut_is_part_of_its_convolution() -> None:
 def test_every_variant(variant: str) -> None:
     config = replace(TINY, variant=variant)
     model = MUBiC(config).eval()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):  # else one is like the other
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 0, 0.2)
     result = compare(config, eager.load_engines(model), eager.load_engines(optimised(model, ON_GPU)), 1, batch=2)
     assert max(d for tensors in result.graphs.values() for d in tensors.values()) <= 1e-5
     assert result.map_difference <= 1e-5
