@@ -13,6 +13,7 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -151,23 +152,21 @@ def _build_into(
 
 
 def require_shared_runtime() -> None:
-    """UserError if the C++ compiler has a static libstdc++ and no shared one: it would put a second one into every
-    package, which crashes as soon as it is loaded beside PyTorch's (in std::regex, whose locales the two of them mix
-    up)."""
-    names = ("libstdc++.so", "libstdc++.a")
-    try:
-        command = get_cpp_compiler()
-        said = [
-            subprocess.run([command, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
-            for name in names
-        ]
-    except (OSError, RuntimeError, subprocess.CalledProcessError):
-        return  # it is no GCC or Clang, or there is none, which is said when it compiles
-    shared, static = (path.strip() != name for path, name in zip(said, names, strict=True))  # the name: not found
-    if static and not shared:
+    """UserError if the C++ compiler links its standard library statically: every package would bring a second one,
+    which crashes as soon as it is loaded beside PyTorch's (in std::regex, whose locales the two of them mix up)."""
+    with tempfile.TemporaryDirectory(prefix="mubic-compiler-") as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text("int* probe() { return new int; }\n")  # which is the library's
+        try:
+            command = get_cpp_compiler()
+            subprocess.run([command, "-shared", "-fPIC", source, "-o", library], capture_output=True, check=True)
+        except (OSError, RuntimeError, subprocess.CalledProcessError):
+            return  # there is none, or it fails: which is said when it compiles
+        needed = library.read_bytes()
+    if b"libstdc++.so" not in needed and b"libc++." not in needed:
         raise UserError(
-            f"{command} has no libstdc++.so, and packages that it links crash: name another C++ compiler in CXX, such "
-            f"as the system's g++"
+            f"{command} links libstdc++ statically, and packages that it makes crash: name another C++ compiler in "
+            f"CXX, such as the system's g++"
         )
 
 

@@ -32,7 +32,7 @@ LARGEST = 16_384.0  # of an activation: a quarter of what FP16 holds
 
 def prepared(model: MUBiC, precision: str = FLOAT32, optimisations: Collection[str] = ()) -> MUBiC:
     """A copy of `model` as it is traced or compiled: with some of `optimise.REWRITES`, float32 or float16, the visual
-    encoder's positions as constants of the configured size. Its weights' names stay the model's.
+    encoder's positions as constants of the configured size. But for `tokens`, its weights' names stay the model's.
 
     UserError for an unknown optimisation, or a weight that is too large for FP16."""
     out = optimised(model, optimisations)
