@@ -183,8 +183,8 @@ def test_between_the_encoders_and_the_map_nothing_leaves_the_gpu(plans: Plans, d
     pipeline.predict(clip["VIDEO"], clip["AUDIO"], 0, 4)
     s_t = 4 * TINY.map_size[0] * TINY.map_size[1]
     assert driver.copies == [
+        ("to device", clip["AUDIO"].nbytes),  # first: the GPU listens while the host prepares the frames
         ("to device", clip["VIDEO"].nbytes),
-        ("to device", clip["AUDIO"].nbytes),
         ("to device", s_t),
         *[("to device", 4)] * 3,
         *[("on device", s_t), *[("to device", 4)] * 3] * 3,
