@@ -8,9 +8,10 @@ model with 1, 2, 4, 8 and 12 steps.
     python bench/ablation.py data/train data/held_out --vggish runs/hearing.safetensors --stride 32 --full demo --save
 
 A run that is there is not trained again, and one that was stopped goes on; --variants takes some of them at a time, and
---save keeps those that were saved before. `--full demo` takes the shipped checkpoint for the full model, which `make
-checkpoint` trained by the same commands. The thesis's figures stand beside ours; they are of another size of model on
-other data (AVAD), so only the order of the variants compares."""
+--save keeps those that were saved before. --seed trains and saves them once more, beside, from other random numbers:
+variants that lie no further apart than two trainings of one have no order. `--full demo` takes the shipped checkpoint
+for the full model, which `make checkpoint` trained by the same commands. The thesis's figures stand beside ours; they
+are of another size of model on other data (AVAD), so only the order of the variants compares."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ class Variant:
     """One variant's run: its folder, and what it is trained with."""
 
     def __init__(self, settings: Settings, data: Path, runs: Path, vggish: Path | None) -> None:
-        self.settings, self.out = settings, runs / settings.variant
+        self.settings, self.out = settings, runs / label(settings.variant, settings.seed)
         self.training, self.test = (read_list(data, "Scenes", part, 1) for part in PARTS)
         self.vggish = vggish if settings.variant != "visual_only" else None
         self.mark = self.out / "vggish.sha256"
@@ -98,6 +99,15 @@ class Variant:
         self.mark.write_text(self.heard)
 
 
+def label(variant: str, seed: int | None = None) -> str:
+    """What a variant's row and folder are called; the recipe's own seed goes without saying."""
+    return variant if seed in (None, RECIPES["demo"].seed) else f"{variant}-seed-{seed}"
+
+
+def variant_of(row: str) -> str:
+    return row.partition("-seed-")[0]
+
+
 def made(data: Path) -> dict[str, Any]:
     """How the scenes of a folder were made, by their own mark, or else the digest of each fold list."""
     if (data / MARK).is_file():
@@ -121,6 +131,7 @@ def main() -> int:
     parser.add_argument("--vggish", type=Path, help="what `mubic-deploy listen` made, for the variants that hear")
     parser.add_argument("--full", metavar="CHECKPOINT", help="the full model as it was trained before: demo, or a file")
     parser.add_argument("--epochs", type=positive, help="fewer or more than the recipe's, the same for all")
+    parser.add_argument("--seed", type=positive, help="another than the recipe's, for what two trainings differ by")
     parser.add_argument("--stride", type=positive, default=8)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
@@ -132,10 +143,13 @@ def main() -> int:
         parser.error("--full names the full model, which is not among --variants: add it")
     if arguments.full is not None and arguments.epochs is not None:
         parser.error("--full takes a model of the recipe's epochs, and the others get as many: leave out --epochs")
+    if arguments.full is not None and arguments.seed is not None:
+        parser.error("--full takes a model of the recipe's seed: leave out --seed, or train the full model by it")
     held_out = [v for part in PARTS for v in read_list(arguments.held_out, "Scenes", part, 1)]
     settings = RECIPES["demo"]
     if arguments.epochs is not None:
         settings = replace(settings, epochs=arguments.epochs)
+    seed = settings.seed if arguments.seed is None else arguments.seed
     facts = {
         "stride": arguments.stride,
         "videos": len(held_out),
@@ -143,8 +157,9 @@ def main() -> int:
         "settings": {k: v for k, v in settings.to_json().items() if k != "variant"},
         "vggish": arguments.vggish is not None,  # which, by the row: `listen` makes other bits on another processor
     }
+    trained = replace(settings, seed=seed)
     runs = {
-        variant: Variant(replace(settings, variant=variant), arguments.data, arguments.runs, arguments.vggish)
+        variant: Variant(replace(trained, variant=variant), arguments.data, arguments.runs, arguments.vggish)
         for variant in arguments.variants
         if variant != "full" or arguments.full is None
     }
@@ -171,9 +186,10 @@ def main() -> int:
             name, more = str(path), {"history": json.loads((path.parent / "history.json").read_text())}
             if heard := runs[variant].heard:
                 more["vggish_sha256"] = heard
-        rows[variant] = {**scores(name, held_out, arguments.stride), **more}
-        if variant == "full":
-            rows[variant]["steps"] = {str(n): scores(name, held_out, arguments.stride, n) for n in STEPS}
+        row = label(variant, seed)
+        rows[row] = {**scores(name, held_out, arguments.stride), **more}
+        if row == "full":
+            rows[row]["steps"] = {str(n): scores(name, held_out, arguments.stride, n) for n in STEPS}
     if arguments.save:
         rows = save(facts, rows)
     show(rows)
@@ -192,14 +208,14 @@ def saved_before(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def save(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Beside the variants that were saved before; returns all of them, in the order of the thesis. UserError if they
-    were trained or evaluated otherwise."""
+    """Beside the variants that were saved before; returns all of them, in the order of the thesis, and draws the
+    curves of those with the recipe's seed. UserError if they were trained or evaluated otherwise."""
     root = Path(__file__).parent.parent
     rows = saved_before(facts) | rows
-    rows = {variant: rows[variant] for variant in VARIANTS if variant in rows}
+    rows = {row: rows[row] for row in sorted(rows, key=lambda row: (VARIANTS.index(variant_of(row)), len(row), row))}
     with replacing_file(root / SAVED) as part:
         part.write_text(json.dumps({**facts, "variants": rows}, indent=1) + "\n")
-    histories = {variant: row["history"] for variant, row in rows.items() if "history" in row}
+    histories = {variant: rows[variant]["history"] for variant in VARIANTS if "history" in rows.get(variant, {})}
     if histories:
         curves.draw(histories, root / CURVES)
     return rows
@@ -213,9 +229,9 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     def ours(row: dict[str, Any]) -> list[str]:
         return [f"{row[k]:.3f}" for k in ("cc", "nss", "sim", "auc_judd")]
 
-    for variant, row in rows.items():
-        theirs = TABLE_4_3[variant]
-        table.add_row(variant, *ours(row), f"{theirs.cc:.3f}", f"{theirs.nss:.2f}", f"{theirs.sim:.3f}")
+    for name, row in rows.items():
+        theirs = TABLE_4_3[variant_of(name)]
+        table.add_row(name, *ours(row), f"{theirs.cc:.3f}", f"{theirs.nss:.2f}", f"{theirs.sim:.3f}")
     for n, row in rows.get("full", {}).get("steps", {}).items():
         table.add_row(f"full, {n} steps", *ours(row), "", "", "")
     for epochs, theirs in TABLE_4_2.items():

@@ -137,11 +137,45 @@ def test_variants_on_other_data_are_not_saved_together(tmp_path: Path, monkeypat
         ablation.save(facts, {"visual_only": {"history": history}})
 
 
+def test_a_second_training_stands_beside_the_first(
+    field: list[Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "SAVED", tmp_path / "ablation.json")
+    monkeypatch.setattr(ablation, "CURVES", tmp_path / "ablation.png")
+    trained = []
+
+    def trains(run: ablation.Variant, _: Machine) -> Path:
+        trained.append((run.out.name, run.settings.seed, run.settings.variant))
+        run.out.mkdir(parents=True)
+        (run.out / "history.json").write_text(json.dumps(history))
+        return run.out / "model.safetensors"
+
+    history = [{"epoch": 1, "loss": 1.0, "learning_rate": 1e-4, "cc": 0.5, "sim": 0.5, "nss": 1.0}]
+    monkeypatch.setattr(ablation.Variant, "train", trains)
+    means = dict.fromkeys(("cc", "nss", "sim", "auc_judd"), 0.5)
+    monkeypatch.setattr(ablation, "scores", lambda name, *_: {**means, "of": Path(name).parent.name})
+    drawn = []
+    monkeypatch.setattr(ablation.curves, "draw", lambda histories, _: drawn.append(list(histories)))
+    data, runs = str(field[0].root), str(tmp_path / "runs")
+    for more in ((), ("--seed", "12"), ("--seed", "2"), ("--seed", "1", "--variants", "no_beca")):
+        command = ["ablation.py", data, data, "--runs", runs, "--accelerator", "cpu", "--variants", "no_skip", "concat"]
+        monkeypatch.setattr("sys.argv", [*command, "--save", *more])
+        assert ablation.main() == 0
+    rows = json.loads((tmp_path / "ablation.json").read_text())["variants"]
+    seeds = ["no_skip", "no_skip-seed-2", "no_skip-seed-12", "concat", "concat-seed-2", "concat-seed-12"]
+    assert list(rows) == ["no_beca", *seeds]
+    assert [row["of"] for row in rows.values()] == list(rows)  # none in another's folder
+    assert trained[2:4] == [("no_skip-seed-12", 12, "no_skip"), ("concat-seed-12", 12, "concat")]
+    assert trained[-1] == ("no_beca", 1, "no_beca")  # the recipe's own seed, named
+    assert drawn[-1] == ["no_beca", "no_skip", "concat"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("ablation.py", "none", "none"), "none is not a folder"),
         (("ablation.py", "none", "none", "--full", "demo", "--epochs", "2"), "leave out --epochs"),
+        (("ablation.py", "none", "none", "--full", "demo", "--seed", "2"), "leave out --seed"),
         (("checkpoint.py", "none"), "none is not a folder"),
         (("scenes.py", "--scenes", "0"), "0 is too small"),
         (("scenes.py", "--seconds", "0.1"), "scenes of 0.1 s cannot be made"),
