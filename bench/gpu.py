@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import gc
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -36,7 +35,10 @@ from bench.goals import outcomes
 from bench.gpu_run import RULE, WHOLE, Run
 from bench.results import FOLDER, LOOKS, Results
 from bench.stages import ALONE, COMPETITORS, COMPILED, HALF, REFERENCE, WATERFALL, WITHOUT, Stage, build, switches
+from mubic_deploy.arguments import Parser, number
+from mubic_deploy.cli import guarded
 from mubic_deploy.config import CONFIGS, TOKENS, Config, get_config
+from mubic_deploy.errors import UserError
 
 OPTIMISED = "PyTorch FP16, optimised"
 # the waterfall goes on with what was compiled, as it was measured whole
@@ -68,6 +70,10 @@ class Script:
         self.console = Console(stderr=True)
 
     def measure(self, plan: Sequence[Section]) -> None:
+        """UserError, before anything is measured, if what shall be skipped is no section."""
+        names = [s.name for s in plan]
+        if unknown := [name for name in self.skipped if name not in names]:
+            raise UserError(f"--skip {unknown[0]!r} is no section of this run: choose among {', '.join(names)}")
         planned = {s.name for s in plan if not (s.missing or s.name in self.skipped)}
         with tempfile.TemporaryDirectory(prefix="mubic-gpu-") as name:
             folder = Path(name)
@@ -161,7 +167,7 @@ def measure(
     skipped: Collection[str] = (),
     whole_search: bool = False,
 ) -> tuple[str, Results]:
-    """Every section but those skipped; the name of the file, and what is in it."""
+    """Every section but those skipped; the name of the file, and what is in it. UserError as `Script.measure`'s."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     path = out / f"gpu_{config.name}_{'_'.join(re.findall('[a-z0-9]+', name.lower()))}.json"
     with switches(REFERENCE):
@@ -195,11 +201,11 @@ def summary(name: str, found: Results) -> None:
         console.print(f"left out: {side}: {why}", markup=False, soft_wrap=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(CONFIGS), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to see that it runs")
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=number, default=8.0)
     parser.add_argument("--out", type=Path, help=f"default bench/results, or {LOOKS} with --device cpu or --skip")
     parser.add_argument(
         "--skip", action="append", default=[], metavar="SECTION", help="one to leave out, as it is printed"
@@ -209,13 +215,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("PyTorch finds no NVIDIA GPU here: run this on a machine with one")
+        raise UserError("PyTorch finds no NVIDIA GPU here: run this on a machine with one")
     config, chosen = get_config(arguments.size), arguments.skip
     out = arguments.out or (LOOKS if arguments.device == "cpu" or chosen else FOLDER)
     whole = arguments.whole_search
     summary(*measure(config, arguments.device, arguments.minutes, out=out, skipped=chosen, whole_search=whole))
+    return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started ends too
-    main()
+    sys.exit(guarded(main))  # which ends what was started, too

@@ -14,6 +14,7 @@ import torch
 from half_fixtures import TINY
 
 from bench import goals, gpu, gpu_child, gpu_run, groups, machine, results, stages, timing
+from mubic_deploy.cli import guarded
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline
@@ -21,7 +22,7 @@ from mubic_deploy.pipeline import Pipeline
 SMALL = replace(TINY, frames=8, height=32, width=48)  # FP16 is slow on a CPU
 RULE = timing.Rule(repeats=2, seconds=0.2, short_s=0.0, warm_up_s=0.0, quick=True)
 # what compiles takes minutes, and PyTorch's convolutions of many groups on a CPU are too many events to count quickly
-SKIPPED = (*stages.COMPILED, gpu_child.AOTINDUCTOR, "kernels")
+SKIPPED = (*list(stages.COMPILED)[:2], gpu_child.AOTINDUCTOR, "kernels")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,8 +77,7 @@ def test_all_that_needs_no_gpu_is_measured(measured: results.Results) -> None:
 
 
 def test_what_was_left_out_says_why(measured: results.Results) -> None:
-    skipped = {"AOTInductor", *list(stages.COMPILED)[:2], "kernels"}
-    assert measured.left_out.keys() == {"TensorRT", "ONNX Runtime CUDA", *skipped}
+    assert measured.left_out.keys() == {"TensorRT", "ONNX Runtime CUDA", *SKIPPED}
     assert "TensorRT" in measured.left_out["TensorRT"]
     assert "this ONNX Runtime has no CUDA" in measured.left_out["ONNX Runtime CUDA"]
     assert measured.left_out["AOTInductor"] == "as was asked for (--skip)"
@@ -130,6 +130,26 @@ def test_a_step_more(measured: results.Results) -> None:
     assert eight.timing is not None
     assert four.timing is not None
     assert eight.values["step_s"] == pytest.approx((eight.timing.median - four.timing.median) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "PyTorch finds no NVIDIA GPU here"),
+        (["--device", "cpu", "--skip", "kernel"], "--skip 'kernel' is no section of this run: choose among limits, "),
+        (["--device", "cpu", "--minutes", "few"], "argument --minutes: few is not a number"),
+        (["--device", "cpu", "--skp", "kernels"], "unrecognized arguments: --skp kernels"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path), *arguments])
+    assert guarded(gpu.main) == 2
+    out, said = capsys.readouterr()
+    assert (out, said.count("\n"), list(tmp_path.iterdir())) == ("", 1, [])
+    assert says in said
 
 
 def test_the_reference_is_in_fp32_whatever_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
