@@ -17,6 +17,9 @@ from mubic_deploy.metrics import cc
 from mubic_deploy.pipeline import Pipeline
 
 CLIPS = 3
+# of graphs that no check has let pass
+EXPORTED = "the exported graphs differ from eager PyTorch"
+ANOTHER_EXPORT = "export them with the versions of requirements.txt, which are known to agree"
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Parity:
             "ok": self.ok,
         }
 
-    def require(self, what: str = "the exported graphs differ from eager PyTorch") -> None:
-        """UserError that says `what` and names the tensor furthest off, unless all is within tolerance."""
+    def require(self, what: str = EXPORTED, remedy: str = ANOTHER_EXPORT) -> None:
+        """UserError that says `what`, the tensor furthest off and the `remedy`, unless all is within tolerance."""
         if self.ok:
             return
         flat = [(d, graph, tensor) for graph, tensors in self.graphs.items() for tensor, d in tensors.items()]
@@ -81,7 +84,7 @@ class Parity:
         raise UserError(
             f"{what}: {tensor} of {graph} by {difference:.1e} (at most "
             f"{self.tolerance.graph:.0e}), the map by {self.map_difference:.1e} (at most {self.tolerance.map:.0e}), "
-            f"its CC {self.map_cc:.6f} (at least {self.tolerance.cc})"
+            f"its CC {self.map_cc:.6f} (at least {self.tolerance.cc}); {remedy}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,9 +142,21 @@ def test_wrong_options_and_a_package_that_differs(
 
     monkeypatch.setattr(packages_script, "compile_graph", another)
     changed = MUBiC(TINY)
-    with pytest.raises(UserError, match=r"the compiled packages differ from eager PyTorch: .* of"):
+    with pytest.raises(UserError, match=r"differ from eager PyTorch: .* of .*; compile with another version"):
         build(changed, source, tmp_path / "p", packages_script.Options(max_batch=4))
     assert {p.name for p in tmp_path.iterdir()} == {"letters"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": "cuda"}, "compile with --optimise pad_heads alone"),
+        ({"device": "cuda", "autotune": True}, "compile without --autotune"),
+        ({"device": "cuda", "optimisations": ["pad_heads"]}, "compile with another version of PyTorch"),
+    ],
+)
+def test_what_to_leave_out_of_packages_that_differ(options: dict[str, Any], says: str) -> None:
+    assert packages_script.Options(**options).remedy.startswith(says)
 
 
 @pytest.mark.parametrize(
