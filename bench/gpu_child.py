@@ -31,7 +31,7 @@ from bench import limited, timing
 from bench.gpu_run import BATCHES, WHOLE, Run
 from bench.limited import ROOT, tail
 from bench.results import Results
-from bench.stages import COMPILED, FLOAT16, REFERENCE, switches, weights
+from bench.stages import COMPILED, REFERENCE, switches, weights
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.checkpoint import Source
@@ -39,7 +39,7 @@ from mubic_deploy.config import DEFAULT_STEPS, OPTIMISATIONS, Config
 from mubic_deploy.engines import Engine
 from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import FLOAT32, SAMPLER, Signature, signatures
+from mubic_deploy.graphs import FLOAT16, SAMPLER, Signature, signatures
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.parity import Parity, compare
 from mubic_deploy.pipeline import Pipeline
@@ -103,16 +103,15 @@ def packages_script() -> ModuleType:
 
 def package_options(script: ModuleType, run: Run, fixed_steps: int | None) -> Any:
     """Those of a deployment, which measures no kernels: that takes minutes a graph."""
-    precision = FLOAT16 if run.device == "cuda" else FLOAT32
-    return script.Options(run.device, precision, max(BATCHES), fixed_steps)
+    return script.Options(run.device, max_batch=max(BATCHES), fixed_steps=fixed_steps)
 
 
 def package(run: Run, folder: Path, graph: str) -> None:
     """Compiles one graph into `folder`."""
     script = packages_script()
     options = package_options(script, run, DEFAULT_STEPS)
-    model = prepared(weights(run.config, True, run.device), options.precision, options.rewrites)
-    signature = signatures(run.config, options.precision, sampler=True)[graph]
+    model = prepared(weights(run.config, True, run.device), options.chosen_precision, options.rewrites)
+    signature = signatures(run.config, options.chosen_precision, sampler=True)[graph]
     module = script.contiguous_convolutions(model).graph(graph, DEFAULT_STEPS)
     script.compile_graph(module, signature, folder / f"{graph}.pt2", options)
 
@@ -235,10 +234,21 @@ def exported_graphs(run: Run, folder: Path) -> Artifacts:
     return exported.export(checkpoint, graphs, precision=FLOAT16, **options)
 
 
-def tensorrt(run: Run, folder: Path, _limit_s: float) -> None:
-    script = load_script(source_dir("export") / "tensorrt_engines.py")
-    script.build(exported_graphs(run, folder), folder / "engines", script.Options(max_batch=max(BATCHES)))
-    run.engine(TENSORRT, Pipeline.open(folder / "engines", "tensorrt"), of_torch=False)
+def tensorrt(run: Run, folder: Path, limit_s: float) -> None:
+    """Engines with kernels chosen for one clip; then, if there is time for as much again, those for the largest batch,
+    of which only the batches are measured."""
+    script, began = load_script(source_dir("export") / "tensorrt_engines.py"), time.monotonic()
+    artifacts, most = exported_graphs(run, folder), max(BATCHES)
+
+    def built(best: int) -> Pipeline:
+        options = script.Options(max_batch=most, best_batch=best, timing_cache=folder / "timings")
+        return Pipeline.open(script.build(artifacts, folder / f"engines_{best}", options).path, "tensorrt")
+
+    run.engine(TENSORRT, built(1), of_torch=False)
+    if time.monotonic() - began < limit_s / 2:
+        run.batches(TENSORRT, built(most), of_torch=False, best_batch=most)
+    else:
+        run.results.left_out[f"{TENSORRT}, kernels for batches of {most}"] = "there was no time to build them too"
 
 
 def onnxruntime(run: Run, folder: Path, _limit_s: float) -> None:

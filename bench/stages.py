@@ -15,15 +15,13 @@ from bench.sides import Monolith, WholeGraph, monolith_signature
 from mubic_deploy.config import CHANNELS_LAST, DEFAULT_STEPS, ON_GPU, PAD_HEADS, REWRITES, TOKENS, Config
 from mubic_deploy.engines import eager
 from mubic_deploy.engines.replay import Replayed
-from mubic_deploy.graphs import FLOAT32
+from mubic_deploy.graphs import FLOAT16, FLOAT32
 from mubic_deploy.model.mubic import MUBiC, random_model
 from mubic_deploy.model.optimise import fold_batch_norm
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.model.tokens import INDUCTOR
 from mubic_deploy.model.visual import FoldedAttention
 from mubic_deploy.pipeline import Pipeline, Predictor
-
-FLOAT16 = "float16"
 
 
 @dataclass(frozen=True)

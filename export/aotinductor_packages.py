@@ -35,7 +35,7 @@ from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
 from mubic_deploy.engines.memory import first_line, is_short, short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
-from mubic_deploy.graphs import FLOAT32, Signature, signatures
+from mubic_deploy.graphs import FLOAT16, FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC, traced_with
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.model.tokens import INDUCTOR
@@ -47,24 +47,29 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 @dataclass(frozen=True)
 class Options:
     """device       cpu or cuda
-    precision    float32, or float16 under the policy of `mubic_deploy.model.precision`, on cuda
+    precision    float32, or float16 under the policy of `mubic_deploy.model.precision`, on cuda; None for float16 on
+                 cuda, float32 on cpu
     max_batch    batches go from 1 to this
     fixed_steps  also the sampler of so many steps
     optimisations  some of `config.REWRITES`; None for `config.ON_GPU` on cuda, none on cpu
     autotune     measure every kernel that is to choose from: minutes instead of seconds a graph"""
 
     device: str = "cpu"
-    precision: str = FLOAT32
+    precision: str | None = None
     max_batch: int = 8
     fixed_steps: int | None = None
     optimisations: Collection[str] | None = None
     autotune: bool = False
 
     def __post_init__(self) -> None:
-        if self.device == "cpu" and self.precision != FLOAT32:
+        if self.device == "cpu" and self.chosen_precision != FLOAT32:
             raise UserError("on a CPU packages compute in FP32: leave out --precision, or name --device cuda")
         if self.max_batch < 2:
             raise UserError(f"max batch {self.max_batch} is out of range: use 2 or more")  # else no axis is dynamic
+
+    @property
+    def chosen_precision(self) -> str:
+        return self.precision or (FLOAT16 if self.device == "cuda" else FLOAT32)
 
     @property
     def rewrites(self) -> list[str]:
@@ -122,15 +127,15 @@ def _build_into(
 ) -> None:
     device, steps = torch.device(options.device), options.fixed_steps
     model = copy.deepcopy(model).eval().to(device)
-    compiled = contiguous_convolutions(prepared(model, options.precision, options.rewrites))
-    graphs = signatures(model.config, options.precision, sampler=steps is not None)
+    compiled = contiguous_convolutions(prepared(model, options.chosen_precision, options.rewrites))
+    graphs = signatures(model.config, options.chosen_precision, sampler=steps is not None)
     total = len(graphs) + CLIPS
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source.to_json(),
         "config": model.config.to_json(),
-        "precision": options.precision,
+        "precision": options.chosen_precision,
         "fixed_steps": steps,
         "optimisations": options.rewrites,
         "torch": torch.__version__,
@@ -151,10 +156,12 @@ def _build_into(
 
     reference, candidate = eager.load_engines(model, fixed_steps=steps), aotinductor.load_engines(Packages.open(folder))
     said = ("the compiled packages differ from eager PyTorch", options.remedy)
-    parity = compare(model.config, reference, candidate, progress=checked, precision=options.precision)
+    parity = compare(model.config, reference, candidate, progress=checked, precision=options.chosen_precision)
     parity.require(*said)
     # and whether the samples of the largest batch stay apart
-    largest = compare(model.config, reference, candidate, 1, precision=options.precision, batch=options.max_batch)
+    largest = compare(
+        model.config, reference, candidate, 1, precision=options.chosen_precision, batch=options.max_batch
+    )
     largest.require(*said)
     manifest["parity"] = parity.to_json()
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

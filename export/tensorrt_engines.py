@@ -61,6 +61,7 @@ def build(
 
     UserError without a GPU or TensorRT, if `out` is something else or cannot be written, if TensorRT refuses a graph or
     runs out of memory, or if a plan does not compute what the graph computes."""
+    cuda.require_gpu()
     trt = import_tensorrt()
     if tuple(int(n) for n in trt.__version__.split(".")[:2]) < OLDEST:
         raise UserError(f"TensorRT {trt.__version__} is too old: install {OLDEST[0]}.{OLDEST[1]} or newer")
@@ -149,7 +150,6 @@ def build_plan(trt: Any, onnx: Path, signature: Signature, options: Options, cac
 
     config = builder.create_builder_config()
     config.builder_optimization_level = options.level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # what the graph keeps in FP32, the log-mel above all, needs all its bits
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)

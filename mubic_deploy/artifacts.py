@@ -8,8 +8,10 @@ import functools
 import hashlib
 import json
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, ClassVar, Self
 
 from mubic_deploy.config import PRECISIONS, REWRITES, Config
@@ -18,6 +20,8 @@ from mubic_deploy.graphs import Signature, signatures
 
 MANIFEST = "manifest.json"
 FORMAT = 3  # of the manifest; a reader refuses another
+SEED = {("source", "seed"): int | None}  # of random weights
+NEEDS = {**SEED, ("parity",): dict}
 
 
 def sha256(path: Path) -> str:
@@ -41,13 +45,13 @@ class Layout:
     manifest  the manifest's name
     format    of the manifest; a reader refuses another
     files     its entry for the files, by graph: file, sha256, signature
-    needs     other entries that are read later, each a path of keys
+    needs     other entries that are read later, each a path of keys, and of what type they are
     again     what to do where something is wrong"""
 
     manifest: str
     format: int
     files: str
-    needs: tuple[tuple[str, ...], ...]
+    needs: Mapping[tuple[str, ...], type | UnionType]
     again: str
 
     def read(self, path: Path) -> tuple[Config, dict[str, Any]]:
@@ -66,8 +70,10 @@ class Layout:
             raise UserError(f"{file} is not of format {self.format}: {self.again}")
         try:
             config = Config.from_json(manifest["config"])
-            for keys in self.needs:
-                functools.reduce(operator.getitem, keys, manifest)
+            for keys, kind in self.needs.items():
+                value = functools.reduce(operator.getitem, keys, manifest)
+                if not isinstance(value, kind):
+                    raise UserError(f"{file}: {' '.join(keys)} cannot be {value!r}: {self.again}")
             if manifest["precision"] not in PRECISIONS:
                 raise UserError(f"{path}: the precision {manifest['precision']!r} is not known: {self.again}")
             steps = manifest["fixed_steps"]
@@ -146,4 +152,4 @@ class Folder:
 class Artifacts(Folder):
     """Exported graphs."""
 
-    LAYOUT = Layout(MANIFEST, FORMAT, "graphs", (("source", "seed"), ("parity",)), "make it with mubic-deploy export")
+    LAYOUT = Layout(MANIFEST, FORMAT, "graphs", NEEDS, "make it with mubic-deploy export")

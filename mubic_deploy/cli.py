@@ -27,6 +27,7 @@ from mubic_deploy.config import (
 )
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import FLOAT16, FLOAT32
 from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW, WAITING
 from mubic_deploy.media.fit import FITS
 from mubic_deploy.sources import versions
@@ -244,8 +245,8 @@ def build_parser() -> Parser:
     engines = commands.add_parser(
         "engines", help="build TensorRT engines of exported graphs, on the GPU that runs them"
     )
-    half = "what export made, best with --precision float16"
-    engines.add_argument("artifacts", metavar="GRAPHS", type=Path, help=half)
+    best = "what export made, best with --precision float16"
+    engines.add_argument("artifacts", metavar="GRAPHS", type=Path, help=best)
     engines.add_argument("--out", metavar="DIR", type=Path, required=True)
     engines.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
     engines.add_argument("--best-batch", type=positive, default=1, help="batch to choose kernels for (default 1)")
@@ -259,7 +260,8 @@ def build_parser() -> Parser:
     compiled.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     compiled.add_argument("--out", metavar="DIR", type=Path, required=True)
     compiled.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    compiled.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help=f"default {PRECISIONS[0]}")
+    half = f"default {FLOAT16} on cuda, {FLOAT32} on a CPU"
+    compiled.add_argument("--precision", choices=PRECISIONS, help=half)
     compiled.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
     compiled.add_argument("--fixed-steps", type=positive, metavar="N", help=fixed)
     _optimise(compiled, REWRITES, f"on cuda {', '.join(ON_GPU)}, on a CPU none")

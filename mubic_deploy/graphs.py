@@ -13,7 +13,7 @@ import numpy as np
 from mubic_deploy.config import AUDIO_SAMPLES, AUDIO_SLICES, PRECISIONS, Config
 from mubic_deploy.errors import UserError
 
-FLOAT32 = PRECISIONS[0]
+FLOAT32, FLOAT16 = PRECISIONS
 ENSEMBLE = "mubic"  # the whole chain as one model of Triton
 FIXED_ENSEMBLE = "mubic_fixed"  # the same with the sampler instead of the loop
 SAMPLER = "sampler"

@@ -162,6 +162,9 @@ class Driver(ModuleType):
         driver = self
 
         class Library:
+            def cuInit(self, flags: int) -> int:  # noqa: N802
+                return 0 if driver.present else 100
+
             def cuStreamBeginCapture_v2(self, stream: Any, mode: Any) -> int:  # noqa: N802
                 assert (stream.value, mode.value, driver.recording) == (HANDLE, 1, None)
                 driver.recording = []

@@ -20,6 +20,7 @@ from onnx import helper
 from tensorrt_api import Api
 
 MAGIC = b"PLAN"
+COMPATIBLE = b"LEAN"  # what a version-compatible plan begins with, after that
 TYPES = {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(uint8)": "u1", "tensor(int32)": "i4"}
 
 
@@ -43,7 +44,6 @@ def tensorrt(api: Api, driver: Driver) -> ModuleType:
     enums = {
         "BuilderFlag": ("TF32", "VERSION_COMPATIBLE"),
         "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
-        "ProfilingVerbosity": ("DETAILED",),
         "DataType": ("UINT8", "INT32", "HALF", "FLOAT"),
         "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     }
@@ -118,7 +118,6 @@ def tensorrt(api: Api, driver: Driver) -> ModuleType:
 
     class IBuilderConfig:
         builder_optimization_level: int
-        profiling_verbosity: Any
 
         def __init__(self) -> None:
             self._flags = {"TF32"}
@@ -172,7 +171,8 @@ def tensorrt(api: Api, driver: Driver) -> ModuleType:
             settings = {"flags": config._flags, "shapes": profile._shapes, "cache": config._cache._content}
             built.append({**settings, "level": config.builder_optimization_level})
             config._cache._content += b"+"
-            return MAGIC + network._model.SerializeToString()
+            own = COMPATIBLE if "VERSION_COMPATIBLE" in config._flags else b""
+            return MAGIC + own + network._model.SerializeToString()
 
     class IExecutionContext:
         def __init__(self, session: ort.InferenceSession) -> None:
@@ -239,7 +239,7 @@ def tensorrt(api: Api, driver: Driver) -> ModuleType:
         engine_host_code_allowed: bool
 
         def __init__(self, log: Any) -> None:
-            self.logger = log
+            self.logger, self.engine_host_code_allowed = log, False
 
         def deserialize_cuda_engine(self, content: bytes) -> ICudaEngine | None:
             driver.require_active()
@@ -249,7 +249,11 @@ def tensorrt(api: Api, driver: Driver) -> ModuleType:
             if "plan" in driver.short:
                 self.logger.log(Member(1), "Requested amount of GPU memory (9 bytes) could not be allocated.")
                 return None
-            return ICudaEngine(content[len(MAGIC) :], self.logger)
+            content = content.removeprefix(MAGIC)
+            if content.startswith(COMPATIBLE) and not self.engine_host_code_allowed:
+                self.logger.log(Member(1), "the plan has host code, which is not allowed")
+                return None
+            return ICudaEngine(content.removeprefix(COMPATIBLE), self.logger)
 
     doubles = (ParserError, INetworkDefinition, OnnxParser, ITimingCache, IOptimizationProfile, IBuilderConfig, Builder)
     for double in (*doubles, IExecutionContext, ICudaEngine, Runtime, ITensor):

@@ -18,11 +18,13 @@ import torch
 from half_fixtures import TINY
 
 from bench import gpu, gpu_child, limited, results, timing
+from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.engines import eager
 from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import random_model
 
+pytest_plugins = ("half_fixtures", "tensorrt_fixtures")
 SMALL = replace(TINY, frames=8, height=32, width=48)  # FP16 is slow on a CPU
 RULE = timing.Rule(repeats=2, seconds=0.2, short_s=0.0, warm_up_s=0.0, quick=True)
 
@@ -144,6 +146,28 @@ def test_an_engine_whose_packages_are_not_all_there_is_named_at_once(monkeypatch
     monkeypatch.delattr("mubic_deploy.engines.onnxruntime", raising=False)
     assert "pycuda cannot be used" in gpu_child.missing(gpu_child.TENSORRT)
     assert "ONNX Runtime is not installed" in gpu_child.missing(gpu_child.ONNXRUNTIME)
+
+
+@pytest.mark.parametrize(("limit_s", "again"), [(1e6, True), (0.0, False)])
+def test_tensorrt_gets_kernels_for_one_clip_and_for_the_largest_batch(
+    limit_s: float,
+    again: bool,
+    trt: ModuleType,
+    half_artifacts: Artifacts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the doubles: whether it is quicker, a GPU must say."""
+    monkeypatch.setattr(gpu_child, "exported_graphs", lambda *_: half_artifacts)
+    monkeypatch.setattr(gpu_child, "BATCHES", (1, 2))
+    monkeypatch.setattr("bench.gpu_run.BATCHES", (1, 2))
+    run = gpu.Run(TINY, "cpu", RULE, tmp_path / "results.json")
+    gpu_child.tensorrt(run, tmp_path, limit_s)
+    measured = [(row.axes["batch"], row.axes.get("best_batch")) for row in run.results.rows if row.what == "batch"]
+    assert measured == [(1, None), (2, None)] + [(1, 2), (2, 2)] * again
+    assert [settings["shapes"]["VIDEO"][1][0] for settings in trt.built[::5]] == ([1, 2] if again else [1])
+    assert (trt.built[-1]["cache"] == b"+" * 9) == again  # kernels that were timed before are not timed again
+    assert ([*run.results.left_out] == []) == again
 
 
 def test_what_compiles_gets_the_optimisations_that_paid() -> None:

@@ -354,6 +354,11 @@ def test_guide_knows_every_variable_and_its_commands_are_ours() -> None:
         if arguments.command == "export":
             assert (arguments.precision, arguments.out) == ("float16", Path("graphs"))
             assert arguments.optimise == ["pad_heads"]  # what TensorRT's fused attention takes
+    # what is installed by hand is what the image has
+    (by_hand,) = re.findall(r"`pip install (--no-deps --target /opt/models .*?)`", GUIDE)
+    wheel = by_hand.split()[-1]
+    in_image = next(rest for word, rest in stages()["packages"] if word == "RUN" and f"/wheels/{wheel}" in rest)
+    assert {*by_hand.split()} <= {part.removeprefix("/wheels/") for part in in_image.split()}
     # compose.yaml says the same command
     (header,) = re.findall(r"^# (mubic-deploy export .*?)   ", COMPOSE, flags=re.M)
     assert vars(build_parser().parse_args(shlex.split(header)[1:])) in [vars(arguments) for arguments in said]

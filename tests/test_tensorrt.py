@@ -130,6 +130,18 @@ def test_plans_are_built_strongly_typed_and_written_with_their_facts(
     assert m["parity"]["clips"] == 3
 
 
+def test_version_compatible_plans_are_built_as_such_and_their_host_code_is_allowed(
+    trt: ModuleType, half_artifacts: Artifacts, tmp_path: Path
+) -> None:
+    options = tensorrt_engines.Options(max_batch=2, version_compatible=True)
+    plans = tensorrt_engines.build(half_artifacts, tmp_path / "e", options)  # which loads them for its check
+    assert {frozenset(settings["flags"]) for settings in trt.built} == {frozenset({"VERSION_COMPATIBLE"})}
+    assert plans.manifest["version_compatible"]
+    plans.manifest["version_compatible"] = False
+    with pytest.raises(UserError, match="visual_encoder.plan cannot be loaded"):
+        tensorrt.load_engines(plans)
+
+
 def test_a_plan_that_computes_something_else_is_not_kept(
     trt: ModuleType, half_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

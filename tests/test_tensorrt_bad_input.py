@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.abc
 import sys
 import warnings
@@ -145,7 +146,12 @@ def test_damaged_folders_are_named(plans: Plans, half_artifacts: Artifacts) -> N
     plan.unlink()
     refused(r"fusion.plan is missing")
     plan.write_bytes(content)
-    for bad, says in (("{", "cannot be read"), ('{"format": 9}', "is not of format 2"), ('{"format": 2}', "lacks")):
+    for bad, says in (
+        ("{", "cannot be read"),
+        ('{"format": 9}', "is not of format 2"),
+        ('{"format": 2}', "lacks"),
+        (text.replace('"max": 8', '"max": "x"'), "profile max cannot be 'x': build it here"),
+    ):
         (plans.path / "engines.json").write_text(bad)
         refused(says)
     (plans.path / "engines.json").write_text(text)
@@ -164,6 +170,23 @@ def test_a_plan_that_tensorrt_does_not_take_is_named(plans: Plans, driver: fake_
 # ---- machines that lack something
 
 
+def test_who_has_no_gpu_is_not_told_to_install_tensorrt(
+    half_artifacts: Artifacts, plans: Plans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_library(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    says = r"there is no NVIDIA driver here \(libcuda.so.1: .*\): TensorRT wants one; elsewhere run exported graphs"
+    with pytest.raises(UserError, match=says):
+        load_engines(plans)
+    with pytest.raises(UserError, match=says):
+        tensorrt_engines.build(half_artifacts, tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
 def test_a_gpu_that_is_missing_old_or_full_is_said(plans: Plans, driver: fake_gpu.Driver) -> None:
     driver.total = 50_000 + sum(map(len, driver.memory.values()))
     plans.manifest["gpu"]["memory"] = driver.total
@@ -174,7 +197,7 @@ def test_a_gpu_that_is_missing_old_or_full_is_said(plans: Plans, driver: fake_gp
     with pytest.raises(UserError, match=r"supports CUDA 11.8 at most: install one for CUDA 12 or newer"):
         load_engines(plans)
     driver.present = False
-    with pytest.raises(UserError, match=r"no NVIDIA GPU to use \(cuInit failed.*\): use --engine onnxruntime"):
+    with pytest.raises(UserError, match=r"no NVIDIA GPU to use \(cuInit failed.*\): .*with --engine onnxruntime"):
         load_engines(plans)
 
 

@@ -69,11 +69,11 @@ def test_each_plan_is_a_model(written: Path, name: str) -> None:
     assert list(model.dynamic_batching.preferred_batch_size) == [2, 4, 6]
     assert model.dynamic_batching.max_queue_delay_microseconds == 0  # a lone client waits for nobody
     assert model.optimization.cuda.graphs
-    assert [g.batch_size for g in model.optimization.cuda.graph_spec] == [1, 2, 4, 6]
+    assert [g.batch_size for g in model.optimization.cuda.graph_spec] == [1, 2, 3, 4, 5, 6]
     signature = graphs.signatures(DEMO, sampler=True)[name]
     assert [t.name for t in model.input] == signature.input_names
     assert [t.name for t in model.output] == signature.output_names
-    assert [w.batch_size for w in model.model_warmup] == [1, 2, 4, 6]
+    assert [w.batch_size for w in model.model_warmup] == [1, 2, 3, 4, 5, 6]
     for warm_up in model.model_warmup:
         for tensor in signature.inputs:
             given = warm_up.inputs[tensor.name]
@@ -109,6 +109,15 @@ def test_settings(plans: Plans, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match="out of range"):
             wrong()
+
+
+def test_a_large_batch_gets_graphs_of_the_preferred_sizes(plans: Plans, tmp_path: Path) -> None:
+    for largest, captured in ((16, list(range(1, 17))), (17, [1, 2, 4, 8, 16, 17])):
+        large = Plans(plans.path, plans.config, {**plans.manifest, "profile": {"max": largest}})
+        write_gpu_repository(large, tmp_path / "r")
+        fusion = read(tmp_path / "r", "fusion")
+        assert [g.batch_size for g in fusion.optimization.cuda.graph_spec] == captured
+        assert list(fusion.dynamic_batching.preferred_batch_size)[:4] == [2, 4, 8, 16]
 
 
 def test_half_precision_travels_between_the_plans(plans: Plans, tmp_path: Path) -> None:
@@ -150,6 +159,26 @@ def test_the_command(run, toy_artifacts: Artifacts, tmp_path: Path) -> None:
         "THREADS": "1",
     }
     assert "ONNX" not in ddim.parameters  # it calls
+
+
+def test_the_command_says_how_to_serve(
+    run, plans: Plans, toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the guide and compose.yaml do, which `test_docker` holds against the memory that `full` wants."""
+    shared, pool = "--backend-config=python,shm-default-byte-size=16777216", "--cuda-memory-pool-byte-size=0:2147483648"
+    files = [(Path(__file__).parents[1] / name).read_text() for name in ("docs/deployment.md", "compose.yaml")]
+    assert all(
+        shared in text and pool in text.replace("${MUBIC_POOL_BYTES:-2147483648}", "2147483648") for text in files
+    )
+    ran = run("repository", toy_artifacts.path, "--out", tmp_path / "cpu")
+    assert (shared in ran.out, "pool" in ran.out) == (True, False)
+    for compatible in (False, True):
+        built = Plans(plans.path, plans.config, {**plans.manifest, "version_compatible": compatible})
+        monkeypatch.setattr(Plans, "open", lambda _, built=built: built)
+        ran = run("repository", "engines", "--engine", "tensorrt", "--out", tmp_path / "gpu")
+        assert ran.code == 0
+        assert f"--model-repository={tmp_path / 'gpu'} {shared} {pool}" in ran.out
+        assert ("--backend-config=tensorrt,version-compatible=true" in ran.out) == compatible
 
 
 @pytest.mark.parametrize(

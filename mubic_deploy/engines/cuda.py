@@ -25,6 +25,7 @@ from mubic_deploy.graphs import Tensor
 CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
 OLDEST_DRIVER = 12_000  # as cuDriverGetVersion counts: CUDA 12.0
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+ELSEWHERE = "TensorRT wants one; elsewhere run exported graphs (mubic-deploy export) with --engine onnxruntime"
 WAITING = 16  # uploads of one tensor that may wait for their turn: more than a clip has steps
 
 
@@ -40,7 +41,8 @@ class Facts:
 
 class GPU:
     """The first NVIDIA GPU that the process may see (CUDA_VISIBLE_DEVICES), through its primary context, which PyTorch
-    and ONNX Runtime share. Take it from `gpu`: one for the life of the process, for one thread at a time.
+    and ONNX Runtime share. Take it from `gpu`: one for the life of the process, for one thread at a time. Drop what
+    lies in its memory in the thread that first took it: elsewhere pycuda cannot free it, and it stays taken.
 
     UserError if there is none, it cannot be had, its memory is short, or the driver or pycuda is missing or too old."""
 
@@ -63,7 +65,7 @@ class GPU:
         except driver.MemoryError as error:
             raise short_of_memory("a context", error) from None
         except driver.Error as error:
-            raise UserError(f"there is no NVIDIA GPU to use ({error}): use --engine onnxruntime") from None
+            raise UserError(f"there is no NVIDIA GPU to use ({error}): {ELSEWHERE}") from None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -99,6 +101,17 @@ class GPU:
             ) from None
 
 
+def require_gpu() -> None:
+    """UserError unless the NVIDIA driver is here and finds a GPU. It is asked itself, without pycuda: who has no GPU
+    shall not be told to install what wants one."""
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuInit(0)
+    except OSError as error:
+        raise UserError(f"there is no NVIDIA driver here ({error}): {ELSEWHERE}") from None
+    if code:
+        raise UserError(f"there is no NVIDIA GPU to use (cuInit failed with CUDA error {code}): {ELSEWHERE}")
+
+
 def import_driver() -> Any:
     """The module pycuda.driver. UserError if it cannot be loaded: no driver, an old one, or no pycuda."""
     try:
@@ -107,14 +120,15 @@ def import_driver() -> Any:
             import pycuda.driver as driver
     except ImportError as error:
         if "libcuda" in str(error):
-            raise UserError(f"there is no NVIDIA driver here ({error}): use --engine onnxruntime") from None
+            raise UserError(f"there is no NVIDIA driver here ({error}): {ELSEWHERE}") from None
         if missing := re.search(r"undefined symbol: (cu[A-Z]\w*)", str(error)):  # of libcuda, so the driver's
             raise UserError(
                 f"the NVIDIA driver is too old for the CUDA that pycuda was built with (it lacks {missing[1]}): "
                 f"install one for that CUDA version, {OLDEST_DRIVER // 1000} or newer"
             ) from None
         raise UserError(
-            f"pycuda cannot be used ({error}): install it with pip install 'mubic-deploy[tensorrt]'"
+            f"pycuda cannot be used ({error}): install it with pip install 'mubic-deploy[tensorrt]', which compiles it "
+            f"and wants g++ and the CUDA toolkit (nvcc on the path)"
         ) from None
     return driver
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mubic_deploy.artifacts import Folder, Layout
+from mubic_deploy.artifacts import SEED, Folder, Layout
 from mubic_deploy.engines import Arrays, DeviceArray, Engine, cuda
 from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts, Memory
 from mubic_deploy.engines.memory import is_short, short_of_memory
@@ -19,14 +19,14 @@ from mubic_deploy.graphs import Signature
 MANIFEST = "engines.json"
 FORMAT = 2
 AGAIN = "build it here with mubic-deploy engines"
-NEEDS = (
-    ("profile", "max"),
-    ("tensorrt",),
-    ("version_compatible",),
-    ("gpu", "name"),
-    ("gpu", "compute_capability"),
-    ("source", "seed"),
-)
+NEEDS = {
+    **SEED,
+    ("profile", "max"): int,
+    ("tensorrt",): str,
+    ("version_compatible",): bool,
+    ("gpu", "name"): str,
+    ("gpu", "compute_capability"): str,
+}
 
 
 def import_tensorrt() -> Any:
@@ -179,6 +179,7 @@ class TensorRTEngine:
 
 def load_engines(plans: Plans, cuda_graphs: bool = True) -> dict[str, Engine]:
     """An engine for each plan, on the first GPU. UserError if there is none, or the plans are not for it."""
+    cuda.require_gpu()
     trt = import_tensorrt()
     gpu = cuda.gpu()
     plans.require(gpu.facts, trt.__version__)

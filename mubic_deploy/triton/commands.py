@@ -76,11 +76,13 @@ def serve(arguments: Namespace) -> int:
 
 def repository(arguments: Namespace) -> int:
     """A model repository, for a server of one's own."""
-    from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository, write_repository
+    from mubic_deploy.triton.repository import POOL_BYTES, GpuSettings, write_gpu_repository, write_repository
+    from mubic_deploy.triton.server import SHM_BYTES
 
     options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
     given = {name: value for name, value in options.items() if value is not None}
-    served = f"tritonserver --disable-auto-complete-config --model-repository {arguments.out}"
+    served = f"tritonserver --disable-auto-complete-config --model-repository={arguments.out}"
+    served += f" --backend-config=python,shm-default-byte-size={SHM_BYTES}"
     if arguments.engine == "tensorrt":
         from mubic_deploy.engines.tensorrt import Plans
 
@@ -94,6 +96,7 @@ def repository(arguments: Namespace) -> int:
             given["instances"] = count
         plans = Plans.open(arguments.artifacts)
         write_gpu_repository(plans, arguments.out, GpuSettings(**given))
+        served += f" --cuda-memory-pool-byte-size=0:{POOL_BYTES}"
         if plans.manifest["version_compatible"]:
             served += " --backend-config=tensorrt,version-compatible=true"
     elif given:

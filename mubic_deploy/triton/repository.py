@@ -32,6 +32,8 @@ from mubic_deploy.triton.parameters import GraphSettings
 CONFIG_FILE = "config.pbtxt"
 PLAN = "model.plan"  # Triton's own name for it
 SEQUENCES = 1 << 16  # that Triton tells apart; the model holds fewer
+POOL_BYTES = 2 << 30  # of the GPU's memory that a server should keep for what lies between the models
+EVERY = 16  # up to this largest batch each size gets a CUDA graph, above it the preferred ones
 _POWERS = tuple(2**n for n in range(11))
 _TYPES = {
     "bool": "TYPE_BOOL",
@@ -97,8 +99,9 @@ class GpuSettings:
     queue_delay_us  microseconds that a request waits for company, in every engine and in `ddim`, so one by itself
                     waits for the encoders (side by side), for fusion, for the loop and for each of its steps; 0
                     merges only what waits already
-    cuda_graphs     Triton captures each preferred batch size of each engine and replays it
-    warm_up         random requests to each engine before the server says that it is ready"""
+    cuda_graphs     Triton captures each batch size of each engine and replays it: every one where the largest is at
+                    most `EVERY`, else those that it prefers (powers of two, and the largest)
+    warm_up         random requests of those sizes to each engine before the server says that it is ready"""
 
     instances: int = 1
     loops: int = 4
@@ -126,22 +129,24 @@ def write_gpu_repository(
     The plans are copied: the repository is whole by itself. UserError if `out` holds something else."""
     config, precision = plans.config, plans.precision
     # the largest too: it is what a client that has more sends
-    batches = sorted({plans.max_batch, *(n for n in _POWERS if n <= plans.max_batch)})
+    preferred = sorted({plans.max_batch, *(n for n in _POWERS if n <= plans.max_batch)})
+    # when a delay is over what waits is sent, and a client sends its own batch: of any size, and a graph is of one
+    captured = list(range(1, plans.max_batch + 1)) if plans.max_batch <= EVERY else preferred
     configs, files = [], {}
     for name, signature in plans.signatures.items():
         model = _model(signature, config)
         model.platform, model.max_batch_size = "tensorrt_plan", plans.max_batch
         model.default_model_filename = PLAN
         model.dynamic_batching.SetInParent()  # without a delay too
-        model.dynamic_batching.preferred_batch_size.extend(n for n in batches if n > 1)
+        model.dynamic_batching.preferred_batch_size.extend(n for n in preferred if n > 1)
         model.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
         model.instance_group.add(count=settings.instances, kind=ModelInstanceGroup.KIND_GPU)
         if settings.cuda_graphs:
             model.optimization.cuda.graphs = True
-            for batch in batches:
+            for batch in captured:
                 model.optimization.cuda.graph_spec.add(batch_size=batch)
         if settings.warm_up:
-            _warm_up(model, signature, batches)
+            _warm_up(model, signature, captured)
         configs.append(model)
         files[name] = plans.file(name)
     configs += [

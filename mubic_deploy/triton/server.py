@@ -28,7 +28,7 @@ from mubic_deploy.triton import watchdog
 HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 8001, 8002
 _GRACE = 10.0  # s for requests in flight and for the models to end
 _POLL = 0.05  # s
-_SHM_BYTES = 16 << 20  # of each model process at the start; it grows as needed
+SHM_BYTES = 16 << 20  # of each model process at the start; it grows as needed
 _INSTALL = "install it with: pip install 'mubic-deploy[serve]'"
 
 
@@ -174,7 +174,7 @@ class TritonServer:
         }
         python = {
             "shm-region-prefix-name": shm_prefix,
-            "shm-default-byte-size": _SHM_BYTES,
+            "shm-default-byte-size": SHM_BYTES,
             "stub-timeout-seconds": int(self.timeout),
         }
         # the configurations are complete; completing them would start every model process twice
