@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -20,8 +19,9 @@ from mubic_deploy.graphs import Signature, signatures
 
 MANIFEST = "manifest.json"
 FORMAT = 3  # of the manifest; a reader refuses another
-SEED = {("source", "seed"): int | None}  # of random weights
-NEEDS = {**SEED, ("parity",): dict}
+Needs = dict[tuple[str, ...], type | UnionType]  # entries of a manifest, each a path of keys, and their types
+SEED: Needs = {("source", "seed"): int | None}  # of random weights
+NEEDS: Needs = {**SEED, ("parity",): dict}
 
 
 def sha256(path: Path) -> str:
@@ -45,13 +45,13 @@ class Layout:
     manifest  the manifest's name
     format    of the manifest; a reader refuses another
     files     its entry for the files, by graph: file, sha256, signature
-    needs     other entries that are read later, each a path of keys, and of what type they are
+    needs     other entries that are read later
     again     what to do where something is wrong"""
 
     manifest: str
     format: int
     files: str
-    needs: Mapping[tuple[str, ...], type | UnionType]
+    needs: Needs
     again: str
 
     def read(self, path: Path) -> tuple[Config, dict[str, Any]]:

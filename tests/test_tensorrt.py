@@ -138,7 +138,7 @@ def test_version_compatible_plans_are_built_as_such_and_their_host_code_is_allow
     assert {frozenset(settings["flags"]) for settings in trt.built} == {frozenset({"VERSION_COMPATIBLE"})}
     assert plans.manifest["version_compatible"]
     plans.manifest["version_compatible"] = False
-    with pytest.raises(UserError, match="visual_encoder.plan cannot be loaded"):
+    with pytest.raises(UserError, match=r"visual_encoder\.plan cannot be loaded"):
         tensorrt.load_engines(plans)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader
 
-from mubic_deploy.artifacts import SEED, Folder, Layout
+from mubic_deploy.artifacts import SEED, Folder, Layout, Needs
 from mubic_deploy.engines import Arrays, Engine
 from mubic_deploy.engines.eager import from_torch, require_gpu, to_torch
 from mubic_deploy.engines.memory import REMEDY, first_line, is_short, short_of_memory
@@ -28,7 +28,7 @@ FORMAT = 2
 AGAIN = "compile it here with mubic-deploy compile"
 # how those flags of x86 begin that are instruction sets; the others are the kernel's and a hypervisor's
 INSTRUCTIONS = re.compile("sse|pni|ssse|avx|fma|f16c|bmi|abm|popcnt|movbe|amx|gfni|vaes|vpcl")
-NEEDS = {**SEED, ("profile", "max"): int, ("torch",): str, ("device", "type"): str}
+NEEDS: Needs = {**SEED, ("profile", "max"): int, ("torch",): str, ("device", "type"): str}
 
 
 class Packages(Folder):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mubic_deploy.artifacts import SEED, Folder, Layout
+from mubic_deploy.artifacts import SEED, Folder, Layout, Needs
 from mubic_deploy.engines import Arrays, DeviceArray, Engine, cuda
 from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts, Memory
 from mubic_deploy.engines.memory import is_short, short_of_memory
@@ -19,7 +19,7 @@ from mubic_deploy.graphs import Signature
 MANIFEST = "engines.json"
 FORMAT = 2
 AGAIN = "build it here with mubic-deploy engines"
-NEEDS = {
+NEEDS: Needs = {
     **SEED,
     ("profile", "max"): int,
     ("tensorrt",): str,
