@@ -36,6 +36,7 @@ from mubic_deploy.engines.memory import first_line, is_short, short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
 from mubic_deploy.graphs import FLOAT16, FLOAT32, Signature, signatures
+from mubic_deploy.model.inductor import barriers
 from mubic_deploy.model.mubic import MUBiC, traced_with
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.model.tokens import INDUCTOR
@@ -202,11 +203,11 @@ def contiguous_convolutions(model: MUBiC) -> MUBiC:
 
 
 def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, options: Options) -> None:
-    """One package, only the batch dynamic. UserError if the compiler fails."""
+    """One package, only the batch dynamic. UserError if the compiler fails, or as of `barriers`."""
     inputs, shapes = traced_with(signature, options.max_batch, options.device)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a machine without CUDA it says so
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), barriers():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=options.inductor)

@@ -171,19 +171,20 @@ def test_a_plan_that_tensorrt_does_not_take_is_named(plans: Plans, driver: fake_
 
 
 def test_who_has_no_gpu_is_not_told_to_install_tensorrt(
-    half_artifacts: Artifacts, plans: Plans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    half_artifacts: Artifacts, plans: Plans, tmp_path: Path
 ) -> None:
     def no_library(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(ctypes, "CDLL", no_library)
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     says = r"there is no NVIDIA driver here \(libcuda.so.1: .*\): TensorRT wants one; elsewhere run exported graphs"
-    with pytest.raises(UserError, match=says):
-        load_engines(plans)
-    with pytest.raises(UserError, match=says):
-        tensorrt_engines.build(half_artifacts, tmp_path / "e")
+    with pytest.MonkeyPatch.context() as patch:  # ended before the doubles are taken away, which it is put on
+        patch.setattr(ctypes, "CDLL", no_library)
+        patch.setitem(sys.modules, "tensorrt", None)
+        patch.setitem(sys.modules, "pycuda.driver", None)
+        with pytest.raises(UserError, match=says):
+            load_engines(plans)
+        with pytest.raises(UserError, match=says):
+            tensorrt_engines.build(half_artifacts, tmp_path / "e")
     assert not (tmp_path / "e").exists()
 
 
