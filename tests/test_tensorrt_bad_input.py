@@ -170,12 +170,13 @@ def test_a_plan_that_tensorrt_does_not_take_is_named(plans: Plans, driver: fake_
 # ---- machines that lack something
 
 
+def no_library(name: str) -> None:
+    raise OSError(f"{name}: cannot open shared object file")
+
+
 def test_who_has_no_gpu_is_not_told_to_install_tensorrt(
     half_artifacts: Artifacts, plans: Plans, tmp_path: Path
 ) -> None:
-    def no_library(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
     says = r"there is no NVIDIA driver here \(libcuda.so.1: .*\): TensorRT wants one; elsewhere run exported graphs"
     with pytest.MonkeyPatch.context() as patch:  # ended before the doubles are taken away, which it is put on
         patch.setattr(ctypes, "CDLL", no_library)
@@ -245,16 +246,24 @@ def test_a_pycuda_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, sy
 
 
 def test_without_tensorrt_or_a_gpu_the_commands_say_so(
-    run, half_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run, half_artifacts: Artifacts, driver: fake_gpu.Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("tensorrt", "pycuda", "pycuda.driver"):  # as on a machine that lacks them
         monkeypatch.setitem(sys.modules, name, None)
-    ran = run("engines", half_artifacts.path, "--out", tmp_path / "e")
-    assert ran.code == 2
-    assert "TensorRT cannot be used" in ran.err
-    assert "pip install 'mubic-deploy[tensorrt]'" in ran.err
-    assert ran.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+
+    def refused(says: str) -> None:
+        ran = run("engines", half_artifacts.path, "--out", tmp_path / "e")
+        assert ran.code == 2
+        assert says in ran.err
+        assert ran.err.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+
+    monkeypatch.setattr(ctypes, "CDLL", driver.libcuda)
+    refused("(import of tensorrt halted; None in sys.modules): install it with pip install 'mubic-deploy[tensorrt]'")
+    driver.present = False
+    refused("there is no NVIDIA GPU to use (cuInit failed with CUDA error 100): TensorRT wants one; elsewhere run")
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    refused("there is no NVIDIA driver here (libcuda.so.1: cannot open shared object file): TensorRT wants one")
     with pytest.raises(UserError, match="pycuda cannot be used"):
         cuda.GPU()
 
