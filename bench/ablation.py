@@ -85,7 +85,7 @@ class Variant:
     def train(self, machine: Machine) -> Path:
         """The finished checkpoint, trained now unless it was before."""
         if not self.finished.is_file():
-            with bar(self.settings.variant) as progress:
+            with bar(self.out.name) as progress:
                 options: dict[str, Any] = {"resume": self.begun, "machine": machine, "progress": progress}
                 train(self.settings, self.training, self.test, self.out, prepare=self._prepare, **options)
         return self.finished
@@ -99,9 +99,9 @@ class Variant:
         self.mark.write_text(self.heard)
 
 
-def label(variant: str, seed: int | None = None) -> str:
+def label(variant: str, seed: int) -> str:
     """What a variant's row and folder are called; the recipe's own seed goes without saying."""
-    return variant if seed in (None, RECIPES["demo"].seed) else f"{variant}-seed-{seed}"
+    return variant if seed == RECIPES["demo"].seed else f"{variant}-seed-{seed}"
 
 
 def variant_of(row: str) -> str:
@@ -183,7 +183,7 @@ def main() -> int:
             name, more = arguments.full, {"checkpoint": checkpoint.load(arguments.full, variant)[1].to_json()}
         else:
             path = runs[variant].train(machine)
-            name, more = str(path), {"history": json.loads((path.parent / "history.json").read_text())}
+            name, more = str(path), {"seed": seed, "history": json.loads((path.parent / "history.json").read_text())}
             if heard := runs[variant].heard:
                 more["vggish_sha256"] = heard
         row = label(variant, seed)

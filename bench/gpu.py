@@ -35,7 +35,7 @@ from bench.goals import outcomes
 from bench.gpu_run import RULE, WHOLE, Run
 from bench.results import FOLDER, LOOKS, Results
 from bench.stages import ALONE, COMPETITORS, COMPILED, HALF, REFERENCE, WATERFALL, WITHOUT, Stage, build, switches
-from mubic_deploy.arguments import Parser, number
+from mubic_deploy.arguments import Parser, minutes
 from mubic_deploy.cli import guarded
 from mubic_deploy.config import CONFIGS, TOKENS, Config, get_config
 from mubic_deploy.errors import UserError
@@ -205,7 +205,7 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(CONFIGS), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to see that it runs")
-    parser.add_argument("--minutes", type=number, default=8.0)
+    parser.add_argument("--minutes", type=minutes, default=8.0)
     parser.add_argument("--out", type=Path, help=f"default bench/results, or {LOOKS} with --device cpu or --skip")
     parser.add_argument(
         "--skip", action="append", default=[], metavar="SECTION", help="one to leave out, as it is printed"

@@ -160,16 +160,16 @@ class Run:
         self.results.row("steps", name, steps=8).values["step_s"] = each
         self.write()
 
-    def batches(self, name: str, predictor: Predictor, of_torch: bool = True, **axes: int) -> None:
+    def batches(self, name: str, predictor: Predictor, of_torch: bool = True) -> None:
         """Clips a second over the batch, as a user gets them; beside it the GPU's own time, with the clips and their
-        noise there already, and which share of the peak that is. axes: what else tells the rows apart."""
+        noise there already, and which share of the peak that is."""
         rule = replace(self.rule, repeats=10, seconds=0.7, short_s=min(self.rule.short_s, 0.3), warm_up_s=1.0)
         for batch in BATCHES:
             with self.named(f"{name}, batch {batch}"):  # where memory is short
                 clip = random_clip(self.config, 0, batch)
                 side = functools.partial(predictor.predict, clip["VIDEO"], clip["AUDIO"])
                 (timed,) = timing.measure({name: side}, rule).values()
-                row = Row("batch", name, {"batch": batch, **axes}, timed, {"clips_per_s": batch / timed.median})
+                row = Row("batch", name, {"batch": batch}, timed, {"clips_per_s": batch / timed.median})
                 call = resident(predictor, clip, self.device) if of_torch else None
                 if call is not None:
                     (on_gpu,) = timing.measure({name: call}, rule, self.clock).values()

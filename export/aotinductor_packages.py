@@ -8,6 +8,7 @@ For a machine with PyTorch and without TensorRT. Nothing is left behind unless e
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -87,6 +88,8 @@ class Options:
             return "compile without --autotune, which takes other kernels"
         if TOKENS in self.rewrites:
             return f"compile with --optimise {PAD_HEADS} alone, which leaves the compiler less to do"
+        if self.chosen_precision != FLOAT32:
+            return f"compile with --precision {FLOAT32}, to see whether it is the precision"
         return "compile with another version of PyTorch, or take ONNX Runtime (mubic-deploy export)"
 
     @property
@@ -207,7 +210,8 @@ def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, opt
     inputs, shapes = traced_with(signature, options.max_batch, options.device)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a machine without CUDA it says so
     try:
-        with warnings.catch_warnings(), torch.no_grad(), barriers():
+        waits = barriers() if options.device == "cuda" else contextlib.nullcontext()
+        with warnings.catch_warnings(), torch.no_grad(), waits:
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=options.inductor)

@@ -54,6 +54,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def minutes(text: str) -> float:
+    value = number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time: use minutes above 0")
+    return value
+
+
 def instances(text: str) -> tuple[str | None, int]:
     """MODEL=COUNT, or COUNT with None for the model."""
     model, equals, count = text.rpartition("=")

@@ -260,8 +260,8 @@ def build_parser() -> Parser:
     compiled.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     compiled.add_argument("--out", metavar="DIR", type=Path, required=True)
     compiled.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    half = f"default {FLOAT16} on cuda, {FLOAT32} on a CPU"
-    compiled.add_argument("--precision", choices=PRECISIONS, help=half)
+    by_device = f"default {FLOAT16} on cuda, {FLOAT32} on a CPU"
+    compiled.add_argument("--precision", choices=PRECISIONS, help=by_device)
     compiled.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
     compiled.add_argument("--fixed-steps", type=positive, metavar="N", help=fixed)
     _optimise(compiled, REWRITES, f"on cuda {', '.join(ON_GPU)}, on a CPU none")

@@ -152,7 +152,8 @@ def test_wrong_options_and_a_package_that_differs(
     [
         ({"device": "cuda"}, "compile with --optimise pad_heads alone"),
         ({"device": "cuda", "autotune": True}, "compile without --autotune"),
-        ({"device": "cuda", "optimisations": ["pad_heads"]}, "compile with another version of PyTorch"),
+        ({"device": "cuda", "optimisations": ["pad_heads"]}, "compile with --precision float32"),
+        ({"device": "cuda", "optimisations": [], "precision": "float32"}, "compile with another version of PyTorch"),
     ],
 )
 def test_what_to_leave_out_of_packages_that_differ(options: dict[str, Any], says: str) -> None:

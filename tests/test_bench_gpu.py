@@ -138,6 +138,7 @@ def test_a_step_more(measured: results.Results) -> None:
         ([], "PyTorch finds no NVIDIA GPU here"),
         (["--device", "cpu", "--skip", "kernel"], "--skip 'kernel' is no section of this run: choose among limits, "),
         (["--device", "cpu", "--minutes", "few"], "argument --minutes: few is not a number"),
+        (["--device", "cpu", "--minutes", "nan"], "argument --minutes: nan is no time: use minutes above 0"),
         (["--device", "cpu", "--skp", "kernels"], "unrecognized arguments: --skp kernels"),
     ],
 )
@@ -265,6 +266,7 @@ def test_goals_name_sides_that_are_measured() -> None:
     assert {*goals.EAGER, *goals.EAGER_FP16} < stages.COMPETITORS.keys()
     assert set(goals.MAX_AUTOTUNE) < stages.COMPILED.keys()
     assert set(goals.OURS) == {gpu_child.AOTINDUCTOR, gpu_child.TENSORRT, gpu_child.ONNXRUNTIME, gpu.OPTIMISED}
+    assert goals.FOR_BATCHES == gpu_child.TENSORRT_BATCHES
 
 
 def test_all_that_pytorch_alone_can_run_is_planned_under_8_minutes(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def test_a_section_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_engine_whose_packages_are_not_all_there_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "elsewhere run exported graphs" in gpu_child.missing(gpu_child.TENSORRT)  # there is no GPU
+    monkeypatch.setattr("mubic_deploy.engines.cuda.require_gpu", lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)  # as where it is not installed
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -163,11 +165,12 @@ def test_tensorrt_gets_kernels_for_one_clip_and_for_the_largest_batch(
     monkeypatch.setattr("bench.gpu_run.BATCHES", (1, 2))
     run = gpu.Run(TINY, "cpu", RULE, tmp_path / "results.json")
     gpu_child.tensorrt(run, tmp_path, limit_s)
-    measured = [(row.axes["batch"], row.axes.get("best_batch")) for row in run.results.rows if row.what == "batch"]
-    assert measured == [(1, None), (2, None)] + [(1, 2), (2, 2)] * again
+    measured = [(row.side, row.axes) for row in run.results.rows if row.what == "batch"]
+    sides = ["TensorRT"] + ["TensorRT for batches"] * again
+    assert measured == [(side, {"batch": batch}) for side in sides for batch in (1, 2)]
     assert [settings["shapes"]["VIDEO"][1][0] for settings in trt.built[::5]] == ([1, 2] if again else [1])
     assert (trt.built[-1]["cache"] == b"+" * 9) == again  # kernels that were timed before are not timed again
-    assert ([*run.results.left_out] == []) == again
+    assert [*run.results.left_out] == ([] if again else ["TensorRT for batches"])
 
 
 def test_what_compiles_gets_the_optimisations_that_paid() -> None:

@@ -16,7 +16,7 @@ from mubic_deploy.config import ON_GPU, get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT16, Signature, Tensor, signatures
 from mubic_deploy.model.inductor import BARRIER, barriers
-from mubic_deploy.model.mubic import empty_inputs, random_model
+from mubic_deploy.model.mubic import empty_inputs, random_model, traced_with
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.model.tokens import INDUCTOR
 from mubic_deploy.sources import load_script, source_dir
@@ -48,15 +48,36 @@ def kernels(function: Callable, *inputs: torch.Tensor, **settings: Any) -> list[
     return KERNEL.findall(found[0])
 
 
-def read_back(kernel: str) -> dict[str, bool]:
-    """The pointers that a kernel stores to and loads from afterwards: whether all its warps wait in between."""
-    out = {}
-    for name in set(re.findall(r"tl\.store\((\w+)", kernel)):
-        _, *after = re.split(rf"tl\.store\({name}\b", kernel)
-        before_load, load, _ = after[-1].partition(f"tl.load({name} ")
-        if load:
-            out[name] = BARRIER in before_load.rpartition("for ")[2]
+def read_back(kernel: str) -> list[bool]:
+    """Of each load of what was stored before: whether all warps wait in between, in the same round of a loop."""
+    out, stored, waited = [], set(), False
+    for line in kernel.splitlines():
+        waited = BARRIER in line or (waited and not line.lstrip().startswith("for "))
+        if found := re.search(r"tl\.(load|store|atomic_\w+)\((\w+)", line):
+            if found[1] != "load":
+                stored.add(found[2])
+                waited = False
+            elif found[2] in stored:
+                out.append(waited)
     return out
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("load(a)|store(b)", []),
+        ("store(b)|for|load(b)", [False]),
+        ("store(b)|for|barrier|load(b)", [True]),
+        ("store(b)|barrier|for|load(b)", [False]),  # waits once, while the loop may go round
+        ("store(b)|for|barrier|load(b)|store(b)", [True]),
+        ("store(b)|for|load(b)|store(b)", [False]),
+        ("store(b)|for|barrier|load(b)|for|load(b)", [True, False]),
+    ],
+)
+def test_what_is_read_back_is_seen(lines: str, found: list[bool]) -> None:
+    words = {"barrier": f"    {BARRIER}", "for": "    for r0_offset in tl.range(0, r0_numel, R0_BLOCK):"}
+    kernel = "\n".join(words.get(line, f"    tl.{line}") for line in lines.split("|"))
+    assert read_back(kernel) == found
 
 
 def centred(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,13 +90,25 @@ def test_a_kernel_waits_before_it_reads_back_what_it_stored() -> None:
     x = torch.zeros(64, 8192, dtype=torch.float16)
     (alone,) = kernels(centred, x)
     # if this fails, PyTorch has mended it: `barriers` can go once older versions need not be supported
-    assert read_back(alone) == {"out_ptr0": False}
+    assert read_back(alone) == [False]
     with barriers():
         (waits,) = kernels(centred, x)
-    assert read_back(waits) == {"out_ptr0": True}
+    assert read_back(waits) == [True]
     assert waits.count(BARRIER) == 1
     assert waits.replace(f"        {BARRIER}\n", "") == alone
     assert kernels(centred, x) == [alone]  # as it was
+
+
+def test_every_loop_that_reads_back_waits() -> None:
+    def normalised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.relu(x)
+        offset = y.float() - y.float().mean(-1, keepdim=True)
+        return y, offset * torch.rsqrt((offset * offset).mean(-1, keepdim=True))
+
+    with barriers():
+        (kernel,) = kernels(normalised, torch.zeros(64, 8192, dtype=torch.float16))
+    assert kernel.count("for r0_offset") == 3
+    assert read_back(kernel) == [True, True]
 
 
 def test_a_kernel_that_reads_nothing_back_does_not_wait() -> None:
@@ -88,7 +121,7 @@ def test_a_kernel_that_reads_nothing_back_does_not_wait() -> None:
 def test_packages_are_compiled_with_barriers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def compiled(program: Any, **_: Any) -> None:
         (kernel,) = kernels(program.module(), torch.zeros(2, 8192, dtype=torch.float16))
-        assert read_back(kernel) == {"out_ptr0": True}
+        assert read_back(kernel) == [True]
         tried.append(program)
 
     class Centred(torch.nn.Module):
@@ -98,19 +131,36 @@ def test_packages_are_compiled_with_barriers(monkeypatch: pytest.MonkeyPatch, tm
     tried: list[Any] = []
     signature = Signature("centred", (Tensor("X", FLOAT16, (8192,)),), ())
     monkeypatch.setattr(packages_script, "aoti_compile_and_package", compiled)
-    packages_script.compile_graph(Centred(), signature, tmp_path / "p.pt2", packages_script.Options())
+    monkeypatch.setattr(packages_script, "traced_with", lambda s, most, _: traced_with(s, most))  # without a GPU
+    packages_script.compile_graph(Centred(), signature, tmp_path / "p.pt2", packages_script.Options("cuda"))
     assert len(tried) == 1
 
 
 def test_an_inductor_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.codegen.triton import TritonKernel
 
-    monkeypatch.delattr(TritonKernel, "get_load_buffer")
-    with pytest.raises(UserError, match=r"is not known to this version.*use PyTorch 2.11"), barriers():
-        pass
+    says = r"Inductor of PyTorch .* is not known to this version.*use PyTorch 2.11"
+    load, x = TritonKernel.load, torch.zeros(64, 8192, dtype=torch.float16)
+
+    def another(kernel: Any, name: str, index: Any) -> Any:  # which asks nobody where it shall be written
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TritonKernel, "get_load_buffer", lambda self, _: self.loads)
+            return load(kernel, name, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TritonKernel, "load", another)
+        with pytest.raises(UserError, match=says), barriers():
+            kernels(centred, x)
+        with barriers():
+            kernels(torch.relu, x)  # nothing to wait for
+    for name in ("TritonKernel.get_load_buffer", "TritonKernel"):
+        with monkeypatch.context() as patch:
+            patch.delattr(f"torch._inductor.codegen.triton.{name}")
+            with pytest.raises(UserError, match=says), barriers():
+                pass
 
 
-@pytest.mark.parametrize("graph", ["visual_encoder", "fusion", "denoiser"])
+@pytest.mark.parametrize("graph", ["visual_encoder", "audio_encoder", "fusion", "denoiser"])
 def test_at_full_size_nothing_is_read_back(graph: str) -> None:
     """A barrier in a loop costs time, and what is read back too: weights lie so that nothing is. Of the visual encoder
     one block of each kind: the others are as those."""

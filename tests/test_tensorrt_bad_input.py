@@ -199,7 +199,7 @@ def test_a_gpu_that_is_missing_old_or_full_is_said(plans: Plans, driver: fake_gp
     with pytest.raises(UserError, match=r"supports CUDA 11.8 at most: install one for CUDA 12 or newer"):
         load_engines(plans)
     driver.present = False
-    with pytest.raises(UserError, match=r"no NVIDIA GPU to use \(cuInit failed.*\): .*with --engine onnxruntime"):
+    with pytest.raises(UserError, match=r"no NVIDIA GPU to use \(CUDA error 100\): .*with --engine onnxruntime"):
         load_engines(plans)
 
 
@@ -261,7 +261,9 @@ def test_without_tensorrt_or_a_gpu_the_commands_say_so(
     monkeypatch.setattr(ctypes, "CDLL", driver.libcuda)
     refused("(import of tensorrt halted; None in sys.modules): install it with pip install 'mubic-deploy[tensorrt]'")
     driver.present = False
-    refused("there is no NVIDIA GPU to use (cuInit failed with CUDA error 100): TensorRT wants one; elsewhere run")
+    refused("there is no NVIDIA GPU to use (CUDA error 100): TensorRT wants one; elsewhere run")
+    driver.starts = 803
+    refused("the NVIDIA driver does not start (cuInit failed with CUDA error 803): see what nvidia-smi says")
     monkeypatch.setattr(ctypes, "CDLL", no_library)
     refused("there is no NVIDIA driver here (libcuda.so.1: cannot open shared object file): TensorRT wants one")
     with pytest.raises(UserError, match="pycuda cannot be used"):

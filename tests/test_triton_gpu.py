@@ -16,14 +16,14 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import DEMO
+from mubic_deploy.config import DEMO, get_config
 from mubic_deploy.engines.tensorrt import Plans
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.sources import source_dir
 from mubic_deploy.triton.client import TritonPredictor
 from mubic_deploy.triton.parameters import GraphSettings
-from mubic_deploy.triton.repository import GpuSettings, write_gpu_repository
+from mubic_deploy.triton.repository import GpuSettings, pool_bytes, write_gpu_repository
 from mubic_deploy.triton.server import TritonServer
 
 GRAPHS = ("visual_encoder", "audio_encoder", "fusion", "denoiser", "sampler")
@@ -179,6 +179,11 @@ def test_the_command_says_how_to_serve(
         assert ran.code == 0
         assert f"--model-repository={tmp_path / 'gpu'} {shared} {pool}" in ran.out
         assert ("--backend-config=tensorrt,version-compatible=true" in ran.out) == compatible
+    full = {"config": get_config("full").to_json(), "profile": {"max": 16}}
+    large = Plans(plans.path, get_config("full"), {**plans.manifest, **full})
+    assert pool_bytes(large, GpuSettings(loops=1)) == 2 << 30
+    # 20 MB a clip in FP16, 40 in FP32 as here
+    assert pool_bytes(large, GpuSettings(loops=8)) == pytest.approx(2 * 8 * 16 * 40e6, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from mubic_deploy.graphs import Tensor
 CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
 OLDEST_DRIVER = 12_000  # as cuDriverGetVersion counts: CUDA 12.0
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 ELSEWHERE = "TensorRT wants one; elsewhere run exported graphs (mubic-deploy export) with --engine onnxruntime"
 WAITING = 16  # uploads of one tensor that may wait for their turn: more than a clip has steps
 
@@ -104,12 +105,22 @@ class GPU:
 def require_gpu() -> None:
     """UserError unless the NVIDIA driver is here and finds a GPU. It is asked itself, without pycuda: who has no GPU
     shall not be told to install what wants one."""
+    code = libcuda().cuInit(0)
+    if code == NO_DEVICE:
+        raise UserError(f"there is no NVIDIA GPU to use (CUDA error {code}): {ELSEWHERE}")
+    if code:
+        raise UserError(
+            f"the NVIDIA driver does not start (cuInit failed with CUDA error {code}): see what nvidia-smi says; after "
+            f"an update of the driver restart the machine"
+        )
+
+
+def libcuda() -> Any:
+    """The driver's own library. UserError if there is none."""
     try:
-        code = ctypes.CDLL("libcuda.so.1").cuInit(0)
+        return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise UserError(f"there is no NVIDIA driver here ({error}): {ELSEWHERE}") from None
-    if code:
-        raise UserError(f"there is no NVIDIA GPU to use (cuInit failed with CUDA error {code}): {ELSEWHERE}")
 
 
 def import_driver() -> Any:
@@ -204,7 +215,7 @@ class CapturedGraph:
     """What `enqueue` puts on the GPU's stream, as one launch. Call with the GPU active."""
 
     def __init__(self, gpu: GPU, enqueue: Callable[[], None]) -> None:
-        self._cuda = ctypes.CDLL("libcuda.so.1")
+        self._cuda = libcuda()
         self._stream = ctypes.c_void_p(gpu.stream.handle)
         graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", self._stream, ctypes.c_int(CAPTURE_THREAD_LOCAL))

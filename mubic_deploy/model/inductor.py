@@ -20,37 +20,44 @@ def barriers() -> Iterator[None]:
     A kernel that loops over a reduction twice may store a buffer in the first loop and load it in the second. Triton
     lays out a store and a load as each is read fastest, so that other threads load than stored, and nothing makes them
     wait (pytorch#190519, triton#10924): what is read may be what lay there before. Inductor knows such buffers: they
-    are those that it cannot hand on in registers from one loop to the next (`CSE.invalidated_stores`).
+    are those that it cannot hand on in registers from one loop to the next (`CSE.invalidated_stores`). What comes from
+    Inductor's caches is not generated, and may have no barriers.
 
-    UserError where this PyTorch's Inductor has no such names."""
-    from torch._inductor.codegen.common import CSE
-    from torch._inductor.codegen.triton import TritonKernel
-
+    UserError where this PyTorch's Inductor is another than is known here, at the end if a barrier could not be set."""
+    unknown = UserError(
+        f"the Inductor of PyTorch {torch.__version__} is not known to this version, which could not make its kernels "
+        f"wait where they must: use PyTorch 2.11"
+    )
+    try:
+        from torch._inductor.codegen.common import CSE
+        from torch._inductor.codegen.triton import TritonKernel
+    except ImportError:
+        raise unknown from None
     if not hasattr(CSE(), "invalidated_stores") or not hasattr(TritonKernel, "get_load_buffer"):
-        raise UserError(
-            f"the Inductor of PyTorch {torch.__version__} is not known to this version, which could not make its "
-            f"kernels wait where they must: use PyTorch 2.11"
-        )
+        raise unknown
     load, get_load_buffer = TritonKernel.load, TritonKernel.get_load_buffer
-    read_back = False
+    wanted = missed = False  # a barrier, before the load that is being generated; before any that was
 
     def load_after_all(kernel: Any, name: str, index: Any) -> Any:
-        nonlocal read_back
-        read_back = name in kernel.cse.invalidated_stores
-        try:
-            return load(kernel, name, index)
-        finally:
-            read_back = False
+        nonlocal wanted, missed
+        wanted = name in kernel.cse.invalidated_stores
+        loaded = load(kernel, name, index)
+        wanted, missed = False, missed or wanted
+        return loaded
 
     def buffer_with_barrier(kernel: Any, indexing: Any) -> Any:
+        nonlocal wanted
         lines = get_load_buffer(kernel, indexing)
-        if read_back:
+        if wanted:
             lines.writeline(BARRIER)  # where the load will be written
+            wanted = False
         return lines
 
-    kernel_class: Any = TritonKernel
-    kernel_class.load, kernel_class.get_load_buffer = load_after_all, buffer_with_barrier
+    patched: Any = TritonKernel
+    patched.load, patched.get_load_buffer = load_after_all, buffer_with_barrier
     try:
         yield
     finally:
-        kernel_class.load, kernel_class.get_load_buffer = load, get_load_buffer
+        patched.load, patched.get_load_buffer = load, get_load_buffer
+    if missed:
+        raise unknown

@@ -76,7 +76,7 @@ def serve(arguments: Namespace) -> int:
 
 def repository(arguments: Namespace) -> int:
     """A model repository, for a server of one's own."""
-    from mubic_deploy.triton.repository import POOL_BYTES, GpuSettings, write_gpu_repository, write_repository
+    from mubic_deploy.triton.repository import GpuSettings, pool_bytes, write_gpu_repository, write_repository
     from mubic_deploy.triton.server import SHM_BYTES
 
     options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
@@ -95,8 +95,9 @@ def repository(arguments: Namespace) -> int:
                 raise UserError(f"--instances {model}={count} is for a CPU: say how many of each engine, or --loops")
             given["instances"] = count
         plans = Plans.open(arguments.artifacts)
-        write_gpu_repository(plans, arguments.out, GpuSettings(**given))
-        served += f" --cuda-memory-pool-byte-size=0:{POOL_BYTES}"
+        settings = GpuSettings(**given)
+        write_gpu_repository(plans, arguments.out, settings)
+        served += f" --cuda-memory-pool-byte-size=0:{pool_bytes(plans, settings)}"
         if plans.manifest["version_compatible"]:
             served += " --backend-config=tensorrt,version-compatible=true"
     elif given:

@@ -7,12 +7,14 @@ Every config.pbtxt is made from `graphs` and written through the protobuf schema
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
@@ -32,8 +34,10 @@ from mubic_deploy.triton.parameters import GraphSettings
 CONFIG_FILE = "config.pbtxt"
 PLAN = "model.plan"  # Triton's own name for it
 SEQUENCES = 1 << 16  # that Triton tells apart; the model holds fewer
-POOL_BYTES = 2 << 30  # of the GPU's memory that a server should keep for what lies between the models
-EVERY = 16  # up to this largest batch each size gets a CUDA graph, above it the preferred ones
+POOL_BYTES = 2 << 30  # of the GPU's memory that a server should keep for what lies between the models, at least
+CAPTURE_ALL_UP_TO = (
+    16  # where the largest batch is so large at most, each size gets a CUDA graph, not only preferred ones
+)
 _POWERS = tuple(2**n for n in range(11))
 _TYPES = {
     "bool": "TYPE_BOOL",
@@ -100,7 +104,7 @@ class GpuSettings:
                     waits for the encoders (side by side), for fusion, for the loop and for each of its steps; 0
                     merges only what waits already
     cuda_graphs     Triton captures each batch size of each engine and replays it: every one where the largest is at
-                    most `EVERY`, else those that it prefers (powers of two, and the largest)
+                    most `CAPTURE_ALL_UP_TO`, else those that it prefers (powers of two, and the largest)
     warm_up         random requests of those sizes to each engine before the server says that it is ready"""
 
     instances: int = 1
@@ -131,7 +135,7 @@ def write_gpu_repository(
     # the largest too: it is what a client that has more sends
     preferred = sorted({plans.max_batch, *(n for n in _POWERS if n <= plans.max_batch)})
     # when a delay is over what waits is sent, and a client sends its own batch: of any size, and a graph is of one
-    captured = list(range(1, plans.max_batch + 1)) if plans.max_batch <= EVERY else preferred
+    captured = list(range(1, plans.max_batch + 1)) if plans.max_batch <= CAPTURE_ALL_UP_TO else preferred
     configs, files = [], {}
     for name, signature in plans.signatures.items():
         model = _model(signature, config)
@@ -146,7 +150,7 @@ def write_gpu_repository(
             for batch in captured:
                 model.optimization.cuda.graph_spec.add(batch_size=batch)
         if settings.warm_up:
-            _warm_up(model, signature, captured)
+            _warm_up(model, signature, captured if settings.cuda_graphs else preferred)
         configs.append(model)
         files[name] = plans.file(name)
     configs += [
@@ -155,6 +159,14 @@ def write_gpu_repository(
     ]
     configs += [*_ensembles(plans, plans.max_batch), _stream(config, streams)]
     _write(configs, Path(out), files)
+
+
+def pool_bytes(plans: Plans, settings: GpuSettings) -> int:
+    """Of the GPU's memory that a server should keep for what lies between the models: twice what all its loops hold
+    with the largest batches, and POOL_BYTES at least."""
+    tensors = [t for signature in plans.signatures.values() for t in signature.outputs]
+    clip = sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors)
+    return max(POOL_BYTES, 2 * settings.loops * plans.max_batch * clip)
 
 
 def _gpu_ddim(config: Config, precision: str, max_batch: int, settings: GpuSettings) -> ModelConfig:
