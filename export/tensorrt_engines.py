@@ -61,11 +61,10 @@ def build(
 
     UserError without a GPU or TensorRT, if `out` is something else or cannot be written, if TensorRT refuses a graph or
     runs out of memory, or if a plan does not compute what the graph computes."""
-    cuda.require_gpu()
+    gpu = cuda.gpu()  # first: who has none shall not be told to install TensorRT
     trt = import_tensorrt()
     if tuple(int(n) for n in trt.__version__.split(".")[:2]) < OLDEST:
         raise UserError(f"TensorRT {trt.__version__} is too old: install {OLDEST[0]}.{OLDEST[1]} or newer")
-    gpu = cuda.gpu()
     _require_writable(options.timing_cache)
     out = Path(out)
     try:

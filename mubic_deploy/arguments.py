@@ -47,18 +47,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
+def seconds(text: str, unit: str = "seconds") -> float:
     value = number(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time: use seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text} is no time: use {unit} above 0")
     return value
 
 
 def minutes(text: str) -> float:
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time: use minutes above 0")
-    return value
+    return seconds(text, "minutes")
 
 
 def instances(text: str) -> tuple[str | None, int]:

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -139,7 +139,9 @@ def test_a_section_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_engine_whose_packages_are_not_all_there_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "elsewhere run exported graphs" in gpu_child.missing(gpu_child.TENSORRT)  # there is no GPU
+    with monkeypatch.context() as patch:
+        patch.setattr("mubic_deploy.engines.cuda.libcuda", lambda: SimpleNamespace(cuInit=lambda _: 100))
+        assert "there is no NVIDIA GPU to use" in gpu_child.missing(gpu_child.TENSORRT)
     monkeypatch.setattr("mubic_deploy.engines.cuda.require_gpu", lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)  # as where it is not installed

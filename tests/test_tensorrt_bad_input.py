@@ -174,9 +174,7 @@ def no_library(name: str) -> None:
     raise OSError(f"{name}: cannot open shared object file")
 
 
-def test_who_has_no_gpu_is_not_told_to_install_tensorrt(
-    half_artifacts: Artifacts, plans: Plans, tmp_path: Path
-) -> None:
+def test_who_has_plans_and_no_gpu_is_not_told_to_install_tensorrt(plans: Plans) -> None:
     says = r"there is no NVIDIA driver here \(libcuda.so.1: .*\): TensorRT wants one; elsewhere run exported graphs"
     with pytest.MonkeyPatch.context() as patch:  # ended before the doubles are taken away, which it is put on
         patch.setattr(ctypes, "CDLL", no_library)
@@ -184,9 +182,6 @@ def test_who_has_no_gpu_is_not_told_to_install_tensorrt(
         patch.setitem(sys.modules, "pycuda.driver", None)
         with pytest.raises(UserError, match=says):
             load_engines(plans)
-        with pytest.raises(UserError, match=says):
-            tensorrt_engines.build(half_artifacts, tmp_path / "e")
-    assert not (tmp_path / "e").exists()
 
 
 def test_a_gpu_that_is_missing_old_or_full_is_said(plans: Plans, driver: fake_gpu.Driver) -> None:
@@ -242,7 +237,7 @@ def test_a_pycuda_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, sy
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserError, match=says):
-            cuda.GPU()
+            cuda.import_driver()
 
 
 def test_without_tensorrt_or_a_gpu_the_commands_say_so(
@@ -250,6 +245,7 @@ def test_without_tensorrt_or_a_gpu_the_commands_say_so(
 ) -> None:
     for name in ("tensorrt", "pycuda", "pycuda.driver"):  # as on a machine that lacks them
         monkeypatch.setitem(sys.modules, name, None)
+    cuda.gpu.cache_clear()
 
     def refused(says: str) -> None:
         ran = run("engines", half_artifacts.path, "--out", tmp_path / "e")
@@ -259,15 +255,21 @@ def test_without_tensorrt_or_a_gpu_the_commands_say_so(
         assert not list(tmp_path.iterdir())
 
     monkeypatch.setattr(ctypes, "CDLL", driver.libcuda)
-    refused("(import of tensorrt halted; None in sys.modules): install it with pip install 'mubic-deploy[tensorrt]'")
+    refused("None in sys.modules): install it with pip install 'mubic-deploy[tensorrt]', which compiles it")
     driver.present = False
     refused("there is no NVIDIA GPU to use (CUDA error 100): TensorRT wants one; elsewhere run")
     driver.starts = 803
     refused("the NVIDIA driver does not start (cuInit failed with CUDA error 803): see what nvidia-smi says")
     monkeypatch.setattr(ctypes, "CDLL", no_library)
     refused("there is no NVIDIA driver here (libcuda.so.1: cannot open shared object file): TensorRT wants one")
-    with pytest.raises(UserError, match="pycuda cannot be used"):
-        cuda.GPU()
+
+
+def test_without_tensorrt_it_is_said(plans: Plans) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorrt", None)
+        says = r"TensorRT cannot be used \(.*\): install it with pip install 'mubic-deploy\[tensorrt\]'"
+        with pytest.raises(UserError, match=says):
+            load_engines(plans)
 
 
 def test_a_driver_that_is_too_old_for_tensorrt_is_said(

@@ -48,6 +48,7 @@ class GPU:
     UserError if there is none, it cannot be had, its memory is short, or the driver or pycuda is missing or too old."""
 
     def __init__(self) -> None:
+        require_gpu()
         self.driver = driver = import_driver()
         try:
             driver.init()
@@ -124,14 +125,12 @@ def libcuda() -> Any:
 
 
 def import_driver() -> Any:
-    """The module pycuda.driver. UserError if it cannot be loaded: no driver, an old one, or no pycuda."""
+    """The module pycuda.driver, after `require_gpu`. UserError if it cannot be loaded: an old driver, or no pycuda."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pycuda's own, of what is said below
             import pycuda.driver as driver
     except ImportError as error:
-        if "libcuda" in str(error):
-            raise UserError(f"there is no NVIDIA driver here ({error}): {ELSEWHERE}") from None
         if missing := re.search(r"undefined symbol: (cu[A-Z]\w*)", str(error)):  # of libcuda, so the driver's
             raise UserError(
                 f"the NVIDIA driver is too old for the CUDA that pycuda was built with (it lacks {missing[1]}): "

@@ -179,9 +179,8 @@ class TensorRTEngine:
 
 def load_engines(plans: Plans, cuda_graphs: bool = True) -> dict[str, Engine]:
     """An engine for each plan, on the first GPU. UserError if there is none, or the plans are not for it."""
-    cuda.require_gpu()
+    gpu = cuda.gpu()  # first: who has none shall not be told to install TensorRT
     trt = import_tensorrt()
-    gpu = cuda.gpu()
     plans.require(gpu.facts, trt.__version__)
     runtime = created(trt.Runtime, logger(trt))
     if plans.manifest["version_compatible"]:

@@ -35,9 +35,8 @@ CONFIG_FILE = "config.pbtxt"
 PLAN = "model.plan"  # Triton's own name for it
 SEQUENCES = 1 << 16  # that Triton tells apart; the model holds fewer
 POOL_BYTES = 2 << 30  # of the GPU's memory that a server should keep for what lies between the models, at least
-CAPTURE_ALL_UP_TO = (
-    16  # where the largest batch is so large at most, each size gets a CUDA graph, not only preferred ones
-)
+# where the largest batch is so large at most, each size gets a CUDA graph, not only the preferred ones
+CAPTURE_ALL_UP_TO = 16
 _POWERS = tuple(2**n for n in range(11))
 _TYPES = {
     "bool": "TYPE_BOOL",
