@@ -4,7 +4,7 @@ model with 1, 2, 4, 8 and 12 steps.
 
     mubic-deploy scenes data/train --videos 480 --seed 1 --seconds 5
     mubic-deploy scenes data/held_out --videos 60 --seed 1001 --seconds 5
-    mubic-deploy listen runs/hearing.safetensors
+    mkdir -p runs && mubic-deploy listen runs/hearing.safetensors
     python bench/ablation.py data/train data/held_out --vggish runs/hearing.safetensors --stride 32 --full demo --save
 
 A run that is there is not trained again, and one that was stopped goes on; --variants takes some of them at a time, and
