@@ -18,6 +18,7 @@ from mubic_deploy.arguments import Parser, instances, natural, number, positive,
 from mubic_deploy.config import (
     CONFIGS,
     DEFAULT_STEPS,
+    FITS,
     MAX_STEPS,
     ON_GPU,
     OPTIMISATIONS,
@@ -29,9 +30,17 @@ from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT16, FLOAT32
 from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW, WAITING
-from mubic_deploy.media.fit import FITS
 from mubic_deploy.sources import versions
-from mubic_deploy.training.settings import DATASETS, LIGHTNING_PRECISIONS, PARTS, RECIPES, SCHEDULES, SPLITS, Settings
+from mubic_deploy.training.settings import (
+    DATASETS,
+    LIGHTNING_PRECISIONS,
+    NEGATIVES,
+    PARTS,
+    RECIPES,
+    SCHEDULES,
+    SPLITS,
+    Settings,
+)
 from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT
 
 INSTALL = "install it with: pip install 'mubic-deploy[{}]'"
@@ -78,7 +87,7 @@ def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
 
 
 def _fit(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--fit", choices=FITS, default="letterbox", help="how frames meet the model's size")
+    parser.add_argument("--fit", choices=FITS, help="how frames meet the model's size (default: as it was trained)")
 
 
 def _serving(parser: argparse.ArgumentParser) -> None:
@@ -147,12 +156,12 @@ SETTINGS_HELP: dict[str, tuple[Callable[[str], Any] | None, Sequence[str] | None
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
-    """An option for each of a run's settings; unset ones keep the recipe's value."""
+    """An option for each of a run's settings; unset ones keep the recipe's value; the help has the default one's."""
     default = RECIPES["thesis"]
     for field in fields(Settings):
         kind, choices, text = SETTINGS_HELP[field.name]
         flag = "--" + field.name.replace("_", "-")
-        text = f"{text} (thesis: {getattr(default, field.name)})"
+        text = f"{text} (default: {getattr(default, field.name)})"
         if kind is None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -197,6 +206,8 @@ def _training(commands: argparse._SubParsersAction) -> None:
     _data(evaluate)
     evaluate.add_argument("--part", choices=(*PARTS, "all"), default="test", help="which fold lists (default test)")
     evaluate.add_argument("--sounds", action="store_true", help="also with the sound muted, swapped and shifted by 1 s")
+    negatives = f"of s-AUC: fixations of other videos, or of all frames of the own one (default {NEGATIVES[0]})"
+    evaluate.add_argument("--negatives", choices=NEGATIVES, default=NEGATIVES[0], help=negatives)
     evaluate.add_argument("--baselines", action="store_true", help="also the mean map of all videos, and of each")
     _engine(evaluate)
     _graphs(evaluate)

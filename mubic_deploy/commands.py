@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, RANDOM, VARIANTS, get_config, weights_seed
+from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, RANDOM, VARIANTS, Config, get_config, weights_seed
 from mubic_deploy.console import bar, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
@@ -192,6 +192,14 @@ def untrained(seed: int | None) -> list[str]:
     return [] if seed is None else [UNTRAINED.format(seed=seed)]
 
 
+def unfamiliar(config: Config, seed: int | None, fit: str | None) -> list[str]:
+    """The warning for weights that meet what they were not trained on: `untrained`'s, or that of a fit which is not
+    theirs; None is theirs."""
+    if seed is None and fit not in (None, config.fit):
+        return [f"the model was trained with --fit {config.fit}: with {fit} it sees frames as it never saw them"]
+    return untrained(seed)
+
+
 def artifacts_of(arguments: Namespace, seed: int | None = None) -> Artifacts:
     """The folder that was named, or the cached export of the checkpoint; seed: of random weights."""
     if arguments.artifacts is not None:
@@ -218,7 +226,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         from mubic_deploy.triton.client import TIMEOUT_S, TritonPredictor
 
         with TritonPredictor(engine, arguments.timeout or TIMEOUT_S) as remote:
-            yield remote, untrained(remote.source["seed"])
+            yield remote, unfamiliar(remote.config, remote.source["seed"], arguments.fit)
         return
     given = arguments.artifacts
     if engine in EAGER and given is not None:
@@ -234,7 +242,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
         given = artifacts_of(arguments).path  # with a progress bar, if it must be exported
     source = given or arguments.checkpoint or DEMO_CHECKPOINT
     pipeline = Pipeline.open(source, engine, arguments.variant, cuda_graphs=not arguments.no_cuda_graphs)
-    yield pipeline, untrained(pipeline.source["seed"])
+    yield pipeline, unfamiliar(pipeline.config, pipeline.source["seed"], arguments.fit)
 
 
 def predict(arguments: Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from mubic_deploy.errors import UserError
 
 VARIANTS = ("full", "no_beca", "no_skip", "concat", "no_diffusion", "visual_only")  # Table 4.3
+FITS = ("letterbox", "stretch", "crop")  # how frames meet the model's size, see `mubic_deploy.media.fit`
 PRECISIONS = ("float32", "float16")  # of the graphs; NumPy's names
 PAD_HEADS, SPLIT_DEPTHWISE = "pad_heads", "split_depthwise"
 OPTIMISATIONS = (PAD_HEADS, SPLIT_DEPTHWISE)  # of a graph, see `mubic_deploy.model.optimise`
@@ -34,12 +35,22 @@ DEMO_FILE = Path(__file__).parent / "weights" / "demo.safetensors"  # what it st
 ADAPTIVE = 0  # the STEPS value that asks for adaptive N
 
 
+def check_fit(name: str) -> str:
+    """`name` if it is one of FITS, else UserError."""
+    if name not in FITS:
+        raise UserError(f"unknown fit {name!r}: choose one of {', '.join(FITS)}")
+    return name
+
+
 @dataclass(frozen=True)
 class Config:
-    """One model. Tuples over the four scales run from the finest (i = 1) to the coarsest (i = 4)."""
+    """One model. Tuples over the four scales run from the finest (i = 1) to the coarsest (i = 4).
+
+    fit: how the frames that it was trained on met its size; what runs it fits frames so unless told otherwise."""
 
     name: str
     variant: str = "full"
+    fit: str = FITS[0]
     frames: int = 16
     height: int = 224
     width: int = 384
@@ -66,6 +77,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise UserError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
+        check_fit(self.fit)
         units = (2 * AUDIO_SLICES, 16, 16)
         if any(n < 1 or n % unit for n, unit in zip((self.frames, self.height, self.width), units, strict=True)):
             raise UserError(
@@ -127,7 +139,10 @@ class Config:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Config:
-        """Inverse of `to_json`. ValueError names what is unknown, missing, of another kind or not positive."""
+        """Inverse of `to_json`. Older ones have no fit: theirs was the default. ValueError names what is unknown,
+        missing, of another kind or not positive."""
+        if isinstance(data, dict):
+            data = {"fit": cls.fit, **data}
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or set(data) != known:
             odd = sorted(set(data) ^ known) if isinstance(data, dict) else [type(data).__name__]
@@ -178,8 +193,8 @@ def weights_seed(checkpoint: str | Path, seed: int | None) -> int:
     return seed or 0
 
 
-def get_config(name: str, variant: str = "full") -> Config:
-    """The named configuration in the given variant. UserError for an unknown name."""
+def get_config(name: str, variant: str = "full", fit: str = FITS[0]) -> Config:
+    """The named configuration in the given variant, trained with the given fit. UserError for an unknown name."""
     if name not in CONFIGS:
         raise UserError(f"unknown config {name!r}: choose one of {', '.join(CONFIGS)}")
-    return replace(CONFIGS[name], variant=variant)
+    return replace(CONFIGS[name], variant=variant, fit=fit)

@@ -15,11 +15,10 @@ from typing import Protocol
 import av
 import numpy as np
 
-from mubic_deploy.config import Config
+from mubic_deploy.config import Config, check_fit
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.clips import Clip, Clipper
 from mubic_deploy.media.film import Film, Frame
-from mubic_deploy.media.fit import check_fit
 from mubic_deploy.media.maps import FilmMap, MapsWriter
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
@@ -66,7 +65,7 @@ def predict_film(
     steps: int | None = None,
     seed: int = 0,
     stride: int = 4,
-    fit: str = "letterbox",
+    fit: str | None = None,
     batch: int = 1,
     progress: Progress | None = None,
 ) -> Prediction:
@@ -78,7 +77,7 @@ def predict_film(
     contact_sheet  .png: eight frames and their overlays
     steps          1 to 12, 0 for adaptive, None for the default
     seed           of the noise; the same for every clip, so that maps do not flicker
-    fit            letterbox, stretch or crop (see `make_fit`)
+    fit            letterbox, stretch or crop (see `make_fit`), None for what the model was trained with
     batch          clips that are predicted at once: the same maps, sooner where a GPU has room for more than one; the
                    frames since the first of them are held in memory
     progress       called with the frames done and, if the container says it, their number
@@ -132,7 +131,7 @@ def predict_clips(
     steps: int | None = None,
     seed: int = 0,
     stride: int = 4,
-    fit: str = "letterbox",
+    fit: str | None = None,
     batch: int = 1,
     warnings: list[str] | None = None,
 ) -> Iterator[FilmMap]:
@@ -149,7 +148,7 @@ def predict_clips(
 
 
 def _run(
-    predictor: Predictor, film: Film, steps: int | None, seed: int, stride: int, fit: str, batch: int
+    predictor: Predictor, film: Film, steps: int | None, seed: int, stride: int, fit: str | None, batch: int
 ) -> Iterator[Frame | FilmMap]:
     """Every frame, and every map after the last frame of its clip. With a batch they come some frames late, in the same
     order."""
@@ -200,7 +199,7 @@ def _targets(overlay: Target | None, maps: Target | None, contact_sheet: Target 
     return targets
 
 
-def _check_settings(config: Config, steps: int | None, seed: int, stride: int, fit: str, batch: int) -> None:
+def _check_settings(config: Config, steps: int | None, seed: int, stride: int, fit: str | None, batch: int) -> None:
     if steps is not None:
         config.check_steps(steps)
     if seed < 0:
@@ -209,7 +208,7 @@ def _check_settings(config: Config, steps: int | None, seed: int, stride: int, f
         raise UserError(f"stride {stride} is out of range: use 1 or more frames")
     if batch < 1:
         raise UserError(f"a batch of {batch} clips cannot be: use 1 or more")
-    check_fit(fit)
+    check_fit(fit or config.fit)
 
 
 def _sink(kind: str, path: Path, film: Film) -> _Sink:

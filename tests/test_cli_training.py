@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,44 @@ def test_from_scenes_to_a_film(run, tmp_path: Path) -> None:
     assert all(row["clips"] == 10 for row in rows.values())
     assert rows["sound own"]["steps"] == 4
     assert rows["video's mean"]["cc"] > rows["centre bias"]["cc"] > 0
-    table = run(*evaluate, "--engine", "eager", "--steps", "adaptive").out
+    table = run(*evaluate, "--engine", "eager", "--steps", "adaptive", "--sounds", "--baselines").out
     assert "s-AUC" in table
     assert "5 videos, 10 clips" in table
+    lines = {name: next(line for line in table.splitlines() if name in line) for name in names}
+    for name, line in lines.items():  # whole, at 80 columns
+        assert len(re.findall(r"\d\.\d{4}(?!\S)", line)) == 5, (name, line)
+    of_video = json.loads(run(*evaluate, "--engine", "eager", "--negatives", "video", "--baselines", "--json").out)
+    assert of_video["negatives"] == "video"
+    for row in of_video["rows"]:
+        assert row["cc"] == pytest.approx(rows[row["what"]]["cc"], abs=1e-9)
+        assert row["auc_shuffled"] != rows[row["what"]]["auc_shuffled"]
+    where = {row["what"]: row["auc_shuffled"] for row in of_video["rows"]}["video's mean"]
+    assert where < rows["video's mean"]["auc_shuffled"] - 0.1  # to know where in a video gains nothing
 
     ran = run("pack", out / "model.safetensors", tmp_path / "half.safetensors")
     assert ran.code == 0, ran.err
     assert (tmp_path / "half.safetensors").stat().st_size < 0.52 * len(before)
+
+
+def test_a_model_is_used_with_the_fit_that_it_was_trained_with(run, shared: list[Video], tmp_path: Path) -> None:
+    ran = run("train", shared[0].root, "--out", tmp_path / "run", *QUICK, "--fit", "stretch")
+    assert ran.code == 0, ran.err
+    file = tmp_path / "run" / "model.safetensors"
+    assert run("pack", file, tmp_path / "half.safetensors").code == 0
+    for trained in (file, tmp_path / "half.safetensors"):
+        assert checkpoint.load(str(trained))[0].config == get_config("demo", fit="stretch")
+    evaluate = ("evaluate", shared[0].root, "--checkpoint", file, "--engine", "eager", "--json")
+    its, same, other = (json.loads(run(*evaluate, *more).out) for more in ((), ("--fit", "stretch"), ("--fit", "crop")))
+    assert its["warnings"] == same["warnings"] == []
+    assert other["warnings"] == [
+        "the model was trained with --fit stretch: with crop it sees frames as it never saw them"
+    ]
+    ccs = [found["rows"][0]["cc"] for found in (its, same, other)]
+    assert ccs[0] == ccs[1] != ccs[2]
+    # weights may go on to another
+    command = ("train", shared[0].root, "--out", tmp_path / "next", *QUICK, "--checkpoint", file)
+    assert run(*command).code == 0
+    assert checkpoint.load(str(tmp_path / "next" / "model.safetensors"))[0].config == DEMO
 
 
 def test_engines_agree_over_a_set(run, shared: list[Video]) -> None:

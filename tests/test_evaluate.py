@@ -17,9 +17,10 @@ from scipy.io import savemat
 
 from mubic_deploy import metrics
 from mubic_deploy.config import DEMO, Config
+from mubic_deploy.errors import UserError
 from mubic_deploy.training import curves, samples
 from mubic_deploy.training.clips import Clips
-from mubic_deploy.training.evaluate import OTHERS, Evaluation, centre_bias, evaluate, evaluate_maps, video_means
+from mubic_deploy.training.evaluate import DRAWN, Evaluation, centre_bias, evaluate, evaluate_maps, video_means
 from mubic_deploy.training.layout import Video, read_density
 
 
@@ -210,7 +211,7 @@ def test_negatives_are_of_other_videos_and_the_same_for_every_model(tmp_path, mo
         assert others.shape == mine.fixations.shape
         places = np.argwhere(others) / factor
         rows = {int(row) - 10 for row, _ in places}
-        assert len(places) == OTHERS  # no two of them coincide
+        assert len(places) == DRAWN  # no two of them coincide
         assert rows == {0, 1, 2} - {videos.index(mine.video)}
         assert all(9 <= column <= 17 and column == int(column) for _, column in places)
         chosen.add(others.tobytes())
@@ -221,6 +222,43 @@ def test_negatives_are_of_other_videos_and_the_same_for_every_model(tmp_path, mo
     for again in (drawn[:23], drawn[23:]):
         for a, b in zip(first, again, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_negatives_of_the_own_video_are_all_its_fixations_but_the_frames_own(tmp_path, monkeypatch):
+    specs = [Spec("a"), Spec("b", frames=20)]
+    videos = write_field(tmp_path, specs)
+    for number, (spec, video) in enumerate(zip(specs, videos, strict=True)):
+        for i in range(1, spec.frames + 1):
+            marked = np.zeros(spec.size, np.uint8)
+            marked[10 + number, i] = marked[30, 5] = 1  # one place of each frame alone, and one of all
+            savemat(video.fixations(i), {"eyeMap": marked})
+    videos[0].fixations(3).unlink()
+    clips = Clips(videos, DEMO, stride=4)
+    drawn: list[np.ndarray] = []
+
+    def spy(prediction: np.ndarray, fixations: np.ndarray, others: np.ndarray) -> float:
+        drawn.append(others)
+        return 0.5
+
+    monkeypatch.setattr(metrics, "auc_shuffled", spy)
+    evaluate(Known(clips), clips, negatives="video")
+    evaluate_maps(lambda truth: truth.density, clips, negatives="video")
+    assert len(drawn) == 2 * len(clips) > 8
+    for index, others in enumerate(drawn):
+        truth = clips.ground_truth(index % len(clips))
+        number = videos.index(truth.video)
+        frames = set(range(1, specs[number].frames + 1)) - {truth.frame} - ({3} if number == 0 else set())
+        assert {tuple(place) for place in np.argwhere(others)} == {(10 + number, i) for i in frames}
+
+
+def test_fixation_maps_of_different_sizes_in_one_video_and_unknown_negatives_are_refused(tmp_path):
+    (video,) = write_field(tmp_path, [Spec("a", frames=16)])
+    clips = Clips([video], DEMO)
+    savemat(video.fixations(2), {"eyeMap": np.zeros((9, 16), np.uint8)})
+    with pytest.raises(UserError, match=r"fixMap_00002.*is not of the size of the video's others"):
+        evaluate_maps(lambda truth: truth.density, clips, negatives="video")
+    with pytest.raises(UserError, match=r"unknown negatives 'mine': choose one of others, video"):
+        evaluate_maps(lambda truth: truth.density, clips, negatives="mine")
 
 
 def test_shuffled_auc_by_hand(tmp_path):

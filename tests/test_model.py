@@ -398,7 +398,11 @@ def test_bad_checkpoints_are_named(tmp_path):
 
 
 def test_config_survives_json_and_refuses_strangers():
-    assert Config.from_json(FULL.to_json()) == FULL
+    for config in (FULL, replace(FULL, fit="crop")):
+        assert Config.from_json(config.to_json()) == config
+    older = FULL.to_json()
+    del older["fit"]
+    assert Config.from_json(older) == FULL
     for broken in ({}, {**FULL.to_json(), "colour": 1}, [1]):
         with pytest.raises(ValueError, match="does not fit this version"):
             Config.from_json(broken)  # type: ignore[arg-type]
@@ -411,6 +415,7 @@ def test_config_survives_json_and_refuses_strangers():
         ({"name": None}, "of another kind"),
         ({"audio_heads": 0}, "is below 1"),
         ({"variant": "later"}, "unknown variant 'later'"),
+        ({"fit": "zoom"}, "unknown fit 'zoom': choose one of letterbox, stretch, crop"),
         ({"frames": 12}, "frames must be a multiple of 8, height and width multiples of 16, not 12 x 224 x 384"),
         ({"width": 390}, "not 16 x 224 x 390"),
     )

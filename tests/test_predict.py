@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -67,6 +68,17 @@ def test_maps_lie_over_the_film(film, out, fit):
     assert maps.shape == (7, 90, 160)
     np.testing.assert_allclose(maps[:, 4:-4, 4:77], 0, atol=0.02)
     np.testing.assert_allclose(maps[:, 4:-4, 83:-4], 200 / 255, atol=0.02)
+
+
+def test_frames_are_fitted_as_the_model_was_trained(film, out):
+    predictor = Brightness()
+    for fit in ("crop", None):
+        predict_film(predictor, film, maps=out / f"{fit}.npz", stride=8, fit=fit)
+        predictor.config = replace(predictor.config, fit="crop")
+    maps = [np.load(out / f"{fit}.npz")["maps"] for fit in ("crop", None)]
+    np.testing.assert_array_equal(*maps)
+    predict_film(predictor, film, maps=out / "letterbox.npz", stride=8, fit="letterbox")
+    assert (np.load(out / "letterbox.npz")["maps"] != maps[0]).any()
 
 
 def test_predict_clips_yields_the_same(film, out):

@@ -11,7 +11,7 @@ import av
 import numpy as np
 
 from mubic_deploy import graphs
-from mubic_deploy.config import SAMPLE_RATE
+from mubic_deploy.config import SAMPLE_RATE, check_fit
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.backlog import SOUND_KEPT_S
 from mubic_deploy.live.link import Settings
@@ -20,7 +20,7 @@ from mubic_deploy.live.sender import Limits, Sender
 from mubic_deploy.live.settings import DROP, IN_FLIGHT, MAX_IN_FLIGHT, ON_LAG, QUEUE, RAW, WAITING, check_encoding
 from mubic_deploy.live.timeline import MAX_TIME_S, check_stride
 from mubic_deploy.media.film import Resizer
-from mubic_deploy.media.fit import Fit, check_fit, make_fit
+from mubic_deploy.media.fit import Fit, make_fit
 from mubic_deploy.media.sound import NOTABLE_S
 from mubic_deploy.triton.client import TritonPredictor, destination
 
@@ -40,7 +40,8 @@ class StreamClient:
     With one thread for both, `poll` after each frame: maps that nobody reads hold the stream back in the end.
 
     url          HOST:PORT or triton://HOST:PORT of gRPC
-    stride       frames between two maps; seed, steps: see `Pipeline.predict`; fit: see `make_fit`
+    stride       frames between two maps; seed, steps: see `Pipeline.predict`; fit: see `make_fit`, None for what the
+                 model was trained with
     encoding     how frames travel: raw (the same maps as `predict`'s), jpeg or h264
     on_lag       where windows are complete faster than they are answered: queue (`frame` waits) or drop (the oldest
                  waiting window goes, counted)
@@ -67,7 +68,7 @@ class StreamClient:
         seed: int = 0,
         steps: int | None = None,
         encoding: str = RAW,
-        fit: str = "letterbox",
+        fit: str | None = None,
         on_lag: str = QUEUE,
         max_waiting: int | None = None,
         in_flight: int | None = None,
@@ -88,7 +89,9 @@ class StreamClient:
         for name, seconds in (("timeout", timeout), ("give_up_s", give_up_s)):
             if not 0 < seconds < math.inf:
                 raise UserError(f"{name} {seconds:g} is out of range: use seconds above 0")
-        self._fit_name, self._on_lag, self._max_waiting = check_fit(fit), on_lag, max_waiting
+        if fit is not None:
+            check_fit(fit)
+        self._on_lag, self._max_waiting = on_lag, max_waiting
         check_stride(stride)
         check_encoding(encoding)
         address, model = destination(url)
@@ -100,6 +103,7 @@ class StreamClient:
         settings = Settings(stride, seed, self.config.default_steps if steps is None else steps, encoding)
         self.config.check_steps(settings.steps)
         self.fit: Fit | None = None  # known with the first frame
+        self._fit_name = fit or self.config.fit
         self._resize = Resizer()
         self._interval_s = math.inf  # between the last two frames
         self._finished = False

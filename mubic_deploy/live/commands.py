@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import av
 
-from mubic_deploy.commands import untrained
+from mubic_deploy.commands import unfamiliar
 from mubic_deploy.console import bar, forget_stdout, print_json, say, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
@@ -98,7 +98,8 @@ def stream(arguments: Namespace) -> int:
             raise problem
         outputs.finish(whole=not stopped.is_set() and problem is None)
         report = client.report()
-    warnings = untrained(client.source["seed"]) + source.warnings + [gap.text for gap in gaps]
+    warnings = unfamiliar(client.config, client.source["seed"], arguments.fit)
+    warnings += source.warnings + [gap.text for gap in gaps]
     if arguments.json:
         print_json({**vars(report), "frames": feeder.fed, "gaps": [vars(gap) for gap in gaps], "warnings": warnings})
     else:

@@ -32,11 +32,11 @@ class Clip:
 class Clipper:
     """Cuts window k from frames k * stride .. k * stride + 15 as the frames are pushed."""
 
-    def __init__(self, film: Film, config: Config, stride: int = 4, fit: str = "letterbox") -> None:
-        """UserError for an unknown fit or a stride below 1."""
+    def __init__(self, film: Film, config: Config, stride: int = 4, fit: str | None = None) -> None:
+        """fit: that of `config` for None. UserError for an unknown one or a stride below 1."""
         if stride < 1:
             raise UserError(f"stride {stride} is out of range: use 1 or more frames")
-        self.fit = make_fit(fit, film.display, (config.height, config.width))
+        self.fit = make_fit(fit or config.fit, film.display, (config.height, config.width))
         self._film, self._config, self._stride = film, config, stride
         self._sound = film.sound() if config.has_audio else None
         self._resize = Resizer()
@@ -82,7 +82,7 @@ class Clipper:
         return Clip(np.stack([small for _, _, small in self._window]), audio, index, time_s)
 
 
-def read_clips(film: Film, config: Config, stride: int = 4, fit: str = "letterbox") -> Iterator[Clip]:
+def read_clips(film: Film, config: Config, stride: int = 4, fit: str | None = None) -> Iterator[Clip]:
     """All clips of a film, at the configuration's size. A film shorter than 16 frames makes one clip."""
     clipper = Clipper(film, config, stride, fit)
     try:

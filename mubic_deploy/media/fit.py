@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mubic_deploy.errors import UserError
+from mubic_deploy.config import check_fit
 
-FITS = ("letterbox", "stretch", "crop")
 BAR = 115  # 255 * 0.45, the mean that the visual encoder subtracts: bars are zero to the model
 MAP_WIDTH = 384  # maps go back to the film's size, but are never wider than this
 
@@ -73,13 +72,6 @@ def map_shape(display: tuple[int, int]) -> tuple[int, int]:
     if width <= MAP_WIDTH:
         return display
     return max(1, round(height * MAP_WIDTH / width)), MAP_WIDTH
-
-
-def check_fit(name: str) -> str:
-    """`name` if it is one of FITS, else UserError."""
-    if name not in FITS:
-        raise UserError(f"unknown fit {name!r}: choose one of {', '.join(FITS)}")
-    return name
 
 
 def make_fit(name: str, display: tuple[int, int], size: tuple[int, int]) -> Fit:

@@ -58,7 +58,7 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         config: Config,
         *,
         stride: int = 4,
-        fit: str = "letterbox",
+        fit: str | None = None,
         flip: bool = False,
         jitter: bool = False,
         sound: str = "own",
@@ -66,6 +66,7 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """Reads every sound and looks at every label, about 1 ms each.
 
+        fit: one of FITS, that of `config` unless another is asked for.
         flip: mirrors half of the clips; jitter: starts each up to stride - 1 frames later. Both are drawn from (seed,
         epoch, index) alone. sound: `own`, or to see what it is worth `muted`, `swapped` for the next video's, or
         `shifted`, heard a second late. UserError for an unknown fit or sound, a stride below 1, a negative seed, a
@@ -86,7 +87,7 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         self._sounds: list[np.ndarray] = []  # int16
         windows: list[tuple[int, int]] = []  # (video, first frame)
         for number, video in enumerate(self.videos):
-            self._fits.append(_fit(video, fit, config))
+            self._fits.append(_fit(video, fit or config.fit, config))
             self._sounds.append(_int16(read_sound(video.sound)) if config.has_audio else np.zeros(0, np.int16))
             starts = self._labelled_starts(number, stride)
             windows += [(number, start) for start in starts]

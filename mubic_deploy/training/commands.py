@@ -165,6 +165,7 @@ def evaluate(arguments: Namespace) -> int:
                 data,
                 steps=arguments.steps,
                 seed=arguments.seed,
+                negatives=arguments.negatives,
                 progress=lambda done, total, sound=sound: progress(f"evaluating, sound {sound}", done, total),  # type: ignore[misc]
             )
             rows.append({"what": f"sound {sound}", **_row(result)})
@@ -172,19 +173,31 @@ def evaluate(arguments: Namespace) -> int:
         if arguments.baselines:
             for what, make in (("centre bias", evaluation.centre_bias), ("video's mean", evaluation.video_means)):
                 progress(what, 0, 1)
-                rows.append({"what": what, **_row(evaluation.evaluate_maps(make(data), data))})
+                rows.append(
+                    {"what": what, **_row(evaluation.evaluate_maps(make(data), data, negatives=arguments.negatives))}
+                )
     if arguments.json:
-        print_json({"rows": rows, "videos": len(videos), "skipped": skipped, "warnings": warnings})
+        print_json(
+            {
+                "rows": rows,
+                "videos": len(videos),
+                "skipped": skipped,
+                "negatives": arguments.negatives,
+                "warnings": warnings,
+            }
+        )
         return 0
     warn(warnings)
     table = Table(title=f"{len(videos)} videos, {rows[0]['clips']} clips; {skipped} without a map are left out")
-    for heading in ("", *HEADINGS.values(), "steps", "undefined"):
+    for heading in ("", *HEADINGS.values(), "steps"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
-        undefined = ", ".join(f"{HEADINGS[k]} {n}" for k, n in row["excluded"].items() if n)
         steps = f"{row['steps']:.2f}" if row["steps"] else ""
-        table.add_row(row["what"], *(f"{row[k]:.4f}" for k in HEADINGS), steps, undefined or "0")
+        table.add_row(row["what"], *(f"{row[k]:.4f}" for k in HEADINGS), steps)
     screen.print(table)
+    for row in rows:  # below: columns of any width would cut off the figures
+        if undefined := ", ".join(f"{HEADINGS[k]} for {n}" for k, n in row["excluded"].items() if n):
+            say(f"{row['what']}: undefined, so left out, are {undefined} of {row['clips']} clips")
     return 0
 
 
@@ -296,7 +309,8 @@ def _prepare(model: Any, arguments: Namespace, settings: Settings) -> None:
     said = []
     if arguments.checkpoint is not None:
         other, _ = checkpoint.load(arguments.checkpoint)
-        if other.config != model.config:
+        # the fit may be another: weights of one learn the other
+        if replace(other.config, fit=model.config.fit) != model.config:
             mine, theirs = (f"{c.name}/{c.variant}" for c in (model.config, other.config))
             raise UserError(f"{arguments.checkpoint} is of {theirs}, not {mine}: use its --config and --variant")
         model.load_state_dict(other.state_dict())

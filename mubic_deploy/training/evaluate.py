@@ -10,12 +10,14 @@ import numpy as np
 from PIL import Image
 
 from mubic_deploy import metrics
+from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Predictor
 from mubic_deploy.training.clips import Clips, GroundTruth
-from mubic_deploy.training.layout import labelled, read_density
+from mubic_deploy.training.layout import Video, labelled, read_density, read_fixations
+from mubic_deploy.training.settings import NEGATIVES, OTHERS
 
 METRICS = ("cc", "nss", "sim", "auc_judd", "auc_shuffled")
-OTHERS = 10  # frames of other videos whose fixations are the negatives of the shuffled AUC
+DRAWN = 10  # frames of other videos whose fixations are negatives
 
 
 @dataclass
@@ -57,12 +59,14 @@ def evaluate(
     seed: int = 0,
     batch: int = 8,
     shuffled: bool = True,
+    negatives: str = OTHERS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Predicts the clips (all, or those of `indices`) and scores each map at its ground truth's own size. All clips
-    start from the noise of `seed`, as the frames of a film do. shuffled: with the shuffled AUC, the slowest."""
+    start from the noise of `seed`, as the frames of a film do. shuffled: with the shuffled AUC, the slowest; negatives:
+    its own, see `make_negatives`."""
     chosen = list(range(len(clips)) if indices is None else indices)
-    result, negatives = Evaluation(), _Negatives(clips)
+    result, of = Evaluation(), make_negatives(clips, negatives)
     for first in range(0, len(chosen), batch):
         part = chosen[first : first + batch]
         items = [clips[i] for i in part]
@@ -76,22 +80,25 @@ def evaluate(
             prediction = truth.fit.back(saliency, truth.density.shape)
             scores = score(prediction, truth)
             if shuffled:
-                others = negatives.of(index, truth.fixations.shape)
-                scores["auc_shuffled"] = metrics.auc_shuffled(prediction, truth.fixations, others)
+                scores["auc_shuffled"] = metrics.auc_shuffled(prediction, truth.fixations, of(index, truth))
             result.add(str(truth.video), scores)
         progress(min(first + batch, len(chosen)), len(chosen))
     return result
 
 
 def evaluate_maps(
-    maps: Callable[[GroundTruth], np.ndarray], clips: Clips, indices: Sequence[int] | None = None
+    maps: Callable[[GroundTruth], np.ndarray],
+    clips: Clips,
+    indices: Sequence[int] | None = None,
+    *,
+    negatives: str = OTHERS,
 ) -> Evaluation:
-    """Scores maps [H, W] that need no model: what any prediction must beat."""
-    result, negatives = Evaluation(), _Negatives(clips)
+    """Scores maps [H, W] that need no model: what any prediction must beat. negatives: see `make_negatives`."""
+    result, of = Evaluation(), make_negatives(clips, negatives)
     for index in range(len(clips)) if indices is None else indices:
         truth = clips.ground_truth(index)
-        prediction, others = maps(truth), negatives.of(index, truth.fixations.shape)
-        shuffled = metrics.auc_shuffled(prediction, truth.fixations, others)
+        prediction = maps(truth)
+        shuffled = metrics.auc_shuffled(prediction, truth.fixations, of(index, truth))
         result.add(str(truth.video), {**score(prediction, truth), "auc_shuffled": shuffled})
     return result
 
@@ -140,20 +147,64 @@ def score(prediction: np.ndarray, truth: GroundTruth) -> dict[str, float]:
     }
 
 
-class _Negatives:
-    """The negatives of the shuffled AUC: fixations of OTHERS frames of other videos, drawn by the clip's index alone,
-    so the same for every model. Each frame's are read once."""
+Negatives = Callable[[int, GroundTruth], np.ndarray]
+
+
+def make_negatives(clips: Clips, kind: str) -> Negatives:
+    """What gives the shuffled AUC's negatives, bool [H, W], for a clip's index and ground truth.
+
+    others  fixations of DRAWN frames of other videos: a map of where people look in general gains nothing by it
+    video   those of all frames of the same video but the frame's own, as in STAViS's evaluation (createShuffmap1.m)
+            and so in the tables that follow it: a map of where people look in this video gains nothing either, and
+            figures are much lower
+
+    UserError for another kind."""
+    if kind not in NEGATIVES:
+        raise UserError(f"unknown negatives {kind!r}: choose one of {', '.join(NEGATIVES)}")
+    if kind == OTHERS:
+        return _Others(clips)
+    return _own_video()
+
+
+def _own_video() -> Negatives:
+    known: tuple[Video, np.ndarray] | None = None  # of the last video: its clips come one after the other
+
+    def of(_: int, truth: GroundTruth) -> np.ndarray:
+        nonlocal known
+        if known is None or known[0] != truth.video:
+            known = truth.video, _looked_at(truth.video, truth.fixations.shape)
+        return known[1] & ~truth.fixations.astype(bool)
+
+    return of
+
+
+def _looked_at(video: Video, shape: tuple[int, ...]) -> np.ndarray:
+    """bool [H, W]: where anybody looks in any frame of the video whose fixations are there."""
+    out = np.zeros(shape, bool)
+    for path in (video.fixations(i) for i in range(1, video.frames + 1)):
+        if not path.is_file():
+            continue
+        fixations = read_fixations(path)
+        if fixations.shape != shape:
+            raise UserError(f"{path} is not of the size of the video's others: get the data set's annotations again")
+        out |= fixations.astype(bool)
+    return out
+
+
+class _Others:
+    """Fixations of DRAWN frames of other videos, drawn by the clip's index alone, so the same for every model. Each
+    frame's are read once."""
 
     def __init__(self, clips: Clips) -> None:
         self._clips = clips
         self._known: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}  # by clip: the map's size, its [row, column]s
 
-    def of(self, index: int, shape: tuple[int, ...]) -> np.ndarray:
-        """bool [H, W] for the clip `index`, whose map is of `shape`."""
+    def __call__(self, index: int, truth: GroundTruth) -> np.ndarray:
+        shape = truth.fixations.shape
         out = np.zeros(shape, bool)
         mine, found = self._clips.video(index), 0
         for other in np.random.Generator(np.random.Philox(key=index)).permutation(len(self._clips)):
-            if found == OTHERS:
+            if found == DRAWN:
                 break
             if self._clips.video(int(other)) == mine:
                 continue

@@ -1,4 +1,5 @@
-"""What a training run is made of. The defaults are the thesis's (3.2.5, tables 4.1 and 4.2)."""
+"""What a training run is made of. The defaults are the thesis's (3.2.5, tables 4.1 and 4.2), and where it is silent
+those that docs/architecture.md gives reasons for ("Training: choices")."""
 
 from __future__ import annotations
 
@@ -7,14 +8,15 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mubic_deploy.config import CONFIGS, VARIANTS
+from mubic_deploy.config import CONFIGS, FITS, VARIANTS
 from mubic_deploy.errors import UserError
-from mubic_deploy.media.fit import FITS
 
 # of the field's layout (layout.py); here because the command line wants them before it reads anything
 DATASETS = ("AVAD", "DIEM", "SumMe", "ETMD_av", "Coutrot_db1", "Coutrot_db2", "Scenes")
 PARTS = ("train", "test")
 SPLITS = (1, 2, 3)
+NEGATIVES = ("others", "video")  # of the shuffled AUC: fixations of other videos, or of the own one
+OTHERS = NEGATIVES[0]
 
 SCHEDULES = ("piecewise", "plateau", "cosine")
 LIGHTNING_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # Lightning Fabric's names
@@ -54,7 +56,7 @@ class Settings:
     stochastic_depth: float = 0.2
     freeze_vggish: bool = True
     stride: int = 4
-    fit: str = "letterbox"
+    fit: str = FITS[0]
     flip: bool = True
     jitter: bool = True
     precision: str = "32-true"

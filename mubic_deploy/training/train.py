@@ -85,10 +85,10 @@ def train(
     fabric = make_fabric(machine, settings.precision)
     with ending_together(fabric):
         fabric.launch()
-        config = get_config(settings.config, settings.variant)
-        options: dict[str, Any] = {"fit": settings.fit, "stride": settings.stride}
-        train_clips = Clips(training, config, flip=settings.flip, jitter=settings.jitter, seed=settings.seed, **options)
-        held_clips = Clips(validation, config, **options)
+        config = get_config(settings.config, settings.variant, settings.fit)
+        drawn: dict[str, Any] = {"flip": settings.flip, "jitter": settings.jitter, "seed": settings.seed}
+        train_clips = Clips(training, config, stride=settings.stride, **drawn)
+        held_clips = Clips(validation, config, stride=settings.stride)
         for part, clips in (("training", train_clips), ("test", held_clips)):
             if not len(clips):
                 raise UserError(f"there is no clip with a map in the {part} part: check the data folder with --check")
