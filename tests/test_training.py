@@ -24,7 +24,8 @@ from field_data import SPECS, write_field
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torchvision.ops import StochasticDepth
 
 from mubic_deploy import checkpoint
@@ -46,6 +47,7 @@ QUICK = Settings(
     config="demo", epochs=2, batch=3, stride=4, validate=2, noises=2, rollout=0.5, stochastic_depth=0.3, seed=5
 )
 HERE = Machine("cpu", 1, 0)
+VISUAL = get_config("demo", "visual_only")
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -630,6 +632,58 @@ def test_what_a_run_refuses(whole, shared, tmp_path, monkeypatch):
     (tmp_path / "state.safetensors").write_bytes(b"no state")
     with pytest.raises(UserError, match="no state of a run"):
         train(QUICK, shared, shared, tmp_path, resume=True, machine=HERE)
+
+
+def clips_of(training_videos, test_videos, jitter: bool = True) -> tuple[Clips, Clips]:
+    return Clips(training_videos, VISUAL, jitter=jitter), Clips(test_videos, VISUAL)
+
+
+@pytest.mark.parametrize(
+    "change", ["a label", "a map that jitter may choose", "an empty label", "the parts", "nothing"]
+)
+def test_other_clips_of_the_same_videos_are_refused(field, tmp_path, change):
+    """As where annotations were extracted by halves at the beginning. Neither map is the one that `digest` reads."""
+    path = field[1].map(10 if "jitter" in change else 9)
+    kept = path.rename(tmp_path / "kept.jpg")
+    if change == "an empty label":
+        Image.new("L", (64, 36)).save(path)
+    run = training.Run(tmp_path / "run", QUICK, field)
+    run.require_clips(*clips_of(field[:2], field[2:]), None)
+    state = State(QUICK, run.videos, 0, 1, 0.0, {}, [], clips=run.clips)
+    if change not in ("the parts", "nothing"):
+        kept.replace(path)
+    again = training.Run(tmp_path / "run", QUICK, field)
+    parts = clips_of(field[:1], field[1:]) if change == "the parts" else clips_of(field[:2], field[2:])
+    if change == "nothing":
+        again.require_clips(*parts, state)
+        return
+    with pytest.raises(UserError, match=r"run was begun with other clips .*resume with the same data") as caught:
+        again.require_clips(*parts, state)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_map_that_no_clip_may_have_does_not_matter(field, tmp_path):
+    """Without jitter, of a frame between the labels."""
+    kept = field[1].map(10).rename(tmp_path / "kept.jpg")
+    before = clips_of(field, field, jitter=False)[0].digest()
+    kept.replace(field[1].map(10))
+    assert clips_of(field, field, jitter=False)[0].digest() == before
+
+
+def test_a_run_keeps_by_what_it_knows_its_clips(field, tmp_path):
+    """In its state; one of an earlier version has none, and goes on."""
+    settings, out = replace(QUICK, variant="visual_only", batch=7, validate=1), tmp_path / "run"
+    with pytest.raises(StopError):
+        train(settings, field, field, out, machine=HERE, progress=stop_at(2))
+    field[1].map(9).rename(tmp_path / "kept.jpg")
+    with pytest.raises(UserError, match="run was begun with other clips"):
+        train(settings, field, field, out, resume=True, machine=HERE)
+    with safe_open(out / "state.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["state"])
+    assert facts.pop("clips")
+    save_file(weights(out / "state.safetensors"), out / "state.safetensors", {"state": json.dumps(facts)})
+    with pytest.raises(StopError):
+        train(settings, field, field, out, resume=True, machine=HERE, progress=stop_at(2))
 
 
 def test_it_learns(shared, tmp_path):

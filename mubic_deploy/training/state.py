@@ -20,8 +20,8 @@ from mubic_deploy.training.settings import Settings
 class State:
     """The run goes on at `step` of `epoch` (both from 0); `total` is the loss summed over the epoch's steps so far;
     `videos` a line each, name, frames and rate; `plateau` what ReduceLROnPlateau remembers, `scaler` what the scaler of
-    16-mixed's gradients does; `devices` how many there were, `data` the digest of the videos' files: both None in
-    earlier versions' states."""
+    16-mixed's gradients does; `devices` how many there were, `data` the digest of the videos' files, `clips` those of
+    the two parts' clips: each None in earlier versions' states."""
 
     settings: Settings
     videos: list[str]
@@ -33,6 +33,7 @@ class State:
     scaler: dict[str, Any] = field(default_factory=dict)
     devices: int | None = None
     data: str | None = None
+    clips: str | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def into(self, model: MUBiC, adam: torch.optim.Adam) -> None:
@@ -72,6 +73,7 @@ def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -
         "scaler": state.scaler,
         "devices": state.devices,
         "data": state.data,
+        "clips": state.clips,
     }
     write_tensors(path, tensors, {"state": json.dumps(facts)})
 

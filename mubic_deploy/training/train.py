@@ -97,6 +97,7 @@ def train(
                 note(
                     f"{skipped} of {clips_in_all} clips of the {part} part are left out: their map is missing or empty"
                 )
+        run.require_clips(train_clips, held_clips, state)
         if fabric.is_global_zero:  # before an epoch is spent
             for index in held_clips.spread(settings.validate):
                 held_clips.ground_truth(index)
@@ -123,6 +124,7 @@ class Run:
     def __init__(self, folder: Path, settings: Settings, videos: Sequence[Video]) -> None:
         self.folder, self.settings = folder, settings
         self.videos, self.data = [f"{v} {v.frames} {v.fps}" for v in videos], digest(videos)
+        self.clips: str | None = None
         self.model, self.best, self.state = (folder / f"{n}.safetensors" for n in ("model", "best", "state"))
         self.begun = folder / "settings.json"
 
@@ -158,6 +160,16 @@ class Run:
                 f"start a new run"
             )
         return state
+
+    def require_clips(self, training: Clips, test: Clips, state: State | None) -> None:
+        """Keeps by what each save knows the clips. UserError if `state` is of others: they decide order, steps an epoch
+        and learning rate, and two parts may share out the same videos in another way."""
+        self.clips = f"{training.digest()} {test.digest()}"
+        if state is not None and state.clips not in (None, self.clips):
+            raise UserError(
+                f"{self.folder} was begun with other clips (density maps came or went, or videos changed parts): "
+                f"resume with the same data, or start a new run"
+            )
 
 
 class Trainer:
@@ -330,7 +342,7 @@ class Trainer:
         rule["factor"] = self.plateau.optimizer.param_groups[0]["lr"]
         scaler = self.fabric.strategy.precision.state_dict()
         place = (self.settings, self.run.videos, epoch, step, total)
-        state = State(*place, rule, self.history, scaler, self.fabric.world_size, self.run.data)
+        state = State(*place, rule, self.history, scaler, self.fabric.world_size, self.run.data, self.run.clips)
         _write(lambda: save_state(self.run.state, state, self.model, self.adam), self.run.state)
 
     def _restore(self, state: State) -> None:
