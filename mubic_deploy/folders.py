@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,16 +17,17 @@ from pathlib import Path
 from mubic_deploy.errors import UserError
 
 TOKEN = 4  # random bytes in a temporary name
+LOCK = ".lock"  # in a folder that is occupied
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to. At the end of the block what was written is on the disk and takes the place of
-    `path`, whatever happens to the machine's power; if the block is left by an exception it is removed and `path` stays
-    as it was. OSError if that cannot be written."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.unlink(missing_ok=True)  # of a run that was killed
+    """A file of `path`'s name to write to, in a new folder beside it. At the end of the block what was written is on
+    the disk and takes the place of `path`, whatever happens to the machine's power; if the block is left by an
+    exception it is removed and `path` stays as it was. What a run that was killed left beside `path` goes too. OSError
+    if that cannot be written."""
+    with _new_beside(path) as (fresh, _):
+        part = fresh / path.name
         part.touch()
         mode = part.stat().st_mode
         yield part
@@ -34,8 +36,6 @@ def replacing_file(path: Path) -> Iterator[Path]:
         _sync(part)
         part.replace(path)
         _sync(path.parent)  # the renaming
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -53,12 +53,7 @@ def replacing(out: Path) -> Iterator[Path]:
     OSError if that cannot be written."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = _beside(out, secrets.token_hex(TOKEN))
-    with contextlib.ExitStack() as held:
-        with locked(out.parent, wait=True):  # nobody sweeps what is made and not yet locked
-            _sweep(out)
-            fresh.mkdir()
-            held.enter_context(locked(fresh))
+    with _new_beside(out) as (fresh, old):
         try:
             yield fresh
             with locked(out.parent, wait=True):  # nobody else takes its place between the two
@@ -68,6 +63,20 @@ def replacing(out: Path) -> Iterator[Path]:
         finally:
             if old.exists() and not out.exists():
                 old.rename(out)
+
+
+@contextmanager
+def _new_beside(out: Path) -> Iterator[tuple[Path, Path]]:
+    """A new folder beside `out`, and where an old `out` can wait; both are gone at the end of the block."""
+    fresh, old = _beside(out, secrets.token_hex(TOKEN))
+    with contextlib.ExitStack() as held:
+        with locked(out.parent, wait=True):  # nobody sweeps what is made and not yet locked
+            _sweep(out)
+            fresh.mkdir()
+            held.enter_context(locked(fresh))
+        try:
+            yield fresh, old
+        finally:
             for folder in (fresh, old):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -93,10 +102,47 @@ def _sweep(out: Path) -> None:
 
 
 @contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keeps `folder`, which is made where there is none, to this process. BlockingIOError if another one has it, other
+    OSErrors if it cannot be written. What was made for it and holds nothing at the end goes again.
+
+    The lock is a file in it: for the folder's own waits whoever writes something beside that, and this one may be held
+    for hours."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    lock.touch()
+    with locked(lock):
+        if not lock.exists():  # whoever had it took it away after it was opened here
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(lock))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+                for path in made:
+                    path.rmdir()
+
+
+_held: set[int] = set()  # what this process has open for its locks
+
+
+def _leave_to_the_parent() -> None:
+    """In a child that was forked: a lock ends with the process that took it, not with the last child of that one."""
+    for number in _held:
+        os.close(number)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
+@contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """The lock of a file or folder, for this process, until it ends at most: True, or False on a file system without
     locks. BlockingIOError if another one has it and it is not waited for."""
     number = os.open(path, os.O_RDONLY)
+    _held.add(number)
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,12 +151,13 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
         except OSError:
             yield False
         else:
-            try:
-                yield True
-            finally:
-                fcntl.flock(number, fcntl.LOCK_UN)  # a child that was forked meanwhile has the file open too
+            yield True
     finally:
-        os.close(number)
+        if number in _held:  # not in a child
+            _held.discard(number)
+            with contextlib.suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_UN)  # a program that is being started meanwhile has the file open too
+            os.close(number)
 
 
 def require_replaceable(out: Path, manifest: str, files: str, what: str) -> None:

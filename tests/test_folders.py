@@ -11,18 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from mubic_deploy.folders import replacing, replacing_file
+from mubic_deploy.folders import occupied, replacing, replacing_file
 from mubic_deploy.media import outputs
 
-WAITS = """
-import sys, time
+PROGRAM = """
+import os, sys, time
 from pathlib import Path
-from mubic_deploy.folders import replacing
-with replacing(Path(sys.argv[1])) as folder:
-    (folder / "half").touch()
+from mubic_deploy import folders
+with folders.{}(Path(sys.argv[1])) as got:
+    {}
     print("begun", flush=True)
     sys.stdin.read()
 """
+WAITS = PROGRAM.format("replacing", "(got / 'half').touch()")
+WRITES = PROGRAM.format("replacing_file", "got.write_text('half')")
+OCCUPIES = PROGRAM.format("occupied", "pass")
+FORKS = PROGRAM.format("occupied", "child = os.fork() or time.sleep(60); print(child)")
 
 
 def write(out: Path, text: str) -> None:
@@ -30,13 +34,21 @@ def write(out: Path, text: str) -> None:
         (folder / "file").write_text(text)
 
 
-def begun(out: Path) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITS, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def begun(out: Path, program: str = WAITS) -> subprocess.Popen:
+    process = started(out, program)
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     return process
+
+
+def started(out: Path, program: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", program, str(out)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def test_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -73,8 +85,7 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_goes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed, alive = begun(out), begun(out)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    kill(killed)
     assert len(list(tmp_path.iterdir())) == 2
     write(out, "mine")
     assert len(list(tmp_path.glob(".out.*.new"))) == 1  # of the run that goes on
@@ -118,6 +129,68 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert path.read_text() == "first"
     assert path.read_text() == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_that_write_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Whoever is ready first has its own in its place, and not what the other one has half written."""
+    path = tmp_path / "file"
+    with replacing_file(path) as one:
+        one.write_text("one")
+        with replacing_file(path) as other:
+            other.write_text("other")
+            one.write_text("half of o")
+        assert path.read_text() == "other"
+        one.write_text("one")
+    assert path.read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_run_left_of_a_file_goes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    killed, alive = begun(path, WRITES), begun(path, WRITES)
+    kill(killed)
+    assert len(list(tmp_path.iterdir())) == 2
+    with replacing_file(path) as part:
+        part.write_text("mine")
+    assert len(list(tmp_path.iterdir())) == 2  # the file, and what the run that goes on writes
+    assert path.read_text() == "mine"
+    alive.communicate("")
+    assert alive.returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "half"
+
+
+def test_a_folder_is_one_processs(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "one"
+    first = begun(out, OCCUPIES)
+    with pytest.raises(BlockingIOError), occupied(out):
+        pass
+    first.communicate("")
+    assert not list(tmp_path.iterdir())  # it was made for nothing
+    out.mkdir(parents=True)
+    with occupied(out):
+        (out / "file").touch()
+    assert [p.name for p in out.iterdir()] == ["file"]
+    kill(begun(out, OCCUPIES))
+    with occupied(out):
+        pass
+    assert [p.name for p in out.iterdir()] == ["file"]
+
+
+def test_a_lock_ends_with_the_process_that_took_it(tmp_path: Path) -> None:
+    """Though a child that it forked lives on."""
+    process = started(tmp_path, FORKS)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        assert process.stdout.readline() == "begun\n"
+        with pytest.raises(BlockingIOError), occupied(tmp_path):
+            pass
+        kill(process)
+        with occupied(tmp_path):
+            os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_file_is_for_whoever_may_read_the_users_files(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from mubic_deploy import checkpoint
 from mubic_deploy.config import DEMO, get_config
 from mubic_deploy.diffusion import alpha_bar
 from mubic_deploy.errors import UserError
+from mubic_deploy.folders import replacing
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.training import train as training
 from mubic_deploy.training.clips import Clips
@@ -425,7 +426,7 @@ def test_full_disk_keeps_the_last_state(shared, tmp_path, monkeypatch):
             train(QUICK, shared, shared, tmp_path, machine=HERE, progress=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*"))
     checkpoint.load(str(tmp_path / "best.safetensors"))
     assert training.load_state(tmp_path / "state.safetensors").epoch == 1
 
@@ -454,8 +455,8 @@ def test_a_save_is_on_the_disk_before_it_takes_the_last_ones_place(tmp_path, mon
     }.items():
         done.clear()
         save(tmp_path / name)
-        assert done == [("sync", f"{name}.part"), ("rename", name), ("sync", tmp_path.name)]
-    assert not list(tmp_path.glob("*.part"))
+        assert done == [("sync", name), ("rename", name), ("sync", tmp_path.name)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.json", "model.safetensors", "state.safetensors"]
 
 
 def test_a_run_without_room_for_tensorboard(shared, tmp_path, monkeypatch):
@@ -684,6 +685,30 @@ def test_a_run_keeps_by_what_it_knows_its_clips(field, tmp_path):
     save_file(weights(out / "state.safetensors"), out / "state.safetensors", {"state": json.dumps(facts)})
     with pytest.raises(StopError):
         train(settings, field, field, out, resume=True, machine=HERE, progress=stop_at(2))
+
+
+def test_two_trainings_into_one_folder(shared, tmp_path):
+    """The second is refused at once, new or resumed, while the first one lives; and not after it."""
+    out, settings = tmp_path / "runs" / "one", replace(QUICK, variant="visual_only", batch=1)
+    reads = mock.patch.object(training, "Clips", side_effect=AssertionError("it reads the data"))
+
+    def second(text: str, done: int, total: int) -> None:
+        for resume in (False, True):
+            with pytest.raises(UserError) as caught, reads:
+                train(settings, shared, shared, out, resume=resume, machine=HERE)
+            assert str(caught.value) == f"another training writes to {out}: wait for it or choose another --out"
+        with replacing(out / "graphs") as folder:  # nothing else waits for it
+            (folder / "file").touch()
+        raise StopError
+
+    with pytest.raises(StopError):
+        train(settings, shared, shared, out, machine=HERE, progress=second)
+    assert sorted(p.name for p in out.iterdir()) == ["graphs", "settings.json", "tensorboard"]
+    with pytest.raises(UserError, match="holds no run to resume"):
+        train(settings, shared, shared, out, resume=True, machine=HERE)
+    with pytest.raises(UserError, match="holds no run to resume"):
+        train(settings, shared, shared, tmp_path / "no" / "run", resume=True, machine=HERE)
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
 def test_it_learns(shared, tmp_path):

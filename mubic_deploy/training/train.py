@@ -35,7 +35,7 @@ from mubic_deploy.config import get_config
 from mubic_deploy.console import Progress
 from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
-from mubic_deploy.folders import replacing_file
+from mubic_deploy.folders import occupied, replacing_file
 from mubic_deploy.model.mubic import MUBiC, random_model
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.training import curves, samples
@@ -72,18 +72,19 @@ def train(
 
     prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming. note: is
     told how many clips are left out, and of videos in both parts. UserError if `out` holds another run, or none to
-    resume, if data or settings are not the run's, if there is no clip, if the machine has no such devices, or if the
-    run cannot be written."""
+    resume, or another process trains into it, if data or settings are not the run's, if there is no clip, if the
+    machine has no such devices, or if the run cannot be written."""
     if settings.batch % machine.devices:
         raise UserError(f"batch {settings.batch} cannot be shared by {machine.devices} devices: use a multiple")
     run = Run(Path(out), settings, [*training, *validation])
-    state = run.resume() if resume else None
-    if state is None:
-        run.require_new()
-    elif state.devices not in (None, machine.devices):  # each draws its own random numbers
-        raise UserError(f"{out} was not begun with {machine.devices} devices: resume with --devices {state.devices}")
     fabric = make_fabric(machine, settings.precision)
-    with ending_together(fabric):
+    with run.alone() if fabric.is_global_zero else contextlib.nullcontext(), ending_together(fabric):
+        state = run.resume() if resume else None
+        if state is None:
+            run.require_new()
+        elif state.devices not in (None, machine.devices):  # each draws its own random numbers
+            began = f"{out} was not begun with {machine.devices} devices"
+            raise UserError(f"{began}: resume with --devices {state.devices}")
         fabric.launch()
         config = get_config(settings.config, settings.variant, settings.fit)
         drawn: dict[str, Any] = {"flip": settings.flip, "jitter": settings.jitter, "seed": settings.seed}
@@ -128,6 +129,20 @@ class Run:
         self.model, self.best, self.state = (folder / f"{n}.safetensors" for n in ("model", "best", "state"))
         self.begun = folder / "settings.json"
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """The folder is this process's, made if need be. UserError if another one has it, or it cannot be written."""
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(occupied(self.folder))
+            except BlockingIOError:
+                raise UserError(
+                    f"another training writes to {self.folder}: wait for it or choose another --out"
+                ) from None
+            except OSError as error:
+                raise self._unwritable(error) from None
+            yield
+
     def require_new(self) -> None:
         """UserError if there is a run in the folder, or a settings.json of something else."""
         if self.state.exists() or self.model.exists():
@@ -139,12 +154,14 @@ class Run:
                 raise UserError(f"{self.begun} is not of a run: choose another --out") from None
 
     def start(self) -> None:
-        """Makes the folder."""
+        """The first file in the folder."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.begun, self.settings.to_json())
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another --out") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.folder} cannot be written ({error.strerror}): choose another --out")
 
     def resume(self) -> State:
         """The last saved state. UserError if there is none, or if it is of other settings or data."""
