@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -505,6 +511,42 @@ def test_where_no_folder_can_be(tmp_path):
     with pytest.raises(UserError, match=r"set cannot be written .*choose another folder"):
         write_scenes(tmp_path / "file" / "set", 1, seconds=1)
     assert list(files(tmp_path)) == ["file"]
+
+
+def lives(pid: int) -> bool:
+    """Ended, it may be a zombie where nobody asks after it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(done: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_killed_run_leaves_no_process_and_its_folder_goes(tmp_path):
+    out = tmp_path / "set"
+    command = [sys.executable, "-m", "mubic_deploy.cli", "scenes", str(out), "--videos", "50", "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--seconds", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        wait_until(lambda: len(list(tmp_path.glob(".set.*.new/video_frames/Scenes/*"))) >= 2, 120)
+        lists = Path(f"/proc/{process.pid}/task").glob("*/children")
+        workers = [int(pid) for path in lists for pid in path.read_text().split()]
+        assert len([pid for pid in workers if lives(pid)]) == 2
+        process.kill()
+        process.wait()
+        wait_until(lambda: not any(lives(pid) for pid in workers), 60)
+        write_scenes(out, 1, seconds=1, workers=1)
+        assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def interrupt(done: int, total: int) -> None:

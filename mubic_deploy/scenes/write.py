@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import threading
 import wave
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +55,7 @@ def write_scenes(
         _require_scenes(out)
         with replacing(out) as folder:
             jobs = [(folder, index, seed, seconds) for index in range(videos)]
-            with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+            with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_end_with_parent) as pool:
                 for done, _ in enumerate(pool.map(_write_one, jobs), 1):
                     progress(done, videos)
             _write_lists(folder, videos, round(seconds * FPS))
@@ -88,6 +90,18 @@ def _require_scenes(out: Path) -> None:
 def name(index: int) -> str:
     """The name of scene `index` (from 0)."""
     return f"scene_{index:04d}"
+
+
+def _end_with_parent() -> None:
+    """In a worker process: if its parent is killed, nobody else would tell it that no more work comes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_one(job: tuple[Path, int, int, float]) -> None:
