@@ -711,6 +711,25 @@ def test_two_trainings_into_one_folder(shared, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
+def test_what_was_read_is_let_go_of_once_it_is_restored(tmp_path):
+    """Neither are the tensors kept, nor is the file in memory; weights and moments are those that were saved."""
+    path, models = tmp_path / "state.safetensors", [random_model(VISUAL, seed) for seed in (1, 2)]
+    adams = [torch.optim.Adam(model.parameters()) for model in models]
+    for p in models[0].parameters():
+        p.grad = torch.rand_like(p)
+    adams[0].step()
+    save_state(path, State(QUICK, [], 0, 1, 0.0, {}, []), models[0], adams[0])
+    state = training.load_state(path)
+    assert path.name in Path("/proc/self/maps").read_text()
+    state.into(models[1], adams[1])
+    assert not state.tensors
+    assert path.name not in Path("/proc/self/maps").read_text()
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other), name
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(adams[0].state[one][key], adams[1].state[other][key]), (name, key)
+
+
 def test_it_learns(shared, tmp_path):
     """One video, again and again: better than the best map that does not look."""
     settings = replace(

@@ -37,8 +37,9 @@ class State:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def into(self, model: MUBiC, adam: torch.optim.Adam) -> None:
-        """Puts weights and moments back. There are no moments before a first step that was not skipped. UserError if
-        the weights are of another model."""
+        """Puts weights and moments back, copied, and lets go of what was read: it would take as much memory again until
+        the run's end. There are no moments before a first step that was not skipped. UserError if the weights are of
+        another model."""
         names = {f"model.{name}" for name in model.state_dict()}
         if odd := sorted(names ^ {name for name in self.tensors if name.startswith("model.")}):
             raise UserError(f"the state of the run does not fit this version ({odd[0]}): start a new run")
@@ -48,9 +49,11 @@ class State:
         for name, p in trained(model):
             if f"adam.step.{name}" not in self.tensors:
                 continue
-            moments = {k: self.tensors[f"adam.{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-            # as Adam has it: on the host
-            adam.state[p] = {"step": self.tensors[f"adam.step.{name}"], **moments}
+            read = {k: self.tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            # as Adam has it: the step on the host. A tensor that is kept as it was read keeps the whole file in memory
+            places = {k: "cpu" if k == "step" else p.device for k in read}
+            adam.state[p] = {k: value.to(places[k], copy=True) for k, value in read.items()}
+        self.tensors.clear()
 
 
 def trained(model: MUBiC) -> list[tuple[str, torch.nn.Parameter]]:
