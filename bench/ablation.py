@@ -39,9 +39,10 @@ from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.scenes.write import MARK
 from mubic_deploy.thesis import TABLE_4_2, TABLE_4_3
 from mubic_deploy.training import curves
+from mubic_deploy.training.check import check
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import evaluate
-from mubic_deploy.training.layout import Video, check, read_list
+from mubic_deploy.training.layout import Video, read_list
 from mubic_deploy.training.machine import Machine, make_fabric
 from mubic_deploy.training.pretrained import load_vggish
 from mubic_deploy.training.settings import PARTS, RECIPES, Settings

@@ -43,8 +43,9 @@ from mubic_deploy.scenes.plan import (
 from mubic_deploy.scenes.sound import NOISE, synthesize, voice
 from mubic_deploy.scenes.viewers import FOLLOWERS, VIEWERS, density, fixation_map, gaze
 from mubic_deploy.scenes.write import write_scenes
+from mubic_deploy.training.check import check
 from mubic_deploy.training.clips import Clips
-from mubic_deploy.training.layout import Video, check, read_density, read_fixations, read_frame, read_list, read_sound
+from mubic_deploy.training.layout import Video, read_density, read_fixations, read_frame, read_list, read_sound
 
 PITCH = {"bouncer": 120, "pulser": 700, "talker": 160}
 PLACES = ((60, 120), (260, 120))

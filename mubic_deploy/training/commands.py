@@ -15,7 +15,8 @@ from mubic_deploy.commands import predictor
 from mubic_deploy.config import get_config
 from mubic_deploy.console import bar, messages, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
-from mubic_deploy.training.layout import CheckReport, Video, check, in_both, read_list
+from mubic_deploy.training.check import CheckReport, check
+from mubic_deploy.training.layout import Video, in_both, read_list
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
 LINE_S = 60

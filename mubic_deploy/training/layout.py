@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -29,8 +29,6 @@ FIXATIONS = "eyeMap"  # the variable in the .mat files
 ASPECT_TOLERANCE = 0.02
 DIGESTED = 65_536  # bytes of a file that `digest` reads
 JPEG_END, JPEG_TAIL = b"\xff\xd9", 32  # the end marker, in the last bytes of the file
-
-Progress = Callable[[int, int], None]  # (videos done, of how many)
 
 
 @dataclass(frozen=True)
@@ -224,173 +222,20 @@ def digest(videos: Iterable[Video]) -> str:
 
 def labelled(video: Video) -> list[int]:
     """The frames that have both a density and a fixation map. The releases lack some."""
-    maps, fixations = _names(video.map(1).parent), _names(video.fixations(1).parent)
+    maps, fixations = listing(video.map(1).parent), listing(video.fixations(1).parent)
     return [i for i in range(1, video.frames + 1) if video.map(i).name in maps and video.fixations(i).name in fixations]
-
-
-@dataclass
-class Figures:
-    videos: int = 0
-    frames: int = 0
-    skipped: int = 0  # frames without a density or a fixation map
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What `check` found. problems: one line each, with the data set, the video, the file and the remedy."""
-
-    datasets: dict[str, Figures] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def videos(self) -> int:
-        return sum(f.videos for f in self.datasets.values())
-
-    @property
-    def frames(self) -> int:
-        return sum(f.frames for f in self.datasets.values())
-
-    @property
-    def skipped(self) -> int:
-        return sum(f.skipped for f in self.datasets.values())
-
-    def require(self) -> None:
-        """UserError with the first problem and the number of the others, if there is any."""
-        if self.problems:
-            more = len(self.problems) - 1
-            raise UserError(self.problems[0] + (f" (and {more} more problem{'s' * (more > 1)})" if more else ""))
-
-
-def check(videos: Sequence[Video], progress: Progress = lambda done, total: None, deep: bool = False) -> CheckReport:
-    """Looks for what would stop a training hours later: files that are missing or damaged, sizes that do not fit.
-
-    All files must be there, but for up to half of a video's maps; not all maps of a video may be empty. Every picture's
-    header and end are read, about 0.1 ms each; every sound and the first, middle and last picture and fixations are
-    decoded, with `deep` all of them."""
-    report = CheckReport()
-    for done, video in enumerate(videos, 1):
-        problems, skipped = _check_video(video, deep)
-        report.problems.extend(f"{video}: {problem}" for problem in problems)
-        figures = report.datasets.setdefault(video.dataset, Figures())
-        figures.videos += 1
-        figures.frames += video.frames
-        figures.skipped += skipped
-        progress(done, len(videos))
-    return report
-
-
-def _check_video(video: Video, deep: bool) -> tuple[list[str], int]:
-    """(problems, frames without a density or a fixation map)."""
-    problems: list[str] = []
-    frames = _present(video, video.frame, 0.0, "extract the frames again, or correct the fold list", problems)
-    maps = _present(video, video.map, 0.5, "get the data set's annotations again", problems)
-    fixations = _present(video, video.fixations, 0.5, "get the data set's annotations again", problems)
-    both = sorted(set(maps) & set(fixations))
-    if maps and fixations and not both:
-        problems.append("no frame has both a density map and fixations: get the data set's annotations again")
-    try:
-        read_sound(video.sound)
-    except UserError as error:
-        problems.append(str(error))
-    maps, fixations = both or maps, both or fixations
-    frame_sizes = _sizes(read_frame, video.frame, frames, _sample(frames, deep), problems)
-    map_sizes = _sizes(read_density, video.map, maps, _sample(maps, deep), problems)
-    read = _sample(fixations, deep)
-    fixation_sizes = _sizes(read_fixations, video.fixations, sorted(read), read, problems)
-    problems += _one_size(video.frame, frame_sizes, "frames")
-    problems += _one_size(video.map, map_sizes, "maps")
-    for i in map_sizes.keys() & fixation_sizes.keys():
-        if map_sizes[i] != fixation_sizes[i]:
-            problems.append(
-                f"{video.fixations(i)} is {_size(fixation_sizes[i])}, but its density map {_size(map_sizes[i])}: "
-                f"get the data set's annotations again"
-            )
-            break
-    if frame_sizes and map_sizes:
-        problems += _one_shape(video, frame_sizes, map_sizes)
-    if map_sizes:
-        problems += _all_empty(video, map_sizes)
-    return problems, video.frames - len(both)
-
-
-def _present(
-    video: Video, file: Callable[[int], Path], tolerated: float, remedy: str, problems: list[str]
-) -> list[int]:
-    """The frames whose `file` exists. It is a problem if more than the tolerated part of them does not."""
-    names = _names(file(1).parent)
-    if not names:
-        problems.append(f"{file(1).parent} does not exist or is empty: {remedy}")
-        return []
-    present = [i for i in range(1, video.frames + 1) if file(i).name in names]
-    missing = video.frames - len(present)
-    if missing > tolerated * video.frames:
-        found = set(present)
-        first = next(i for i in range(1, video.frames + 1) if i not in found)
-        problems.append(f"{file(first)} does not exist ({missing} of {video.frames} are missing): {remedy}")
-    return present
-
-
-def _sizes(
-    read: Callable[[Path], np.ndarray],
-    file: Callable[[int], Path],
-    numbers: Iterable[int],
-    decoded: Collection[int],
-    problems: list[str],
-) -> dict[int, tuple[int, int]]:
-    """(height, width) by frame of what is not damaged: as `read` where it is to be decoded, else by the header."""
-    sizes: dict[int, tuple[int, int]] = {}
-    for i in numbers:
-        try:
-            height, width = read(file(i)).shape[:2] if i in decoded else read_size(file(i))
-        except UserError as error:
-            problems.append(str(error))
-        else:
-            sizes[i] = height, width
-    return sizes
-
-
-def _one_size(file: Callable[[int], Path], sizes: dict[int, tuple[int, int]], kind: str) -> list[str]:
-    first = next(iter(sizes.values()), None)
-    for i, size in sizes.items():
-        if first is not None and size != first:
-            return [f"{file(i)} is {_size(size)}, but earlier {kind} are {_size(first)}: make them all of one size"]
-    return []
-
-
-def _one_shape(video: Video, frames: dict[int, tuple[int, int]], maps: dict[int, tuple[int, int]]) -> list[str]:
-    i, size = next(iter(maps.items()))
-    frame = next(iter(frames.values()))
-    try:
-        require_shape(video.map(i), size, frame)
-    except UserError as error:
-        return [str(error)]
-    return []
 
 
 def require_shape(path: Path, size: tuple[int, ...], frame: tuple[int, int]) -> None:
     """UserError if a map's (height, width) is not of the frames' shape, at whatever size."""
     if abs(size[1] / size[0] * frame[0] / frame[1] - 1) > ASPECT_TOLERANCE:
         raise UserError(
-            f"{path} is {_size(size)}, another shape than the frames' {_size(frame)}: "
+            f"{path} is {sized(size)}, another shape than the frames' {sized(frame)}: "
             f"make the maps for the frames that were shown"
         )
 
 
-def _all_empty(video: Video, maps: Iterable[int]) -> list[str]:
-    """A problem if no map shows anything. As a rule the first one does, and no other is read."""
-    try:
-        if any(read_density(video.map(i)).any() for i in maps):
-            return []
-    except UserError as error:
-        return [str(error)]
-    return [f"all maps in {video.map(1).parent} are empty: get the data set's annotations again"]
-
-
-def _sample(numbers: list[int], deep: bool) -> set[int]:
-    return set(numbers) if deep else {*numbers[:1], *numbers[len(numbers) // 2 :][:1], *numbers[-1:]}
-
-
-def _names(folder: Path) -> set[str]:
+def listing(folder: Path) -> set[str]:
     """The names in a folder, by one listing; none if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
@@ -399,7 +244,7 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
-def _size(shape: tuple[int, ...]) -> str:
+def sized(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 

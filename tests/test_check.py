@@ -1,0 +1,111 @@
+"""The check before training, against a data set that is broken in one place."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from field_data import truncate
+from PIL import Image
+from scipy.io import savemat
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.training.check import check
+from mubic_deploy.training.layout import Video
+
+
+def test_check_of_a_whole_data_set(shared):
+    calls: list[tuple[int, int]] = []
+    for deep in (False, True):
+        report = check(shared, lambda done, total: calls.append((done, total)), deep=deep)
+        assert report.problems == []
+        assert (report.videos, report.frames, report.skipped) == (3, 54, 0)
+        assert report.datasets["Scenes"].frames == 54
+        report.require()
+    assert calls == [(1, 3), (2, 3), (3, 3)] * 2
+
+
+def other_size(video: Video) -> None:
+    Image.fromarray(np.full((18, 32), 9, np.uint8)).save(video.map(24))
+
+
+def other_size_between(video: Video) -> None:
+    Image.fromarray(np.full((18, 32), 9, np.uint8)).save(video.map(7))
+
+
+def empty(video: Video) -> None:
+    for i in range(1, video.frames + 1):
+        Image.fromarray(np.zeros((36, 64), np.uint8)).save(video.map(i))
+
+
+def other_fixations(video: Video) -> None:
+    savemat(video.fixations(1), {"eyeMap": np.zeros((18, 32), np.uint8)})
+
+
+def other_shape(video: Video) -> None:
+    for i in range(1, video.frames + 1):
+        Image.fromarray(np.full((36, 48), 9, np.uint8)).save(video.map(i))
+        savemat(video.fixations(i), {"eyeMap": np.zeros((36, 48), np.uint8)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda v: shutil.rmtree(v.frame(1).parent), r"video_frames/Scenes/one does not exist or is empty"),
+        (lambda v: v.frame(7).unlink(), r"img_00007\.jpg does not exist \(1 of 24 are missing\)"),
+        (lambda v: v.sound.unlink(), r"one\.wav does not exist"),
+        (lambda v: v.sound.write_bytes(b"RIFF"), r"one\.wav is not a sound file"),
+        (lambda v: shutil.rmtree(v.map(1).parent), r"one/maps does not exist or is empty"),
+        (lambda v: [v.map(i).unlink() for i in range(5, 18)], r"eyeMap_00005\.jpg.*13 of 24"),
+        (lambda v: [v.fixations(i).unlink() for i in range(5, 18)], r"fixMap_00005\.mat.*13 of 24"),
+        (lambda v: truncate(v.frame(13)), r"img_00013\.jpg is damaged"),
+        (lambda v: truncate(v.frame(5)), r"img_00005\.jpg is damaged"),
+        (lambda v: truncate(v.map(6)), r"eyeMap_00006\.jpg is damaged"),
+        (lambda v: truncate(v.map(24)), r"eyeMap_00024\.jpg is damaged"),
+        (lambda v: truncate(v.fixations(1)), r"fixMap_00001\.mat is not a MATLAB file"),
+        (other_size, r"eyeMap_00024\.jpg is 32x18, but earlier maps are 64x36"),
+        (other_size_between, r"eyeMap_00007\.jpg is 32x18, but earlier maps are 64x36"),
+        (empty, r"all maps in .*one/maps are empty"),
+        (other_fixations, r"fixMap_00001\.mat is 32x18, but its density map 64x36"),
+        (other_shape, r"eyeMap_00001\.jpg is 48x36, another shape than the frames' 64x36"),
+    ],
+)
+def test_check_finds(field, damage, message):
+    damage(field[0])
+    problems = check(field).problems
+    assert problems
+    assert all(p.startswith("Scenes/one: ") and "\n" not in p for p in problems)
+    with pytest.raises(UserError, match=rf"Scenes/one: .*{message}.*: \w+"):
+        check(field).require()
+
+
+def test_some_missing_maps_are_only_counted(field):
+    for i in range(1, 13):  # half of them
+        field[0].map(i).unlink()
+    field[1].fixations(20).unlink()
+    report = check(field)
+    assert report.problems == []
+    assert report.skipped == report.datasets["Scenes"].skipped == 13
+
+
+def test_bytes_behind_a_picture_do_no_harm(field):
+    for path in (field[0].frame(5), field[0].map(6)):
+        path.write_bytes(path.read_bytes() + bytes(100))
+    Image.fromarray(np.full((36, 64, 3), 9, np.uint8)).save(field[0].frame(7), "PNG")  # whatever its name says
+    assert check(field).problems == []
+
+
+def test_deep_check_decodes_everything(field):
+    truncate(field[1].frame(5))
+    truncate(field[1].map(6))
+    truncate(field[1].fixations(8))
+    assert len(check(field).problems) == 2  # of fixations only a few are read
+    report = check(field, deep=True)
+    assert [next(n for n in ("img", "eyeMap", "fixMap") if f"{n}_0000" in p) for p in report.problems] == [
+        "img",
+        "eyeMap",
+        "fixMap",
+    ]
+    with pytest.raises(UserError, match=r"img_00005\.jpg.*\(and 2 more problems\)$"):
+        report.require()
