@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from field_data import truncate
+from field_data import truncate, write_sound
 from PIL import Image
 from scipy.io import savemat
 
@@ -78,6 +80,43 @@ def test_check_finds(field, damage, message):
     assert all(p.startswith("Scenes/one: ") and "\n" not in p for p in problems)
     with pytest.raises(UserError, match=rf"Scenes/one: .*{message}.*: \w+"):
         check(field).require()
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "sound_s", "kind", "says"),
+    [
+        (24, 25, 0.96, "", ""),
+        (24, 25, 0.72, "", ""),  # 0.24 s are missing
+        (24, 25, 0.70, "warning", r"one\.wav lasts 0\.70 s, its 24 frames at 25 fps 0\.96 s, the rest would be"),
+        (24, 25, 0.49, "warning", r"lasts 0\.49 s"),
+        (24, 25, 0.48, "problem", r"lasts 0\.48 s"),
+        (6, 25, 0.05, "", ""),  # most is missing, but 0.19 s
+        (24, 5, 0.96, "problem", r"its 24 frames at 5 fps 4\.80 s.*correct fps in the fold list"),
+        (24, 24, 0.96, "", ""),
+        (24, 25, 1.43, "", ""),
+        (24, 25, 1.45, "problem", r"lasts 1\.45 s, its 24 frames at 25 fps 0\.96 s.*or cut the sound"),
+        (24, 50, 0.96, "problem", r"24 frames at 50 fps 0\.48 s.*correct fps in the fold list"),
+        (6, 25, 0.48, "", ""),  # twice as much, but 0.24 s
+        (24, 8, 3.95, "", ""),  # 0.95 s after the last frame
+        (24, 8, 4.05, "warning", r"lasts 4\.05 s, its 24 frames at 8 fps 3\.00 s, so it may be heard too late"),
+    ],
+)
+def test_sound_lasts_as_long_as_the_frames(field, frames, fps, sound_s, kind, says):
+    video = replace(field[0], frames=frames, fps=fps)
+    write_sound(video.sound, np.zeros((round(sound_s * 16_000), 1)), 16_000)
+    report = check([video])
+    assert (len(report.problems), len(report.warnings)) == (kind == "problem", kind == "warning")
+    for line in report.problems + report.warnings:
+        assert re.search(rf"^Scenes/one: .*{says}", line), line
+
+
+def test_warnings_in_brief(field):
+    assert check(field).brief() == []
+    for number, more in ((0, ""), (1, r" \(and 1 more warning\)")):
+        samples = round(0.6 * field[number].frames / field[number].fps * 16_000)
+        write_sound(field[number].sound, np.zeros((samples, 1)), 16_000)
+        (line,) = check(field).brief()
+        assert re.search(rf"^Scenes/one: .*one\.wav lasts 0\.58 s.*fold list{more}$", line), line
 
 
 def test_some_missing_maps_are_only_counted(field):

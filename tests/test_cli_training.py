@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from field_data import Spec, write_field
+from field_data import Spec, write_field, write_sound
 from PIL import Image
 
 from mubic_deploy import checkpoint
@@ -31,7 +31,8 @@ def test_from_scenes_to_a_film(run, tmp_path: Path) -> None:
 
     ran = run("train", data, "--check", "--deep", "--json")
     assert ran.code == 0
-    assert json.loads(ran.out) == {"datasets": {"Scenes": {"videos": 5, "frames": 125, "skipped": 0}}, "problems": []}
+    scenes = {"videos": 5, "frames": 125, "skipped": 0}
+    assert json.loads(ran.out) == {"datasets": {"Scenes": scenes}, "problems": [], "warnings": []}
 
     ran = run("train", data, "--out", out, *QUICK, "--json")
     assert ran.code == 0, ran.err
@@ -178,6 +179,23 @@ def test_check_prints_every_problem(run, field: list[Video]) -> None:
     assert f"{video.sound} does not exist" in ran.out
     assert "64x20" in ran.out
     assert "problems" in ran.out
+
+
+def test_sound_that_ends_early_is_said_wherever_it_is_heard(run, field: list[Video], tmp_path: Path) -> None:
+    root, video = field[0].root, field[0]
+    write_sound(video.sound, np.zeros((round(0.6 * 16_000), 1)), 16_000)  # of 0.96 s
+    for part, line in (("train", "two 24 12.5\n"), ("test", "one 24 25\n")):
+        (root / "fold_lists" / f"Scenes_list_{part}_1_fps.txt").write_text(line)
+    said = f"Scenes/one: {video.sound} lasts 0.60 s"
+    evaluate = ("evaluate", root, "--engine", "eager", "--checkpoint", "random:demo", "--steps", 1, "--stride", 8)
+    for command in (("train", root, "--check"), ("train", root, "--out", tmp_path / "run", *QUICK), evaluate):
+        ran = run(*command, "--json")
+        assert ran.code == 0, ran.err
+        assert any(w.startswith(said) for w in json.loads(ran.out)["warnings"])
+        assert (said in ran.err) == (command[0] == "train")
+    assert said in run(*evaluate).err
+    ran = run("train", root, "--check")
+    assert ran.out.splitlines()[-1] == "1 warning"
 
 
 def wrong(*arguments: object, says: str):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.errors import UserError
+from mubic_deploy.media.sound import NOTABLE_S
 from mubic_deploy.training.layout import (
     Video,
     listing,
@@ -20,6 +22,8 @@ from mubic_deploy.training.layout import (
     require_shape,
     sized,
 )
+
+TRAILING_S = 1.0  # sound after the last frame that is not worth a warning
 
 Progress = Callable[[int, int], None]  # (videos done, of how many)
 
@@ -33,10 +37,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found. problems: one line each, with the data set, the video, the file and the remedy."""
+    """What `check` found. problems: one line each, with the data set, the video, the file and the remedy; warnings: the
+    same, of what may be meant."""
 
     datasets: dict[str, Figures] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def videos(self) -> int:
@@ -53,8 +59,16 @@ class CheckReport:
     def require(self) -> None:
         """UserError with the first problem and the number of the others, if there is any."""
         if self.problems:
-            more = len(self.problems) - 1
-            raise UserError(self.problems[0] + (f" (and {more} more problem{'s' * (more > 1)})" if more else ""))
+            raise UserError(_first(self.problems, "problem"))
+
+    def brief(self) -> list[str]:
+        """One line with the first warning and the number of the others, if there is any."""
+        return [_first(self.warnings, "warning")] if self.warnings else []
+
+
+def _first(lines: list[str], what: str) -> str:
+    more = len(lines) - 1
+    return lines[0] + (f" (and {more} more {what}{'s' * (more > 1)})" if more else "")
 
 
 def check(videos: Sequence[Video], progress: Progress = lambda done, total: None, deep: bool = False) -> CheckReport:
@@ -62,11 +76,13 @@ def check(videos: Sequence[Video], progress: Progress = lambda done, total: None
 
     All files must be there, but for up to half of a video's maps; not all maps of a video may be empty. Every picture's
     header and end are read, about 0.1 ms each; every sound and the first, middle and last picture and fixations are
-    decoded, with `deep` all of them."""
+    decoded, with `deep` all of them. A sound must last as long as its frames do, but for what `_check_sound` allows."""
     report = CheckReport()
     for done, video in enumerate(videos, 1):
-        problems, skipped = _check_video(video, deep)
-        report.problems.extend(f"{video}: {problem}" for problem in problems)
+        problems, skipped = _check_pictures(video, deep)
+        of_sound, warnings = _check_sound(video)
+        report.problems.extend(f"{video}: {problem}" for problem in problems + of_sound)
+        report.warnings.extend(f"{video}: {warning}" for warning in warnings)
         figures = report.datasets.setdefault(video.dataset, Figures())
         figures.videos += 1
         figures.frames += video.frames
@@ -75,7 +91,7 @@ def check(videos: Sequence[Video], progress: Progress = lambda done, total: None
     return report
 
 
-def _check_video(video: Video, deep: bool) -> tuple[list[str], int]:
+def _check_pictures(video: Video, deep: bool) -> tuple[list[str], int]:
     """(problems, frames without a density or a fixation map)."""
     problems: list[str] = []
     frames = _present(video, video.frame, 0.0, "extract the frames again, or correct the fold list", problems)
@@ -84,10 +100,6 @@ def _check_video(video: Video, deep: bool) -> tuple[list[str], int]:
     both = sorted(set(maps) & set(fixations))
     if maps and fixations and not both:
         problems.append("no frame has both a density map and fixations: get the data set's annotations again")
-    try:
-        read_sound(video.sound)
-    except UserError as error:
-        problems.append(str(error))
     maps, fixations = both or maps, both or fixations
     frame_sizes = _sizes(read_frame, video.frame, frames, _sample(frames, deep), problems)
     map_sizes = _sizes(read_density, video.map, maps, _sample(maps, deep), problems)
@@ -107,6 +119,27 @@ def _check_video(video: Video, deep: bool) -> tuple[list[str], int]:
     if map_sizes:
         problems += _all_empty(video, map_sizes)
     return problems, video.frames - len(both)
+
+
+def _check_sound(video: Video) -> tuple[list[str], list[str]]:
+    """(problems, warnings). Excerpts are cut where `fps` says, and beyond the sound's end is silence: so a sound that
+    does not last as long as the frames is one, or a wrong `fps`.
+
+    A problem if half of it or more is missing, or half as much again or more is too much, and that is over 0.25 s.
+    Else a warning if over 0.25 s are missing, or over 1 s too much: releases keep some sound after the last frame."""
+    try:
+        sound_s = len(read_sound(video.sound)) / SAMPLE_RATE
+    except UserError as error:
+        return [str(error)], []
+    shown_s = video.frames / video.fps
+    lasts = f"{video.sound} lasts {sound_s:.2f} s, its {video.frames} frames at {video.fps:g} fps {shown_s:.2f} s"
+    if sound_s < shown_s - NOTABLE_S:
+        short = f"{lasts}, the rest would be silence: extract the sound again, or correct fps in the fold list"
+        return ([short], []) if sound_s <= shown_s / 2 else ([], [short])
+    long = f"{lasts}, so it may be heard too late or too early: correct fps in the fold list, or cut the sound"
+    if sound_s > shown_s + NOTABLE_S and sound_s >= 1.5 * shown_s:
+        return [long], []
+    return [], [long] if sound_s > shown_s + TRAILING_S else []
 
 
 def _present(

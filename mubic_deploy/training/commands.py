@@ -52,8 +52,8 @@ def train(arguments: Namespace) -> int:
     training = _videos(arguments, "train")
     validation = _videos(arguments, "test")
     if arguments.check:
-        warn(in_both(training, validation))
-        return _print_check(_check(training + validation, arguments.deep), arguments.json)
+        report = _check(training + validation, arguments.deep)
+        return _print_check(report, in_both(training, validation) + report.warnings, arguments.json)
     if arguments.out is None:
         raise UserError("there is nowhere to write to: give --out RUN, or --check to look at the data only")
     settings = _settings(arguments)
@@ -61,9 +61,18 @@ def train(arguments: Namespace) -> int:
     from mubic_deploy.training.machine import Machine, make_fabric
     from mubic_deploy.training.train import train as run
 
+    warnings: list[str] = []
+
+    def note(text: str) -> None:
+        warnings.append(text)
+        warn([text])
+
     machine = Machine(arguments.accelerator, arguments.devices, arguments.workers)
     if make_fabric(machine, settings.precision).is_global_zero:
-        _check(training + validation, arguments.deep).require()
+        report = _check(training + validation, arguments.deep)
+        report.require()
+        for text in report.brief():
+            note(text)
     else:  # Fabric runs the whole command once a device: one of them speaks
         messages.quiet = True
     began = time.monotonic()
@@ -78,7 +87,7 @@ def train(arguments: Namespace) -> int:
             prepare=lambda model: _prepare(model, arguments, settings),
             machine=machine,
             progress=progress,
-            note=lambda text: warn([text]),
+            note=note,
         )
     if finished is None:
         return 0
@@ -86,7 +95,8 @@ def train(arguments: Namespace) -> int:
 
     last = load_state(arguments.out / "state.safetensors").history[-1]
     if arguments.json:
-        print_json({"checkpoint": str(finished), "seconds": time.monotonic() - began, "last_epoch": last})
+        seconds = time.monotonic() - began
+        print_json({"checkpoint": str(finished), "seconds": seconds, "last_epoch": last, "warnings": warnings})
     else:
         scores = ", ".join(f"{HEADINGS[k]} {last[k]:.3f}" for k in ("cc", "nss", "sim"))
         say(f"{finished}: {scores} on the test part, in {time.monotonic() - began:.0f} s")
@@ -150,6 +160,7 @@ def evaluate(arguments: Namespace) -> int:
 
     rows: list[dict[str, Any]] = []
     with predictor(arguments) as (model, warnings), bar("evaluating") as progress:
+        warnings = warnings + report.brief()
 
         def clips(sound: str) -> Clips:
             return Clips(videos, model.config, stride=arguments.stride, fit=arguments.fit, sound=sound)
@@ -273,17 +284,20 @@ def _check(videos: list[Video], deep: bool) -> CheckReport:
         return check(videos, lambda done, total: progress("checking the data", done, total), deep)
 
 
-def _print_check(report: CheckReport, as_json: bool) -> int:
+def _print_check(report: CheckReport, warnings: list[str], as_json: bool) -> int:
     """All that was found, a line a problem; exit code 2 if there is one."""
+    warn(warnings)
     if as_json:
         figures = {name: vars(f) for name, f in report.datasets.items()}
-        print_json({"datasets": figures, "problems": report.problems})
+        print_json({"datasets": figures, "problems": report.problems, "warnings": warnings})
     else:
         for name, f in report.datasets.items():
             say(f"{name}: {f.videos} videos, {f.frames} frames, {f.skipped} of them without a map")
         for problem in report.problems:
             say(problem)
-        say(f"{len(report.problems)} problems" if report.problems else "nothing is wrong")
+        found = {"problem": len(report.problems), "warning": len(warnings)}
+        counts = [f"{n} {what}{'s' * (n > 1)}" for what, n in found.items() if n]
+        say(", ".join(counts) or "nothing is wrong")
     return 2 if report.problems else 0
 
 
