@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,28 @@ def test_sound_that_ends_early_is_said_wherever_it_is_heard(run, field: list[Vid
     assert ran.out.splitlines()[-1] == "1 warning"
 
 
+def test_who_hears_nothing_needs_no_sound(run, field: list[Video], tmp_path: Path) -> None:
+    root, out = field[0].root, tmp_path / "run"
+    shutil.rmtree(root / "video_audio")
+    deaf = ("--variant", "visual_only")
+    assert run("train", root, "--check", *deaf).code == 0
+    ran = run("train", root, "--out", out, *QUICK, *deaf)
+    assert ran.code == 0, ran.err
+    assert run("train", root, "--out", out, "--check", "--resume").code == 0
+    # a file of the variant says so itself
+    evaluate = ("evaluate", root, "--engine", "eager", "--checkpoint", out / "model.safetensors", "--stride", 8)
+    ran = run(*evaluate, "--json")
+    assert ran.code == 0, ran.err
+    assert [row["what"] for row in json.loads(ran.out)["rows"]] == ["sound own"]
+    ran = run(*evaluate, "--sounds")
+    assert (ran.code, ran.err) == (2, "mubic-deploy: the variant visual_only hears nothing: leave out --sounds\n")
+    assert run("train", root, "--check").code == 2
+    field[0].frame(3).unlink()  # pictures are checked all the same
+    for command in (("train", root, "--check", *deaf), evaluate):
+        ran = run(*command)
+        assert (ran.code, "img_00003.jpg does not exist" in ran.out + ran.err) == (2, True)
+
+
 def wrong(*arguments: object, says: str):
     return pytest.param(arguments, says, id=f"{' '.join(map(str, arguments))[:50]} {says[:20]}")
 
@@ -215,6 +238,7 @@ def wrong(*arguments: object, says: str):
         wrong("evaluate", "{unlabelled}", "--json", says="no clip has a map at its middle"),
         wrong("evaluate", "{single}", "--sounds", says="--sounds swaps the sounds of videos"),
         wrong("train", "{data}", says="give --out RUN, or --check"),
+        wrong("train", "{data}", "--check", "--resume", says="name it with --out, or leave out --resume"),
         wrong("train", "{broken}", "--out", "{out}", says="does not exist: extract the video's sound track"),
         wrong("train", "{data}", "--out", "{out}", "--epochs", 0, says="--epochs: 0 is too small"),
         wrong("train", "{data}", "--out", "{out}", "--timestep-power", 0, says="timestep power 0.0 is out of range"),

@@ -71,16 +71,25 @@ def _first(lines: list[str], what: str) -> str:
     return lines[0] + (f" (and {more} more {what}{'s' * (more > 1)})" if more else "")
 
 
-def check(videos: Sequence[Video], progress: Progress = lambda done, total: None, deep: bool = False) -> CheckReport:
+def check(
+    videos: Sequence[Video],
+    progress: Progress = lambda done, total: None,
+    deep: bool = False,
+    *,
+    pictures: bool = True,
+    sounds: bool = True,
+) -> CheckReport:
     """Looks for what would stop a training hours later: files that are missing or damaged, sizes that do not fit.
 
     All files must be there, but for up to half of a video's maps; not all maps of a video may be empty. Every picture's
     header and end are read, about 0.1 ms each; every sound and the first, middle and last picture and fixations are
-    decoded, with `deep` all of them. A sound must last as long as its frames do, but for what `_check_sound` allows."""
+    decoded, with `deep` all of them. A sound must last as long as its frames do, but for what `_check_sound` allows.
+
+    pictures, sounds: whether to look at them. A model without an audio encoder reads no sound."""
     report = CheckReport()
     for done, video in enumerate(videos, 1):
-        problems, skipped = _check_pictures(video, deep)
-        of_sound, warnings = _check_sound(video)
+        problems, skipped = _check_pictures(video, deep) if pictures else ([], 0)
+        of_sound, warnings = _check_sound(video) if sounds else ([], [])
         report.problems.extend(f"{video}: {problem}" for problem in problems + of_sound)
         report.warnings.extend(f"{video}: {warning}" for warning in warnings)
         figures = report.datasets.setdefault(video.dataset, Figures())

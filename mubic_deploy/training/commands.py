@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,13 @@ def train(arguments: Namespace) -> int:
     """A model from a data folder, or with --check only what is wrong with the folder."""
     training = _videos(arguments, "train")
     validation = _videos(arguments, "test")
-    if arguments.check:
-        report = _check(training + validation, arguments.deep)
-        return _print_check(report, in_both(training, validation) + report.warnings, arguments.json)
-    if arguments.out is None:
+    if arguments.out is None and not arguments.check:
         raise UserError("there is nowhere to write to: give --out RUN, or --check to look at the data only")
     settings = _settings(arguments)
+    hears = get_config(settings.config, settings.variant).has_audio
+    if arguments.check:
+        report = _check(training + validation, arguments.deep, sounds=hears)
+        return _print_check(report, in_both(training, validation) + report.warnings, arguments.json)
 
     from mubic_deploy.training.machine import Machine, make_fabric
     from mubic_deploy.training.train import train as run
@@ -69,7 +71,7 @@ def train(arguments: Namespace) -> int:
 
     machine = Machine(arguments.accelerator, arguments.devices, arguments.workers)
     if make_fabric(machine, settings.precision).is_global_zero:
-        report = _check(training + validation, arguments.deep)
+        report = _check(training + validation, arguments.deep, sounds=hears)
         report.require()
         for text in report.brief():
             note(text)
@@ -152,15 +154,20 @@ def evaluate(arguments: Namespace) -> int:
     videos = [video for part in parts for video in _videos(arguments, part)]
     if arguments.sounds and len(videos) < 2:
         raise UserError("--sounds swaps the sounds of videos, and there is only one: leave it out")
-    report = _check(videos, deep=False)
-    report.require()
+    _check(videos, sounds=False).require()  # before an export, which takes a minute
 
     from mubic_deploy.training import evaluate as evaluation
     from mubic_deploy.training.clips import SOUNDS, Clips
 
     rows: list[dict[str, Any]] = []
-    with predictor(arguments) as (model, warnings), bar("evaluating") as progress:
-        warnings = warnings + report.brief()
+    with predictor(arguments) as (model, warnings), ExitStack() as stack:
+        if model.config.has_audio:
+            report = _check(videos, pictures=False)
+            report.require()
+            warnings = warnings + report.brief()
+        elif arguments.sounds:
+            raise UserError(f"the variant {model.config.variant} hears nothing: leave out --sounds")
+        progress = stack.enter_context(bar("evaluating"))  # one bar at a time
 
         def clips(sound: str) -> Clips:
             return Clips(videos, model.config, stride=arguments.stride, fit=arguments.fit, sound=sound)
@@ -279,9 +286,9 @@ def _present(root: Path) -> list[str]:
     return found
 
 
-def _check(videos: list[Video], deep: bool) -> CheckReport:
+def _check(videos: list[Video], deep: bool = False, **which: bool) -> CheckReport:
     with bar("checking") as progress:
-        return check(videos, lambda done, total: progress("checking the data", done, total), deep)
+        return check(videos, lambda done, total: progress("checking the data", done, total), deep, **which)
 
 
 def _print_check(report: CheckReport, warnings: list[str], as_json: bool) -> int:
@@ -304,6 +311,8 @@ def _print_check(report: CheckReport, warnings: list[str], as_json: bool) -> int
 def _settings(arguments: Namespace) -> Settings:
     """The run's settings if it goes on, else the recipe's; then what was said on the command line."""
     if arguments.resume:
+        if arguments.out is None:
+            raise UserError("there is no run to go on with: name it with --out, or leave out --resume")
         from mubic_deploy.training.state import load_state
 
         for name in ("recipe", "checkpoint", "visual", "vggish"):
