@@ -171,6 +171,27 @@ def test_videos_in_both_parts_are_said(run, field: list[Video]) -> None:
         ) == said
 
 
+def test_videos_named_twice_count_once(run, shared: list[Video], field: list[Video]) -> None:
+    root = field[0].root
+    lists = [root / "fold_lists" / f"Scenes_list_{part}_1_fps.txt" for part in ("train", "test")]
+    lists[0].write_text("two 24 12.5\nshort 6 25\ntwo 24 12.5\n")
+    lists[1].write_text("one 24 25\n")
+    twice = "1 of 2 videos are named more than once, the first is Scenes/two: each counts once"
+    ran = run("train", root, "--check", "--json")
+    assert json.loads(ran.out)["datasets"]["Scenes"]["videos"] == 3
+    assert twice in ran.err
+    for command in (("train", root, "--check"), ("train", root, "--check", "--dataset", "Scenes")):
+        assert run(*command).out.splitlines()[-1] == "1 warning"
+    ran = run("train", root, "--check", "--dataset", "Scenes", "--dataset", "Scenes", "--json")
+    assert json.loads(ran.out)["datasets"]["Scenes"]["videos"] == 3
+    assert "2 of 2 videos are named more than once" in ran.err
+    evaluate = ("evaluate", shared[0].root, "--engine", "eager", "--steps", 1, "--part", "all", "--stride", 8, "--json")
+    ran = run(*evaluate)  # the same list for both parts
+    report = json.loads(ran.out)
+    assert (report["videos"], report["rows"][0]["clips"]) == (3, 5)
+    assert report["warnings"][0].startswith("3 of 3 videos are named more than once")
+
+
 def test_check_prints_every_problem(run, field: list[Video]) -> None:
     root, video = field[0].root, field[0]
     video.sound.unlink()

@@ -14,6 +14,7 @@ from scipy.io import savemat
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.layout import (
     Video,
+    once,
     read_density,
     read_fixations,
     read_frame,
@@ -77,6 +78,17 @@ def test_list_without_videos(field, content, message):
     (field[0].root / "fold_lists" / "Scenes_list_train_1_fps.txt").write_bytes(content)
     with pytest.raises(UserError, match=rf"Scenes_list_train_1_fps\.txt.*{message}"):
         read_list(field[0].root, "Scenes", "train", 1)
+
+
+def test_each_video_once(tmp_path):
+    lines = "b/1 a/1 b/2 a/1 b/1 b/1 c/1"
+    videos = [Video(tmp_path, line[0], line[2:], 9 + i, 25.0) for i, line in enumerate(lines.split())]
+    kept, (warning,) = once(videos)
+    assert kept == [videos[0], videos[1], videos[2], videos[6]]  # the first of each
+    assert warning.startswith("2 of 4 videos are named more than once, the first is a/1: each counts once")
+    assert once(kept) == (kept, [])
+    assert once([videos[0], videos[0]])[0] == [videos[0]]  # the very same too
+    assert len(once([videos[0], videos[0]])[1]) == 1
 
 
 def test_pictures(tmp_path):

@@ -17,7 +17,7 @@ from mubic_deploy.config import get_config
 from mubic_deploy.console import bar, messages, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.check import CheckReport, check
-from mubic_deploy.training.layout import Video, in_both, read_list
+from mubic_deploy.training.layout import Video, in_both, once, read_list
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
 LINE_S = 60
@@ -50,15 +50,16 @@ def scenes(arguments: Namespace) -> int:
 
 def train(arguments: Namespace) -> int:
     """A model from a data folder, or with --check only what is wrong with the folder."""
-    training = _videos(arguments, "train")
-    validation = _videos(arguments, "test")
+    training, said = _videos(arguments, "train")
+    validation, also = _videos(arguments, "test")
+    said = list(dict.fromkeys(said + also))
     if arguments.out is None and not arguments.check:
         raise UserError("there is nowhere to write to: give --out RUN, or --check to look at the data only")
     settings = _settings(arguments)
     hears = get_config(settings.config, settings.variant).has_audio
     if arguments.check:
         report = _check(training + validation, arguments.deep, sounds=hears)
-        return _print_check(report, in_both(training, validation) + report.warnings, arguments.json)
+        return _print_check(report, said + in_both(training, validation) + report.warnings, arguments.json)
 
     from mubic_deploy.training.machine import Machine, make_fabric
     from mubic_deploy.training.train import train as run
@@ -73,7 +74,7 @@ def train(arguments: Namespace) -> int:
     if make_fabric(machine, settings.precision).is_global_zero:
         report = _check(training + validation, arguments.deep, sounds=hears)
         report.require()
-        for text in report.brief():
+        for text in said + report.brief():
             note(text)
     else:  # Fabric runs the whole command once a device: one of them speaks
         messages.quiet = True
@@ -150,8 +151,7 @@ def listen(arguments: Namespace) -> int:
 
 def evaluate(arguments: Namespace) -> int:
     """Metrics of a model over a part of a data folder."""
-    parts = PARTS if arguments.part == "all" else (arguments.part,)
-    videos = [video for part in parts for video in _videos(arguments, part)]
+    videos, said = _videos(arguments, *(PARTS if arguments.part == "all" else (arguments.part,)))
     if arguments.sounds and len(videos) < 2:
         raise UserError("--sounds swaps the sounds of videos, and there is only one: leave it out")
     _check(videos, sounds=False).require()  # before an export, which takes a minute
@@ -161,10 +161,11 @@ def evaluate(arguments: Namespace) -> int:
 
     rows: list[dict[str, Any]] = []
     with predictor(arguments) as (model, warnings), ExitStack() as stack:
+        warnings = said + warnings
         if model.config.has_audio:
             report = _check(videos, pictures=False)
             report.require()
-            warnings = warnings + report.brief()
+            warnings += report.brief()
         elif arguments.sounds:
             raise UserError(f"the variant {model.config.variant} hears nothing: leave out --sounds")
         progress = stack.enter_context(bar("evaluating"))  # one bar at a time
@@ -246,7 +247,9 @@ def _fit_packed(model: Any, arguments: Namespace) -> None:
 
     if model.config.max_steps == 1:
         raise UserError(f"the variant {model.config.variant} takes one step: leave out --fit-steps")
-    clips = Clips(_videos(arguments, "test"), model.config, stride=arguments.stride, fit=arguments.fit)
+    videos, said = _videos(arguments, "test")
+    warn(said)
+    clips = Clips(videos, model.config, stride=arguments.stride, fit=arguments.fit)
     round_to_half(model)
     with bar("fitting") as progress:
         fit_steps(
@@ -267,11 +270,11 @@ def _row(result: Any) -> dict[str, Any]:
     }
 
 
-def _videos(arguments: Namespace, part: str) -> list[Video]:
-    """The videos of a part, of the data sets that were named or of all that are there."""
+def _videos(arguments: Namespace, *parts: str) -> tuple[list[Video], list[str]]:
+    """The videos of these parts, of the data sets that were named or of all that are there, each once; and warnings."""
     root: Path = arguments.data
     named = arguments.dataset or _present(root)
-    return [video for name in named for video in read_list(root, name, part, arguments.split)]
+    return once(video for part in parts for name in named for video in read_list(root, name, part, arguments.split))
 
 
 def _present(root: Path) -> list[str]:

@@ -190,6 +190,21 @@ def decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
         raise UserError(f"{path} is damaged ({_reason(error)}): get it again") from error
 
 
+def once(videos: Iterable[Video]) -> tuple[list[Video], list[str]]:
+    """Each data set's videos of a name once, as they come first; and a warning if any comes again, else none."""
+    first: dict[str, Video] = {}
+    again: dict[str, None] = {}  # in order
+    for video in videos:
+        if str(video) in first:
+            again[str(video)] = None
+        else:
+            first[str(video)] = video
+    if not again:
+        return list(first.values()), []
+    named = f"{len(again)} of {len(first)} videos are named more than once, the first is {next(iter(again))}"
+    return list(first.values()), [f"{named}: each counts once, with the frames and fps of its first line"]
+
+
 def in_both(training: Sequence[Video], validation: Sequence[Video]) -> list[str]:
     """A warning if there are videos in both parts, else none."""
     known = {str(video) for video in training}
