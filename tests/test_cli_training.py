@@ -192,6 +192,28 @@ def test_videos_named_twice_count_once(run, shared: list[Video], field: list[Vid
     assert report["warnings"][0].startswith("3 of 3 videos are named more than once")
 
 
+def test_lists_without_frames_are_left_out(run, field: list[Video]) -> None:
+    """The fold lists come together, each set's data by itself."""
+    root = field[0].root
+    for name in ("DIEM_list_train_fps", "DIEM_list_test_fps", "AVAD_list_train_1_fps"):
+        (root / "fold_lists" / f"{name}.txt").write_text("V1 250 25\n")
+    (root / "video_frames" / "DIEM").mkdir()
+    ran = run("train", root, "--check")
+    assert ran.code == 0, ran.out
+    assert ran.err.count("warning: ") == 2  # in both parts, too
+    assert f"{root / 'video_frames'} holds nothing of AVAD, DIEM, only fold lists are there: left out" in ran.err
+    assert ran.out.startswith("Scenes: 6 videos")
+    one = f"{root / 'video_frames'} holds nothing of DIEM, only fold lists are there: get it, or name other --dataset"
+    for command in (("train", root, "--check"), ("evaluate", root)):
+        ran = run(*command, "--dataset", "DIEM", "--dataset", "Scenes")
+        assert (ran.code, ran.err) == (2, f"mubic-deploy: {one}\n")
+    assert run("train", root, "--check", "--dataset", "Scenes").err.count("warning: ") == 1
+    shutil.rmtree(root / "video_frames")
+    ran = run("train", root, "--check")
+    assert ran.code == 2
+    assert "holds nothing of AVAD, DIEM, Scenes, only fold lists are there: get it" in ran.err
+
+
 def test_check_prints_every_problem(run, field: list[Video]) -> None:
     root, video = field[0].root, field[0]
     video.sound.unlink()

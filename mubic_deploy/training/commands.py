@@ -273,20 +273,31 @@ def _row(result: Any) -> dict[str, Any]:
 def _videos(arguments: Namespace, *parts: str) -> tuple[list[Video], list[str]]:
     """The videos of these parts, of the data sets that were named or of all that are there, each once; and warnings."""
     root: Path = arguments.data
-    named = arguments.dataset or _present(root)
-    return once(video for part in parts for name in named for video in read_list(root, name, part, arguments.split))
+    present, said = _present(root, arguments.dataset)
+    videos, again = once(v for part in parts for name in present for v in read_list(root, name, part, arguments.split))
+    return videos, said + again
 
 
-def _present(root: Path) -> list[str]:
-    """The data sets that are there, by their frames or any list. If one lacks the list that is asked for,
-    `read_list` says so."""
+def _present(root: Path, named: list[str] | None) -> tuple[list[str], list[str]]:
+    """The data sets that were named, or all of which there are frames; and a warning if others have fold lists.
+
+    UserError if there is none, or if one that was named has lists and no frames. If one lacks the list that is asked
+    for, `read_list` says so."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give the one that holds video_frames, annotations and fold_lists")
     lists, frames = root / "fold_lists", root / "video_frames"
-    found = [n for n in DATASETS if (frames / n).is_dir() or any(lists.glob(f"{n}_list_*_fps.txt"))]
-    if not found:
+    listed = [n for n in named or DATASETS if any(lists.glob(f"{n}_list_*_fps.txt"))]
+    shown = [n for n in named or DATASETS if any((frames / n).glob("*"))]
+    missing = ", ".join(dict.fromkeys(n for n in listed if n not in shown))
+    if missing and (named or not shown):
+        raise UserError(
+            f"{frames} holds nothing of {missing}, only fold lists are there: get it, or name other --dataset"
+        )
+    if named:
+        return named, []
+    if not shown:
         raise UserError(f"{lists} holds no list like AVAD_list_train_1_fps.txt: get the data sets' fold lists")
-    return found
+    return shown, [f"{frames} holds nothing of {missing}, only fold lists are there: left out"] if missing else []
 
 
 def _check(videos: list[Video], deep: bool = False, **which: bool) -> CheckReport:
