@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from field_data import SPECS, TONE, TONE_HZ, fixations, truncate, write_sound
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import savemat, wavfile
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.layout import (
@@ -152,6 +152,17 @@ def test_sound_is_resampled_and_mixed(shared):
     assert np.abs(quiet).max() == pytest.approx(TONE / 2, rel=0.02)  # one channel of two
     loud = np.flatnonzero(sound > 0.5)
     assert loud.mean() == pytest.approx(12 / 25 * 16_000, abs=2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_sound_that_is_not_finite(tmp_path, value):
+    samples = np.full(16_000, 3.0, np.float32)  # too loud is no damage
+    wavfile.write(tmp_path / "a.wav", 16_000, samples)
+    assert (read_sound(tmp_path / "a.wav") == 1).all()
+    samples[8_000] = value
+    wavfile.write(tmp_path / "a.wav", 16_000, samples)
+    with pytest.raises(UserError, match=r"a\.wav is damaged \(at 0\.50 s it is not finite\): extract"):
+        read_sound(tmp_path / "a.wav")
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 48_000])

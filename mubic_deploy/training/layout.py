@@ -21,6 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.sound import known_layout, resampler
 from mubic_deploy.training.settings import DATASETS, PARTS, SPLITS
@@ -152,7 +153,11 @@ def read_sound(path: Path) -> np.ndarray:
         raise UserError(f"{path} is not a sound file that FFmpeg can read ({_reason(error)}): get it again") from error
     if not blocks:
         raise UserError(f"{path} holds no sound that can be decoded: extract the video's sound track again")
-    return np.clip(np.concatenate(blocks), -1, 1).astype(np.float32, copy=False)
+    samples = np.concatenate(blocks)
+    if not np.isfinite(samples).all():  # floats of a file can be anything
+        at_s = np.isfinite(samples).argmin() / SAMPLE_RATE
+        raise UserError(f"{path} is damaged (at {at_s:.2f} s it is not finite): extract the video's sound track again")
+    return np.clip(samples, -1, 1).astype(np.float32, copy=False)
 
 
 def _read_image(path: Path, mode: str) -> np.ndarray:
