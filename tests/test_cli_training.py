@@ -203,15 +203,15 @@ def test_lists_without_frames_are_left_out(run, field: list[Video]) -> None:
     assert ran.err.count("warning: ") == 2  # in both parts, too
     assert f"{root / 'video_frames'} holds nothing of AVAD, DIEM, only fold lists are there: left out" in ran.err
     assert ran.out.startswith("Scenes: 6 videos")
-    one = f"{root / 'video_frames'} holds nothing of DIEM, only fold lists are there: get it, or name other --dataset"
+    one = f"{root / 'video_frames'} holds nothing of DIEM, only fold lists are there: get the frames, or name what is"
     for command in (("train", root, "--check"), ("evaluate", root)):
         ran = run(*command, "--dataset", "DIEM", "--dataset", "Scenes")
-        assert (ran.code, ran.err) == (2, f"mubic-deploy: {one}\n")
+        assert (ran.code, ran.err) == (2, f"mubic-deploy: {one} there with --dataset\n")
     assert run("train", root, "--check", "--dataset", "Scenes").err.count("warning: ") == 1
     shutil.rmtree(root / "video_frames")
     ran = run("train", root, "--check")
     assert ran.code == 2
-    assert "holds nothing of AVAD, DIEM, Scenes, only fold lists are there: get it" in ran.err
+    assert "holds nothing of AVAD, DIEM, Scenes, only fold lists are there: get the" in ran.err
 
 
 def test_check_prints_every_problem(run, field: list[Video]) -> None:

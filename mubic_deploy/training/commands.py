@@ -289,15 +289,14 @@ def _present(root: Path, named: list[str] | None) -> tuple[list[str], list[str]]
     listed = [n for n in named or DATASETS if any(lists.glob(f"{n}_list_*_fps.txt"))]
     shown = [n for n in named or DATASETS if any((frames / n).glob("*"))]
     missing = ", ".join(dict.fromkeys(n for n in listed if n not in shown))
+    only_lists = f"{frames} holds nothing of {missing}, only fold lists are there"
     if missing and (named or not shown):
-        raise UserError(
-            f"{frames} holds nothing of {missing}, only fold lists are there: get it, or name other --dataset"
-        )
+        raise UserError(f"{only_lists}: get the frames, or name what is there with --dataset")
     if named:
         return named, []
     if not shown:
         raise UserError(f"{lists} holds no list like AVAD_list_train_1_fps.txt: get the data sets' fold lists")
-    return shown, [f"{frames} holds nothing of {missing}, only fold lists are there: left out"] if missing else []
+    return shown, [f"{only_lists}: left out"] if missing else []
 
 
 def _check(videos: list[Video], deep: bool = False, **which: bool) -> CheckReport:
