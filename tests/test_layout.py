@@ -10,6 +10,7 @@ import pytest
 from field_data import SPECS, TONE, TONE_HZ, fixations, truncate, write_sound
 from PIL import Image
 from scipy.io import savemat, wavfile
+from scipy.sparse import csc_matrix
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.layout import (
@@ -111,6 +112,8 @@ def test_fixations(shared, tmp_path):
     np.testing.assert_array_equal(found, fixations(SPECS[0], 5) == 1)
     savemat(tmp_path / "double.mat", {"eyeMap": np.eye(3, 4) * 255.0})  # some releases hold doubles
     np.testing.assert_array_equal(read_fixations(tmp_path / "double.mat"), np.eye(3, 4) == 1)
+    savemat(tmp_path / "sparse.mat", {"eyeMap": csc_matrix(np.eye(3, 4))})
+    np.testing.assert_array_equal(read_fixations(tmp_path / "sparse.mat"), np.eye(3, 4) == 1)
 
 
 @pytest.mark.parametrize("read", [read_frame, read_density, read_fixations, read_sound])

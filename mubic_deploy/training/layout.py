@@ -114,19 +114,21 @@ def read_density(path: Path) -> np.ndarray:
 
 
 def read_fixations(path: Path) -> np.ndarray:
-    """bool [H, W]: where somebody looked. UserError names the file."""
+    """bool [H, W]: where somebody looked; a sparse matrix is taken too. UserError names the file."""
     from scipy.io import loadmat
+    from scipy.sparse import issparse
 
     try:
         with path.open("rb") as file:
-            variables = loadmat(file, variable_names=[FIXATIONS])
+            values = loadmat(file, variable_names=[FIXATIONS]).get(FIXATIONS)
+        if issparse(values):
+            values = values.toarray()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: get the data set's annotations again") from error
     except Exception as error:  # SciPy's parser lets through whatever a damaged file made it stumble on
         raise UserError(
             f"{path} is not a MATLAB file that SciPy can read ({_reason(error)}): get it again, or save it as version 7"
         ) from error
-    values = variables.get(FIXATIONS)
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "buif":
         raise UserError(f"{path} holds no matrix `{FIXATIONS}`: get the data set's annotations again")
     return values > 0
