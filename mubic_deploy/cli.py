@@ -222,8 +222,11 @@ def _training(commands: argparse._SubParsersAction) -> None:
     fitting = pack.add_argument_group("for --fit-steps")
     _folds(fitting)
     _fit(fitting)
-    fitting.add_argument("--clips", type=positive, default=64, help="how many (default 64)")
-    fitting.add_argument("--stride", type=positive, default=4, help="frames between the starts of two (default 4)")
+    fitting.add_argument("--clips", type=positive, help="how many (default 64)")
+    fitting.add_argument("--stride", type=positive, help="frames between the starts of two (default 4)")
+    pack.set_defaults(
+        split=None, fit=None
+    )  # the command knows the defaults, and refuses what is given without --fit-steps
 
 
 def _version() -> str:
@@ -308,8 +311,7 @@ def build_parser() -> Parser:
     repository.add_argument("--engine", choices=(*cpu.ENGINES, "tensorrt"), default=cpu.ENGINES[0])
     repository.add_argument("--out", metavar="REPOSITORY", type=Path, required=True)
     _serving(repository)
-    loops = "tensorrt: instances of the DDIM loop (default 4)"
-    repository.add_argument("--loops", type=positive, help=loops)
+    repository.add_argument("--loops", type=positive, help="tensorrt: instances of the DDIM loop (default 4)")
     off: dict[str, Any] = {"action": "store_const", "const": False}
     repository.add_argument("--no-cuda-graphs", dest="cuda_graphs", help="tensorrt: launch kernel by kernel", **off)
     repository.add_argument("--no-warm-up", dest="warm_up", help="tensorrt: be ready before the first request", **off)

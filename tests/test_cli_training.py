@@ -158,6 +158,22 @@ def test_pack_fits_the_steps_to_the_packed_weights(run, shared: list[Video], tmp
     assert (ran.code, "takes one step: leave out --fit-steps" in ran.err) == (2, True)
 
 
+def test_pack_fits_as_its_help_says(run, shared: list[Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(random_model(DEMO, seed=4), tmp_path / "a.safetensors")
+    seen: list[tuple[Clips, list[int]]] = []
+
+    def spy(model: object, clips: Clips, chosen: list[int], **_: object) -> None:
+        seen.append((clips, chosen))
+
+    monkeypatch.setattr("mubic_deploy.training.adaptive.fit_steps", spy)
+    options = ("--fit-steps", shared[0].root)
+    assert run("pack", tmp_path / "a.safetensors", tmp_path / "b.safetensors", *options).code == 0
+    ((clips, chosen),) = seen
+    assert chosen == clips.spread(64)
+    assert [clips.ground_truth(i).frame for i in range(len(clips))] == [9, 13, 17, 9, 13, 17, 6]  # stride 4
+    assert clips[0]["VIDEO"][0, 0, 0].tolist() == [115] * 3  # a letterbox's bar
+
+
 def test_videos_in_both_parts_are_said(run, field: list[Video]) -> None:
     root = field[0].root
     lists = [root / "fold_lists" / f"Scenes_list_{part}_1_fps.txt" for part in ("train", "test")]
@@ -303,6 +319,10 @@ def wrong(*arguments: object, says: str):
         wrong("scenes", "{out}", "--videos", 1, "--seconds", 0.2, says="ask for 1 to 600 s"),
         wrong("scenes", "{data}", "--videos", 1, says="is not an earlier set of scenes"),
         wrong("pack", "{file}", "{out}.safetensors", says="is not a MUBiC checkpoint"),
+        *(
+            wrong("pack", "demo", "{out}.safetensors", *option, says=f"{option[0]} is for --fit-steps DATA: leave")
+            for option in (("--stride", 9), ("--clips", 64), ("--fit", "crop"), ("--split", 1), ("--dataset", "AVAD"))
+        ),
         wrong("pack", "demo", "{out}", says="must end in .safetensors"),
         wrong("pack", "random:demo", "{out}.safetensors", "--fit-steps", "{empty}", says="holds no list like AVAD"),
     ],

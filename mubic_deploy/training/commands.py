@@ -21,6 +21,7 @@ from mubic_deploy.training.layout import Video, in_both, once, read_list
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
 LINE_S = 60
+FITTING = {"dataset": None, "split": 1, "fit": "letterbox", "clips": 64, "stride": 4}  # pack's, for --fit-steps
 HEADINGS = {"cc": "CC", "nss": "NSS", "sim": "SIM", "auc_judd": "AUC-J", "auc_shuffled": "s-AUC"}
 
 
@@ -227,6 +228,11 @@ def pack(arguments: Namespace) -> int:
     from mubic_deploy.media.outputs import check_targets
 
     out: Path = arguments.out
+    given = [name for name in FITTING if getattr(arguments, name) is not None]
+    if given and arguments.data is None:
+        raise UserError(f"--{given[0]} is for --fit-steps DATA: leave it out, or name the data")
+    for name in FITTING.keys() - given:
+        setattr(arguments, name, FITTING[name])
     check_targets({"weights": out}, {"weights": (".safetensors",)}, None)
     model, _ = checkpoint.load(str(arguments.checkpoint))
     if arguments.data is not None:
