@@ -226,7 +226,7 @@ def _training(commands: argparse._SubParsersAction) -> None:
     fitting.add_argument("--stride", type=positive, help="frames between the starts of two (default 4)")
     pack.set_defaults(
         split=None, fit=None
-    )  # the command knows the defaults, and refuses what is given without --fit-steps
+    )  # the command has the defaults, to know what was given
 
 
 def _version() -> str:
