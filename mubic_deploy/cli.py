@@ -224,9 +224,7 @@ def _training(commands: argparse._SubParsersAction) -> None:
     _fit(fitting)
     fitting.add_argument("--clips", type=positive, help="how many (default 64)")
     fitting.add_argument("--stride", type=positive, help="frames between the starts of two (default 4)")
-    pack.set_defaults(
-        split=None, fit=None
-    )  # the command has the defaults, to know what was given
+    pack.set_defaults(split=None, fit=None)  # the command has the defaults, to know what was given
 
 
 def _version() -> str:
