@@ -21,7 +21,7 @@ from mubic_deploy.training.layout import Video, in_both, once, read_list
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
 LINE_S = 60
-FITTING = {"dataset": None, "split": 1, "fit": "letterbox", "clips": 64, "stride": 4}  # pack's, for --fit-steps
+FITTING = {"dataset": None, "split": 1, "fit": None, "clips": 64, "stride": 4}  # pack's, for --fit-steps
 HEADINGS = {"cc": "CC", "nss": "NSS", "sim": "SIM", "auc_judd": "AUC-J", "auc_shuffled": "s-AUC"}
 
 
