@@ -1,0 +1,61 @@
+"""The thread that reads a stream's source."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from typing import Any
+
+from mubic_deploy.errors import UserError
+from mubic_deploy.live.client import StreamClient
+from mubic_deploy.live.source import FileSource, Heard, LiveSource
+from mubic_deploy.media.film import Frame
+
+FRAMES = 64  # that wait for the outputs
+
+
+class Feeder:
+    """The thread that reads the source and feeds the client.
+
+    waiting  frames for the outputs, in order
+    fed      how many frames the client got
+    problem  what ended the source before its time"""
+
+    def __init__(
+        self, source: FileSource | LiveSource, client: StreamClient, stopped: threading.Event, frames: bool
+    ) -> None:
+        self.waiting: queue.Queue[Frame] = queue.Queue(FRAMES)
+        self.fed = 0
+        self.problem: UserError | None = None
+        self._source, self._client, self._stopped, self._frames = source, client, stopped, frames
+        self.thread = threading.Thread(target=self._run, name="mubic-source", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            for item in self._source.items():
+                if self._stopped.is_set():
+                    return
+                self._feed(item)
+        except UserError as error:
+            if not self._stopped.is_set():  # else the client was finished under it
+                self.problem = error
+        except Exception as error:  # the thread's end must not pass for the source's
+            self.problem = UserError(f"{self._source.name} cannot be read any further: {error!r}")
+        finally:
+            with contextlib.suppress(UserError):  # it is over already, and who reads it knows
+                self._client.finish()
+
+    def _feed(self, item: Any) -> None:
+        if isinstance(item, Frame):
+            while self._frames and not self._stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    self.waiting.put(item, timeout=0.1)
+                    break
+            self._client.frame(item.image, item.time_s, self._source.display)
+            self.fed += 1
+        elif isinstance(item, Heard):
+            self._client.sound(item.samples, item.start / 16_000)
+        else:
+            self._client.end_sound()
