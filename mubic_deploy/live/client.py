@@ -271,6 +271,13 @@ class StreamClient:
         with self._sender.changed:
             return (self._sender.through or self._sender.closed) and not self._sender.results
 
+    @property
+    def pending(self) -> int:
+        """Complete windows whose maps were not read yet."""
+        sender = self._sender
+        with sender.changed:
+            return sum(len(backlog.ready) + len(backlog.sent) for backlog in sender.backlogs) + len(sender.results)
+
     def report(self) -> Report:
         """How the stream goes."""
         with self._sender.changed:

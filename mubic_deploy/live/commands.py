@@ -17,6 +17,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.feeder import Feeder
 from mubic_deploy.live.outputs import KINDS, STDOUT, Outputs
+from mubic_deploy.live.pictures import Pictures
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.settings import DROP, QUEUE
 from mubic_deploy.live.source import FileSource, LiveSource, open_source
@@ -68,9 +69,10 @@ def stream(arguments: Namespace) -> int:
         if window is not None:
             window.open(source.display, source.name, stopped.set)
         feeder = Feeder(source, client, stopped, frames=outputs.wants_frames)
+        pictures = Pictures(client, feeder, outputs, arguments.stride, in_order=on_lag == QUEUE)
         with bar("streaming") as progress:
             due = time.monotonic()
-            for found in _maps(client, feeder, outputs, stopped):
+            for found in _maps(client, feeder, outputs, pictures, stopped):
                 if found is not None:
                     outputs.add_map(found)
                 if outputs.problem is not None:  # what came until then is kept in the others
@@ -79,6 +81,7 @@ def stream(arguments: Namespace) -> int:
                 if time.monotonic() >= due:
                     progress(_status(client.report()), feeder.fed, None)
                     due = time.monotonic() + _STATUS_S
+        pictures.finish()
         problem = feeder.problem or outputs.problem
         if problem is not None and not outputs.count:
             raise problem
@@ -97,9 +100,13 @@ def stream(arguments: Namespace) -> int:
     return 0
 
 
-def _maps(client: StreamClient, feeder: Feeder, outputs: Outputs, stopped: threading.Event) -> Iterator[LiveMap | None]:
-    """Each map as it comes, after the frames before it; now and then None, so that somebody can say how it goes."""
+def _maps(
+    client: StreamClient, feeder: Feeder, outputs: Outputs, pictures: Pictures, stopped: threading.Event
+) -> Iterator[LiveMap | None]:
+    """Each map as it comes; now and then None, so that somebody can say how it goes. Between two of them the pictures
+    go on: a map never waits for more than one of their steps."""
     end = None
+    busy = False
     while not client.through:
         if stopped.is_set() and end is None:
             end = time.monotonic() + _STOP_S
@@ -109,17 +116,16 @@ def _maps(client: StreamClient, feeder: Feeder, outputs: Outputs, stopped: threa
         if end is not None and time.monotonic() > end:
             break
         try:
-            found = client.poll(_TICK_S if outputs.wants_frames else _STATUS_S)
+            found = client.poll(0.0 if busy else _TICK_S if outputs.wants_frames else _STATUS_S)
         except UserError as error:  # the server is gone, or refused something: what came until then is kept
             feeder.problem = feeder.problem or error
             stopped.set()
             break
-        while not feeder.waiting.empty():
-            outputs.add_frame(feeder.waiting.get())
+        if found is not None:
+            pictures.add_map(found)
         yield found
+        busy = found is not None or pictures.step()
         outputs.refresh()
-    while not feeder.waiting.empty():
-        outputs.add_frame(feeder.waiting.get())
 
 
 def _let_go(source: FileSource | LiveSource, feeder: Feeder | None) -> None:

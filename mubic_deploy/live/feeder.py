@@ -18,7 +18,8 @@ FRAMES = 64  # that wait for the outputs
 class Feeder:
     """The thread that reads the source and feeds the client.
 
-    waiting  frames for the outputs, in order
+    waiting  frames for the outputs, in order: each is here before the client has it, so that no map comes before its
+             window's frames
     fed      how many frames the client got
     problem  what ended the source before its time"""
 

@@ -86,7 +86,7 @@ class Outputs:
     def wants_frames(self) -> bool:
         return self.overlay is not None or self._window is not None
 
-    def add_frame(self, frame: Frame) -> None:
+    def show_frame(self, frame: Frame) -> None:
         if self._window is not None:
             self._window.add_frame(frame)
         if self.overlay is not None:
@@ -109,13 +109,17 @@ class Outputs:
             pts = self._last_pts + step
         image.pts = self._last_pts = pts
 
-    def add_map(self, found: LiveMap) -> None:
-        self.count += 1
+    def show_map(self, found: LiveMap) -> None:
+        """Over the frames up to its own."""
         if self._window is not None:
             self._window.add_map(found)
         if self.overlay is not None:
             with self._or_given_up("overlay"):
                 self.overlay.add_map(found)
+
+    def add_map(self, found: LiveMap) -> None:
+        """To all outputs but those that lay it over frames: see `show_map`."""
+        self.count += 1
         if self._maps is not None:
             with self._or_given_up("maps"):
                 self._maps.add_map(found)
