@@ -24,6 +24,7 @@ from triton_serving import serving
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
+from mubic_deploy.live.outputs import Outputs
 from mubic_deploy.live.report import LiveMap
 from mubic_deploy.live.source import FileSource, Item
 from mubic_deploy.media.film import Frame
@@ -155,6 +156,45 @@ def test_the_overlay_is_that_of_predict(
     assert there.code == 0, there.err
     assert list(shown) == list(wanted) == list(range(300))
     assert shown == pytest.approx(wanted)
+
+
+def test_a_source_that_cannot_wait_is_not_held_back_by_a_slow_overlay(
+    run, film: Path, toy_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """132 frames at 25 a second; 7 a second can be written. Maps come all the same, as soon as they are made."""
+    fed: list[float] = []
+    late: list[float] = []
+    feed, write, add_map = StreamClient.frame, OverlayWriter._write, Outputs.add_map
+
+    def timed(self: StreamClient, image: Any, time_s: float, *rest: Any) -> int:
+        fed.append(time.monotonic())
+        return feed(self, image, time_s, *rest)
+
+    def written(self: OverlayWriter, frame: Frame, saliency: np.ndarray) -> None:
+        time.sleep(0.15)
+        write(self, frame, saliency)
+
+    def mapped(self: Outputs, found: LiveMap) -> None:
+        late.append(time.monotonic() - (fed[found.frame_index] + found.latency_s))
+        add_map(self, found)
+
+    monkeypatch.setattr(StreamClient, "frame", timed)
+    monkeypatch.setattr(OverlayWriter, "_write", written)
+    monkeypatch.setattr(Outputs, "add_map", mapped)
+    monkeypatch.setattr("mubic_deploy.live.feeder.FRAMES", 16)
+    settings = ("--realtime", "--stride", 8, "--steps", 1, "-o", tmp_path / "o.mp4", "--json")
+    ran = run("stream", film, "--url", toy_server.url, *settings)
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert len(fed) == report["frames"] == 132
+    assert fed[-1] - fed[0] == pytest.approx(131 / 25, abs=1)
+    assert len(late) == report["maps"] == 15 - report["dropped"]
+    assert max(late) < 2.5  # one step of the overlay: the frames up to a map
+    with av.open(tmp_path / "o.mp4") as overlay:
+        shown = len(list(overlay.decode(video=0)))
+    assert report["left_out"] == 132 - shown > 30
+    (warning,) = report["warnings"]
+    assert warning.startswith(f"{132 - shown} of 132 frames are not shown: ")
 
 
 @pytest.fixture(scope="module")

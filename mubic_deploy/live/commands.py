@@ -68,7 +68,7 @@ def stream(arguments: Namespace) -> int:
         stopped = stack.enter_context(_stop_with_a_signal())
         if window is not None:
             window.open(source.display, source.name, stopped.set)
-        feeder = Feeder(source, client, stopped, frames=outputs.wants_frames)
+        feeder = Feeder(source, client, stopped, frames=outputs.wants_frames, drop=on_lag == DROP)
         pictures = Pictures(client, feeder, outputs, arguments.stride, in_order=on_lag == QUEUE)
         with bar("streaming") as progress:
             due = time.monotonic()
@@ -89,8 +89,14 @@ def stream(arguments: Namespace) -> int:
         report = client.report()
     warnings = unfamiliar(client.config, client.source["seed"], arguments.fit)
     warnings += source.warnings + [gap.text for gap in gaps]
+    if feeder.left_out:
+        warnings.append(
+            f"{feeder.left_out} of {feeder.fed} frames are not shown: they came faster than the overlay or the window "
+            f"took them: send a smaller picture, or use --on-lag queue where the source can wait"
+        )
     if arguments.json:
-        print_json({**vars(report), "frames": feeder.fed, "gaps": [vars(gap) for gap in gaps], "warnings": warnings})
+        counts = {"frames": feeder.fed, "left_out": feeder.left_out}
+        print_json({**vars(report), **counts, "gaps": [vars(gap) for gap in gaps], "warnings": warnings})
     else:
         warn(warnings)
         if not piped:

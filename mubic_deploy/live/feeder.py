@@ -18,18 +18,27 @@ FRAMES = 64  # that wait for the outputs
 class Feeder:
     """The thread that reads the source and feeds the client.
 
-    waiting  frames for the outputs, in order: each is here before the client has it, so that no map comes before its
-             window's frames
-    fed      how many frames the client got
-    problem  what ended the source before its time"""
+    waiting   frames for the outputs, in order: each is here before the client has it, so that no map comes before its
+              window's frames
+    left_out  how many frames the outputs could not take in time
+    fed       how many frames the client got
+    problem   what ended the source before its time"""
 
     def __init__(
-        self, source: FileSource | LiveSource, client: StreamClient, stopped: threading.Event, frames: bool
+        self,
+        source: FileSource | LiveSource,
+        client: StreamClient,
+        stopped: threading.Event,
+        *,
+        frames: bool,
+        drop: bool,
     ) -> None:
+        """frames: the outputs want them; drop: the source does not wait for the outputs."""
         self.waiting: queue.Queue[Frame] = queue.Queue(FRAMES)
-        self.fed = 0
+        self.fed = self.left_out = 0
         self.problem: UserError | None = None
-        self._source, self._client, self._stopped, self._frames = source, client, stopped, frames
+        self._source, self._client, self._stopped = source, client, stopped
+        self._frames, self._drop = frames, drop
         self.thread = threading.Thread(target=self._run, name="mubic-source", daemon=True)
         self.thread.start()
 
@@ -50,13 +59,21 @@ class Feeder:
 
     def _feed(self, item: Any) -> None:
         if isinstance(item, Frame):
-            while self._frames and not self._stopped.is_set():
-                with contextlib.suppress(queue.Full):
-                    self.waiting.put(item, timeout=0.1)
-                    break
+            if self._frames:
+                self._hand_on(item)
             self._client.frame(item.image, item.time_s, self._source.display)
             self.fed += 1
         elif isinstance(item, Heard):
             self._client.sound(item.samples, item.start / 16_000)
         else:
             self._client.end_sound()
+
+    def _hand_on(self, frame: Frame) -> None:
+        while not self._stopped.is_set():
+            try:
+                self.waiting.put(frame, not self._drop, 0.1)
+                return
+            except queue.Full:
+                if self._drop:
+                    self.left_out += 1
+                    return
