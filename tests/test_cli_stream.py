@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
+import re
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -330,6 +335,99 @@ def test_an_output_that_nobody_reads_leaves_the_others(
     with av.open(overlay) as written:
         assert 1 <= len(list(written.decode(video=0))) < 132
     assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("lines", ["text", "ndjson"])
+def test_a_signal_ends_a_stream_whose_lines_nobody_reads(
+    film: Path, toy_server: TritonServer, tmp_path: Path, number: int, lines: str
+) -> None:
+    """As `| less` that shows its first page."""
+    command = ["stream", str(film), "--url", toy_server.url, "--stride", "1", "--steps", "1"]
+    command += ["--maps", str(tmp_path / "m.npz")] + (["--ndjson", "-"] if lines == "ndjson" else [])
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    with subprocess.Popen(
+        [sys.executable, "-m", "mubic_deploy.cli", *command], stdout=writing, stderr=subprocess.PIPE, text=True
+    ) as running:
+        try:
+            end = time.monotonic() + 60
+            while not select.select([reading], [], [], 0.05)[0]:
+                assert time.monotonic() < end
+            time.sleep(3)
+            running.send_signal(number)
+            _, said = running.communicate(timeout=20)
+        finally:
+            running.kill()
+            os.close(reading)
+            os.close(writing)
+    assert running.returncode == 0, said
+    where = "ndjson -" if lines == "ndjson" else "text on standard output"
+    assert re.fullmatch(rf"warning: {where}: nobody reads it, its last \d+ line\(s\) are lost: .*\n", said)
+    assert 10 < len(np.load(tmp_path / "m.npz")["maps"]) <= 117
+    assert [p.name for p in tmp_path.iterdir()] == ["m.npz"]
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "m.ndjson")
+    return tmp_path / "m.ndjson"
+
+
+def read_later(fifo: Path, seconds: float) -> Future[str]:
+    """What a reader gets that begins after so long."""
+    found: Future[str] = Future()
+
+    def read() -> None:
+        time.sleep(seconds)
+        found.set_result(fifo.read_text())
+
+    threading.Thread(target=read, daemon=True).start()
+    return found
+
+
+def test_a_film_waits_for_a_late_reader(
+    run, film: Path, toy_server: TritonServer, fifo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mubic_deploy.live.lines.LINES", 3)
+    found = read_later(fifo, 2)
+    ran = run("stream", film, "--url", toy_server.url, "--stride", 8, "--ndjson", fifo)
+    assert (ran.code, ran.err) == (0, "")
+    lines = [json.loads(line) for line in found.result(5).splitlines()]
+    assert [line["frame_index"] for line in lines] == list(range(8, 125, 8))
+
+
+@pytest.mark.parametrize(("lag", "lost"), [("queue", 15), ("drop", 5)])
+def test_a_reader_that_never_comes_leaves_the_other_outputs(
+    run,
+    film: Path,
+    toy_server: TritonServer,
+    fifo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lag: str,
+    lost: int,
+) -> None:
+    """A film waits a while for it, a camera only as long as there is room for its lines."""
+    monkeypatch.setattr("mubic_deploy.live.outputs._PATIENCE_S", 1.0)
+    monkeypatch.setattr("mubic_deploy.live.lines.LINES", 5 if lag == "drop" else 1000)
+    read_later(fifo, 30)  # so that a wrong implementation ends, too
+    maps = fifo.with_name("m.npz")
+    settings = ("--stride", 8, "--on-lag", lag, "--max-waiting", 64, "--ndjson", fifo, "--maps", maps, "--json")
+    ran = run("stream", film, "--url", toy_server.url, *settings)
+    assert ran.code == 0, ran.err
+    (warning,) = json.loads(ran.out)["warnings"]
+    assert warning.startswith(f"ndjson {fifo}: nobody reads it, its last {lost} line(s) are lost: ")
+    assert len(np.load(maps)["maps"]) == 15
+
+
+def test_without_another_output_a_reader_that_never_comes_is_an_error(
+    run, film: Path, toy_server: TritonServer, fifo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mubic_deploy.live.outputs._PATIENCE_S", 1.0)
+    read_later(fifo, 30)
+    ran = run("stream", film, "--url", toy_server.url, "--stride", 16, "--ndjson", fifo, "--json")
+    assert ran.code == 2
+    assert ran.err.startswith(f"mubic-deploy: ndjson {fifo}: nobody reads it, its last 8 line(s) are lost: ")
 
 
 @pytest.mark.parametrize("kind", ["overlay", "maps", "ndjson"])

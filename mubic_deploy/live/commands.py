@@ -86,9 +86,10 @@ def stream(arguments: Namespace) -> int:
         if problem is not None and not outputs.count:
             raise problem
         outputs.finish(whole=not stopped.is_set() and problem is None)
+        outputs.drain(stopped)
         report = client.report()
     warnings = unfamiliar(client.config, client.source["seed"], arguments.fit)
-    warnings += source.warnings + [gap.text for gap in gaps]
+    warnings += source.warnings + outputs.warnings + [gap.text for gap in gaps]
     if feeder.left_out:
         warnings.append(
             f"{feeder.left_out} of {feeder.fed} frames are not shown: they came faster than the overlay or the window "
@@ -99,7 +100,7 @@ def stream(arguments: Namespace) -> int:
         print_json({**vars(report), **counts, "gaps": [vars(gap) for gap in gaps], "warnings": warnings})
     else:
         warn(warnings)
-        if not piped:
+        if "text" in outputs.lines:
             say(_summary(report, feeder.fed))
     if problem := feeder.problem or outputs.problem:
         raise problem
@@ -121,8 +122,13 @@ def _maps(
                 client.finish()
         if end is not None and time.monotonic() > end:
             break
+        found = None
         try:
-            found = client.poll(0.0 if busy else _TICK_S if outputs.wants_frames else _STATUS_S)
+            if end is None and outputs.full:
+                time.sleep(_TICK_S)
+            else:
+                restless = outputs.wants_frames or outputs.unread
+                found = client.poll(0.0 if busy else _TICK_S if restless else _STATUS_S)
         except UserError as error:  # the server is gone, or refused something: what came until then is kept
             feeder.problem = feeder.problem or error
             stopped.set()

@@ -6,15 +6,17 @@ import contextlib
 import errno
 import json
 import os
-import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import av
 
-from mubic_deploy.console import forget_stdout, say
+from mubic_deploy.console import forget_stdout
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.lines import Lines
 from mubic_deploy.live.measures import Measures, measure
 from mubic_deploy.live.report import LiveMap
 from mubic_deploy.live.source import FileSource, LiveSource
@@ -26,14 +28,19 @@ from mubic_deploy.predict import naming
 
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}
 STDOUT = Path("-")
+_TICK_S = 0.02  # between two looks at whether a reader takes lines
+_PATIENCE_S = 10.0  # with a reader of lines that takes none, where nothing may wait for it
+_LAST_S = 1.0  # for the reader, when the stream was stopped
 
 
 class Outputs:
     """Where frames and maps go; a line of text or JSON as each map comes, the files when `finish` is called. An output
     that fails is given up, the others go on.
 
-    count    how many maps came
-    problem  what the first output failed of"""
+    count     how many maps came
+    problem   what the first output failed of
+    warnings  one line each for lines that nobody read
+    lines     "ndjson" and "text", where they are wanted"""
 
     def __init__(
         self,
@@ -45,16 +52,17 @@ class Outputs:
         live: bool,
     ) -> None:
         """staged: of the files that appear at the end, by kind; those that fail are taken out. live: frames do not wait
-        for maps. UserError if an output cannot be opened."""
-        self._source, self._targets, self._plain, self._window = source, dict(targets), plain, window
+        for maps, and maps not for who reads their lines. UserError if an output cannot be opened."""
+        self._source, self._targets, self._window, self._live = source, dict(targets), window, live
         self._staged = staged
+        self.warnings: list[str] = []
         self.problem: UserError | None = None
         self._last_pts: int | None = None
         self._shift = 0
         self.count = 0
         self.overlay: OverlayWriter | None = None
         self._maps: MapsWriter | None = None
-        self._lines: TextIO | None = None
+        self.lines: dict[str, Lines] = {}
         with self._naming("overlay"):
             if "overlay" in staged:
                 self.overlay = OverlayWriter(staged["overlay"], source, live)
@@ -63,22 +71,25 @@ class Outputs:
                 self._maps = MapsWriter(staged["maps"], source.map_shape)
         with self._naming("ndjson"):
             place = targets.get("ndjson")
-            if place == STDOUT:
-                self._lines = sys.stdout
-            elif place is not None and place.exists() and not os.access(place, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if place is not None:
+                if place != STDOUT and place.exists() and not os.access(place, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                self.lines["ndjson"] = Lines(None if place == STDOUT else place)
+        with self._naming("text"):
+            if plain:
+                self.lines["text"] = Lines(None)
 
     def __enter__(self) -> Outputs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for kind in KINDS:
+        for kind in (*KINDS, "text"):
             self._close(kind)
 
     def _close(self, kind: str) -> None:
-        outputs = {"overlay": self.overlay, "maps": self._maps, "ndjson": self._lines}
-        output = outputs[kind]
-        if output is not None and output is not sys.stdout:
+        outputs = {"overlay": self.overlay, "maps": self._maps, **self.lines}
+        output = outputs.get(kind)
+        if output is not None:
             with contextlib.suppress(OSError, av.FFmpegError):  # of a full disk; nobody reads that file
                 output.close()
 
@@ -94,10 +105,39 @@ class Outputs:
             with self._or_given_up("overlay"):
                 self.overlay.add_frame(frame)
 
+    @property
+    def full(self) -> bool:
+        """Whether maps should wait until somebody reads their lines."""
+        return any(lines.full for lines in self.lines.values())
+
+    @property
+    def unread(self) -> bool:
+        return any(lines.waiting for lines in self.lines.values())
+
     def refresh(self) -> None:
-        """Between frames and maps, often: the window lives by it."""
+        """Between frames and maps, often: the window lives by it, and lines are read by it."""
         if self._window is not None:
             self._window.refresh()
+        for kind, lines in list(self.lines.items()):
+            with self._or_given_up(kind):
+                lines.write()
+            if lines.full and (self._live or (not lines.opened and lines.idle_s > _PATIENCE_S)):
+                self._leave_unread(kind)
+
+    def drain(self, stopped: threading.Event) -> None:
+        """Waits for whoever reads the lines, as any program does; not long where nothing may wait, or nobody has begun
+        to read, or once `stopped` is set."""
+        for kind, lines in list(self.lines.items()):
+            end: float | None = None
+            while lines.waiting and kind in self.lines:
+                with self._or_given_up(kind):
+                    lines.write()
+                if stopped.is_set() and end is None:
+                    end = time.monotonic() + _LAST_S
+                silent = (self._live or not lines.opened) and lines.idle_s > _PATIENCE_S
+                if silent or (end is not None and time.monotonic() > end):
+                    self._leave_unread(kind)
+                time.sleep(_TICK_S)
 
     def _keep_growing(self, frame: Frame) -> None:
         """An overlay's time stamps must grow, whatever the source's clock does."""
@@ -124,16 +164,16 @@ class Outputs:
             with self._or_given_up("maps"):
                 self._maps.add_map(found)
         measures = measure(found.saliency)
-        if "ndjson" in self._targets:
-            with self._or_given_up("ndjson"):
-                if self._lines is None:  # an earlier file stays until there is a map
-                    self._lines = self._targets["ndjson"].open("w", encoding="utf-8")
-                self._lines.write(json.dumps(record(found, measures)) + "\n")
-                self._lines.flush()  # whoever reads along wants each line at once
-        if self._plain:
+        if "ndjson" in self.lines:
+            self._add_line("ndjson", json.dumps(record(found, measures)))
+        if "text" in self.lines:
             x, y, _ = measures.peak
-            with self._or_given_up("text"):
-                say(f"{found.time_s:8.3f} s  peak at {x:.3f}, {y:.3f}  {1000 * found.latency_s:6.0f} ms")
+            late = f"{1000 * found.latency_s:6.0f} ms"
+            self._add_line("text", f"{found.time_s:8.3f} s  peak at {x:.3f}, {y:.3f}  {late}")
+
+    def _add_line(self, kind: str, line: str) -> None:
+        with self._or_given_up(kind):
+            self.lines[kind].add(line)
 
     def finish(self, whole: bool) -> None:
         """Completes the files. UserError if there was no map."""
@@ -148,8 +188,11 @@ class Outputs:
         if self._window is not None and whole:
             self._window.finish()
 
+    def _where(self, kind: str) -> Path:
+        return self._targets.get(kind, Path("on standard output"))  # which is that of the text
+
     def _naming(self, kind: str) -> contextlib.AbstractContextManager[None]:
-        return naming(kind, self._targets.get(kind, Path("on standard output")))  # which is that of the text
+        return naming(kind, self._where(kind))
 
     @contextlib.contextmanager
     def _or_given_up(self, kind: str) -> Iterator[None]:
@@ -158,17 +201,28 @@ class Outputs:
             with self._naming(kind):
                 yield
         except UserError as error:
-            if isinstance(error.__cause__, BrokenPipeError):
+            if isinstance(error.__cause__, BrokenPipeError) and self._targets.get(kind, STDOUT) == STDOUT:
                 forget_stdout()
             self.problem = self.problem or error
-            if kind != "text":
-                self._close(kind)
-            self._staged.pop(kind, None)
-            self._targets.pop(kind, None)
-            self._plain = self._plain and kind != "text"
-            self.overlay = None if kind == "overlay" else self.overlay
-            self._maps = None if kind == "maps" else self._maps
-            self._lines = None if kind == "ndjson" else self._lines
+            self._give_up(kind)
+
+    def _leave_unread(self, kind: str) -> None:
+        """The others go on; without another one there is nothing to go on for."""
+        count = self.lines[kind].waiting
+        text = f"{kind} {self._where(kind)}: nobody reads it, its last {count} line(s) are lost: check what reads it"
+        self._give_up(kind)
+        if self._window or self.overlay or self._maps or self.lines:
+            self.warnings.append(text)
+        else:
+            self.problem = self.problem or UserError(text)
+
+    def _give_up(self, kind: str) -> None:
+        self._close(kind)
+        self.lines.pop(kind, None)
+        self._staged.pop(kind, None)
+        self._targets.pop(kind, None)
+        self.overlay = None if kind == "overlay" else self.overlay
+        self._maps = None if kind == "maps" else self._maps
 
 
 def record(found: LiveMap, measures: Measures) -> dict[str, Any]:
