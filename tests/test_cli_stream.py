@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,48 @@ def transport(film: Path) -> Path:
                         out.mux(sound.encode(block))
         out.mux(sound.encode(None))
     return path
+
+
+@pytest.fixture
+def playlist(transport: Path, tmp_path: Path) -> Iterator[str]:
+    """The film as HLS: its playlist's address."""
+    folder = tmp_path / "hls"
+    folder.mkdir()
+    options = {"hls_time": "1", "hls_playlist_type": "vod"}
+    with av.open(str(transport)) as source, av.open(str(folder / "film.m3u8"), "w", options=options) as out:
+        streams = {stream.index: out.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                out.mux(packet)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/film.m3u8"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("lag", [None, "queue"])
+def test_a_film_over_http_loses_no_window_for_coming_at_once(
+    run, playlist: str, toy_server: TritonServer, monkeypatch: pytest.MonkeyPatch, lag: str | None
+) -> None:
+    """It goes on in its own time, 5.24 s, unless it may wait."""
+    fed: list[float] = []
+    feed = StreamClient.frame
+
+    def timed(self: StreamClient, *frame: Any) -> int:
+        fed.append(time.monotonic())
+        return feed(self, *frame)
+
+    monkeypatch.setattr(StreamClient, "frame", timed)
+    settings = ("--stride", 8, "--steps", 1, "--json", *(["--on-lag", lag] if lag else []))
+    ran = run("stream", playlist, "--url", toy_server.url, *settings)
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert (report["frames"], report["maps"], report["dropped"]) == (132, 15, 0)
+    if lag is None:
+        assert 5 < fed[-1] - fed[0] < 9
+    else:
+        assert fed[-1] - fed[0] < 4
 
 
 @pytest.mark.parametrize("source", ["-", "pipe:0"])

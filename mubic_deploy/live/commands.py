@@ -68,8 +68,11 @@ def stream(arguments: Namespace) -> int:
         stopped = stack.enter_context(_stop_with_a_signal())
         if window is not None:
             window.open(source.display, source.name, stopped.set)
-        feeder = Feeder(source, client, stopped, frames=outputs.wants_frames, drop=on_lag == DROP)
-        pictures = Pictures(client, feeder, outputs, arguments.stride, in_order=on_lag == QUEUE)
+        drop = on_lag == DROP
+        # over HTTP a film comes at once, and a broadcast in segments: that is not the server's lag
+        paced = drop and named.startswith(("http://", "https://"))
+        feeder = Feeder(source, client, stopped, frames=outputs.wants_frames, drop=drop, paced=paced)
+        pictures = Pictures(client, feeder, outputs, arguments.stride, in_order=not drop)
         with bar("streaming") as progress:
             due = time.monotonic()
             for found in _maps(client, feeder, outputs, pictures, stopped):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from typing import Any
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
+from mubic_deploy.live.pace import Pace
 from mubic_deploy.live.source import FileSource, Heard, LiveSource
 from mubic_deploy.media.film import Frame
 
@@ -32,13 +34,16 @@ class Feeder:
         *,
         frames: bool,
         drop: bool,
+        paced: bool,
     ) -> None:
-        """frames: the outputs want them; drop: the source does not wait for the outputs."""
+        """frames: the outputs want them; drop: the source does not wait for the outputs; paced: no frame goes on before
+        its time, however early it comes."""
         self.waiting: queue.Queue[Frame] = queue.Queue(FRAMES)
         self.fed = self.left_out = 0
         self.problem: UserError | None = None
         self._source, self._client, self._stopped = source, client, stopped
         self._frames, self._drop = frames, drop
+        self._pace = Pace() if paced else None
         self.thread = threading.Thread(target=self._run, name="mubic-source", daemon=True)
         self.thread.start()
 
@@ -59,6 +64,8 @@ class Feeder:
 
     def _feed(self, item: Any) -> None:
         if isinstance(item, Frame):
+            if self._pace is not None:
+                self._stopped.wait(self._pace.wait_s(item.time_s, time.monotonic()))
             if self._frames:
                 self._hand_on(item)
             self._client.frame(item.image, item.time_s, self._source.display)
