@@ -19,7 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from films import click, flash_and_click, frame_times, write_film
+from films import click, flash_and_click, frame_times, quadrants, write_film
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.source import FileSource, Heard, Item, LiveSource, SoundEnd, open_source
@@ -122,6 +122,28 @@ def test_what_comes_once_has_its_flash_with_its_click(tmp_path: Path) -> None:
     assert flash == pytest.approx(30 * 1001 / 30_000, abs=0.001)
     assert clicks[0] == pytest.approx(flash, abs=0.5 * 1001 / 30_000)
     assert (source.display, source.map_shape) == ((36, 64), (36, 64))
+
+
+@pytest.mark.parametrize(
+    ("rotation", "sar", "display", "upright"),
+    [
+        (0, Fraction(4, 3), (48, 107), (48, 80)),
+        (90, Fraction(1), (80, 48), (80, 48)),
+        (90, Fraction(2), (160, 48), (80, 48)),
+        (270, Fraction(1, 2), (40, 48), (80, 48)),
+    ],
+)
+def test_what_comes_once_has_the_size_that_its_film_has(
+    tmp_path: Path, rotation: int, sar: Fraction, display: tuple[int, int], upright: tuple[int, int]
+) -> None:
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 20), quadrants(48, 80), rotation=rotation, sar=sar)
+    source = LiveSource(str(path))
+    image = next(i.image for i in source.items() if isinstance(i, Frame))
+    source.close()
+    assert (source.display, source.map_shape) == (display, display)
+    assert (image.height, image.width) == upright
+    with Film(path) as film:
+        assert film.display == display
 
 
 def test_a_time_stamp_that_stands_still_is_no_jump(tmp_path: Path) -> None:

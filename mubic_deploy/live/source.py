@@ -112,8 +112,7 @@ class LiveSource:
         self._reading = self._read()
         self._first: list[Item] = []
         image = self._wait_for_a_frame()
-        width = round(image.width * (self._video.sample_aspect_ratio or 1)) or image.width
-        self.display = (width, image.height) if self._upright.turned else (image.height, width)
+        self.display = self._upright.display(image, self._video.sample_aspect_ratio)
 
     @property
     def map_shape(self) -> tuple[int, int]:

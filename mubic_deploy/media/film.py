@@ -69,7 +69,7 @@ class Film:
             self.close()
             raise UserError(f"{self.name}: no frame can be decoded: convert it to H.264 in MP4, or get it again")
         self._first = self._upright(first)
-        self.display = self._display_size(first)
+        self.display = self._upright.display(self._first, self._stream.sample_aspect_ratio)
 
     def __enter__(self) -> Film:
         return self
@@ -137,10 +137,6 @@ class Film:
         except av.FFmpegError:
             self._damaged += 1
 
-    def _display_size(self, image: av.VideoFrame) -> tuple[int, int]:
-        width = round(image.width * (self._stream.sample_aspect_ratio or 1)) or image.width
-        return (width, image.height) if self._upright.turned else (image.height, width)
-
     def _seconds(self) -> float | None:
         """How long the container says the pictures last. None if it does not say."""
         if self._stream.duration:
@@ -205,6 +201,14 @@ class Upright:
             self._graph, self._key = _chain(self._filters, image), key
         self._graph.vpush(image)
         return self._graph.vpull()
+
+    def display(self, upright: av.VideoFrame, ratio: Fraction | None) -> tuple[int, int]:
+        """(height, width) in square pixels of a frame that was made upright. ratio: a pixel's width to its height, as
+        it is stored: not yet turned."""
+        height, width = upright.height, upright.width
+        if self.turned:
+            return round(height * (ratio or 1)) or height, width
+        return height, round(width * (ratio or 1)) or width
 
 
 def orientation(image: av.VideoFrame) -> list[str]:
