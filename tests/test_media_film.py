@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -53,6 +54,42 @@ def test_rotated_films_are_upright(tmp_path, rotation, suffix):
 def test_mirrored_films_are_upright(tmp_path, rotation):
     path = write_film(tmp_path / "film.mp4", TIMES, quadrants(48, 80), rotation=rotation, hflip=True)
     assert corners(first_frame(path)) == np.fliplr(np.rot90(UPRIGHT, rotation // 90)).ravel().tolist()
+
+
+def bars_in(path: Path, pixels: str, codec: str, spread: int, rotation: int) -> Path:
+    """A film of the quadrants in BT.709, video range (1) or full range (2), with tags that say so."""
+    with av.open(path, "w") as output:
+        stream: Any = output.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 80, 48, pixels
+        stream.codec_context.colorspace, stream.codec_context.color_range = 1, spread
+        stream.set_display_rotation(rotation)
+        for _ in range(3):
+            image = av.VideoFrame.from_ndarray(quadrants(48, 80), "rgb24")
+            output.mux(stream.encode(image.reformat(format=pixels, dst_colorspace=1, dst_color_range=spread)))
+        output.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("rotation", [90, 180])
+@pytest.mark.parametrize(
+    ("pixels", "codec", "spread"),
+    [
+        ("yuv422p10le", "prores_ks", 1),
+        ("yuv422p", "libx264", 2),
+        ("yuv420p", "libx264", 1),
+        ("yuv420p10le", "libx264", 2),
+    ],
+)
+def test_rotated_films_keep_their_colours(tmp_path: Path, pixels: str, codec: str, spread: int, rotation: int) -> None:
+    path = bars_in(tmp_path / "film.mov", pixels, codec, spread, rotation)
+    with Film(path) as film:
+        frames = [frame.image for frame in film.frames()]
+    image = Resizer()(frames[0], (frames[0].height, frames[0].width), "rgb24").to_ndarray().astype(int)
+    h, w = image.shape[:2]
+    centres = [image[y, x] for y in (h // 4, 3 * h // 4) for x in (w // 4, 3 * w // 4)]
+    expected = [COLOURS[name] for name in np.rot90(UPRIGHT, rotation // 90).ravel().tolist()]
+    np.testing.assert_allclose(centres, expected, atol=6)  # numbers and tags belong together
+    assert [(i.colorspace, i.time) for i in frames] == [(1, 0), (1, 0.04), (1, 0.08)]
 
 
 def test_a_phone_held_upright(tmp_path):

@@ -186,6 +186,7 @@ class Upright:
     def __init__(self) -> None:
         self.turned = False  # by 90 or 270 degrees, so that width and height change places
         self._filters: list[str] | None = None
+        self._convert = Resizer()
         self._graph: Any = None
         self._key: object = None
 
@@ -196,6 +197,8 @@ class Upright:
             self.turned = "transpose" in self._filters
         if not self._filters:
             return image
+        if (pixels := turnable(image.format)) != image.format.name:
+            image = self._convert(image, (image.height, image.width), pixels)
         key = (image.format.name, image.width, image.height)
         if key != self._key:
             self._graph, self._key = _chain(self._filters, image), key
@@ -224,6 +227,14 @@ def orientation(image: av.VideoFrame) -> list[str]:
     else:
         wanted = {"transpose": True, "hflip": c < 0, "vflip": b < 0}
     return [name for name, needed in wanted.items() if needed]
+
+
+def turnable(pixels: av.VideoFormat) -> str:
+    """The format in which frames of `pixels` can be transposed: 4:4:4 for 4:2:2 and what else has less colour in one
+    direction only. FFmpeg would convert these by itself, and forget their colour space and range."""
+    even = all(part.width == part.height for part in av.VideoFormat(pixels.name, 64, 64).components)
+    bits = pixels.components[0].bits
+    return pixels.name if even else f"yuv444p{bits}le" if bits > 8 else "yuv444p"
 
 
 def _chain(filters: list[str], image: av.VideoFrame) -> av.filter.Graph:
