@@ -24,7 +24,7 @@ from mubic_deploy import AsyncStreamClient, StreamClient, predict_clips
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.link import ALIVE_S, Settings, lives
+from mubic_deploy.live.link import ALIVE_S, Link, Settings, lives
 from mubic_deploy.live.report import Gap, LiveMap
 from mubic_deploy.live.sender import Limits, Sender
 from mubic_deploy.live.settings import StreamSettings
@@ -142,8 +142,10 @@ def test_bytes_of_raw_frames(toy_server: TritonServer, film: Path) -> None:
 
 
 def test_whether_a_server_lives(toy_server: TritonServer) -> None:
-    assert lives(toy_server.url)
-    assert not lives("127.0.0.1:9")  # where nobody listens
+    for address, alive in ((toy_server.url, True), ("127.0.0.1:9", False)):  # where nobody listens
+        link = Link(address, Settings(4, 0, 4, "raw"), (112, 192), lambda *_: None)
+        assert (link.lives(), lives(address)) == (alive, alive)
+        link.close()
 
 
 def test_a_proxy_is_not_asked_for_this_machine(

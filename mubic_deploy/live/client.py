@@ -48,8 +48,8 @@ class StreamClient:
     max_waiting  windows that may wait to be sent; in_flight: windows that are on their way. By default as `WAITING`
                  and `IN_FLIGHT` have them: few where old ones are dropped, so that maps are as new as the server can
                  make them
-    timeout      seconds without any answer after which the server is asked whether it lives; if it does not, the
-                 connection counts as lost
+    timeout      seconds without any answer after which the server is asked whether it lives, on the same connection
+                 too; if it does not say so, the connection counts as lost
     give_up_s    seconds of a lost connection after which the client gives up; also those without an answer of a
                  server that lives, after which it is asked again
     on_gap       is called with each `Gap`, on the thread that finds it; it should be quick

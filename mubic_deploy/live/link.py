@@ -87,10 +87,14 @@ def arrays(
 def lives(address: str) -> bool:
     """Whether a server answers at "HOST:PORT" within ALIVE_S, on a connection of its own."""
     with triton.InferenceServerClient(address, channel_args=[*channel(address), _FORGETFUL]) as client:
-        try:
-            return bool(client.is_server_live(client_timeout=ALIVE_S))
-        except InferenceServerException:
-            return False
+        return _lives(client)
+
+
+def _lives(client: triton.InferenceServerClient) -> bool:
+    try:
+        return bool(client.is_server_live(client_timeout=ALIVE_S))
+    except InferenceServerException:
+        return False
 
 
 class Link:
@@ -132,6 +136,10 @@ class Link:
             enable_empty_final_response=True,
         )
         self._count += 1
+
+    def lives(self) -> bool:
+        """Whether the server answers within ALIVE_S on this connection, behind all that is on its way there."""
+        return _lives(self._client)
 
     def close(self) -> None:
         """Gives up what is on its way."""

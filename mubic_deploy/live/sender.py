@@ -23,6 +23,7 @@ FLUSH_S = 0.5  # what completes no window is sent after this time
 UNREAD = 64  # maps that nobody reads hold the stream back
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # s between two tries to connect
 _TICK = 0.1  # s
+_SLOWER = 2.0  # than the slowest map before: what takes so much longer does not come
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Sender:
         self._outstanding: dict[str, float] = {}  # when each request was sent
         self._heard_s = self._sent_s = 0.0  # when the server last answered, when something was last sent
         self._asked_s = 0.0  # when it was last asked whether it lives, which it says without a map
+        self._slowest_s: float | None = None  # that a map has taken on this connection; None before the first
         self._outage: tuple[float, float, int, str] | None = None  # since, stream's time, dropped before, why
         self._pause = _FIRST_PAUSE
         self._sound_late = False
@@ -153,7 +155,7 @@ class Sender:
         now = time.monotonic()
         backlog = self.backlogs[0]
         if self._broken is None and self._outstanding:
-            since = max(self._heard_s, min(self._outstanding.values()))
+            since = self._silent_since()
             longest = max(self._limits.timeout, self._limits.give_up_s)
             if now - since > longest:
                 self._broken = f"it lives, but sent nothing for {longest:g} s"
@@ -178,6 +180,7 @@ class Sender:
             if self._link is None:
                 size = self._config.height, self._config.width
                 self._link = Link(self._address, self._settings, size, self._receive)
+                self._slowest_s = None
             link = self._link
             self._sent_s = time.monotonic()
             self._outstanding[link.next_id] = self._sent_s
@@ -189,12 +192,24 @@ class Sender:
 
     def _ask(self, why: str) -> None:
         """Whether the server lives. If it does, it is waited for: asking it for the same window again, which it cannot
-        know to be the same, would only give it more to do."""
-        alive = lives(self._address)
+        know to be the same, would only give it more to do.
+
+        It may live while the connection is dead, of which a router on the way has forgotten all: that is asked on the
+        connection itself. On a slow line the question stands behind frames of many seconds, so a connection on which
+        maps have taken long, or none has come yet, is dead only where the server answers on no other either."""
+        asked = time.monotonic()
+        alive = self._link is not None and self._link.lives()
+        with self.changed:
+            slow = self._slowest_s is None or asked - self._silent_since() < _SLOWER * self._slowest_s
+        alive = alive or (slow and lives(self._address))
         with self.changed:
             self._asked_s = time.monotonic()
-            if not alive and self._outstanding:
+            if not alive and self._outstanding and self._heard_s < asked:
                 self._broken = why
+
+    def _silent_since(self) -> float:
+        """When an answer came last, or where none was wanted then, when the oldest one became so."""
+        return max(self._heard_s, min(self._outstanding.values(), default=self._heard_s))
 
     def _end_run(self) -> None:
         self._close_link()
@@ -248,6 +263,8 @@ class Sender:
                 if answer.tensors or not (backlog.sent or backlog.ready):
                     self._mended(arrived)
                 if answer.tensors:
+                    took_s = arrived - self._outstanding.get(answer.request, arrived)
+                    self._slowest_s = max(self._slowest_s or 0.0, took_s)
                     self._take(answer.tensors, arrived)
                 if answer.final:
                     self._outstanding.pop(answer.request, None)
