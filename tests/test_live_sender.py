@@ -68,18 +68,24 @@ def started(
     return Sender("127.0.0.1:1", DEMO, SETTINGS, limits, gaps.append)
 
 
-def feed(sender: Sender, frames: int, fps: float) -> None:
-    """Frames without sound."""
+def feed(sender: Sender, frames: int, fps: float, drop: bool = False) -> None:
+    """So many more frames, without sound. drop: gives up the windows that are too many."""
     with sender.changed:
-        sender.backlogs[-1].end_sound(time.monotonic())
-        for i in range(frames):
-            sender.backlogs[-1].add_frame(np.zeros((112, 192, 3), np.uint8), i / fps, time.monotonic())
+        backlog = sender.backlogs[-1]
+        backlog.end_sound(time.monotonic())
+        for _ in range(frames):
+            backlog.add_frame(np.zeros((112, 192, 3), np.uint8), backlog.next_index / fps, time.monotonic())
+            if drop:
+                sender.drop()
         sender.changed.notify_all()
 
 
 def wait_for(sender: Sender, what: Callable[[], Any], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
     with sender.changed:
-        assert sender.changed.wait_for(what, seconds), "it did not happen"
+        while not what():
+            assert time.monotonic() < end, "it did not happen"
+            sender.changed.wait(0.02)
 
 
 @pytest.mark.parametrize("fps", [25, 1])
@@ -160,4 +166,52 @@ def test_a_server_that_lives_and_sends_nothing_is_given_up(monkeypatch: pytest.M
     feed(sender, 16, 25)
     wait_for(sender, lambda: sender.failure)
     assert "gave no answer for 1 s (it lives, but sent nothing for 1 s)" in str(sender.failure)
+    sender.close()
+
+
+@pytest.mark.parametrize("answered_late", [False, True])
+def test_an_outage_begins_with_the_silence(monkeypatch: pytest.MonkeyPatch, answered_late: bool) -> None:
+    """Not when it is noticed: with the oldest request that was not answered, or with an answer after that one; and
+    what was dropped since then is lost."""
+    sent: list[tuple[float, FakeLink, str, list[Window]]] = []
+
+    def answer(link: FakeLink, request: str, windows: list[Window]) -> None:
+        sent.append((time.monotonic(), link, request, windows))
+        if len(sent) == 1 or link is not sent[0][1]:
+            for window in windows:
+                link.map(request, window)
+            link.done(request)
+
+    monkeypatch.setattr(FakeLink, "lives", lambda link: False)
+    gaps: list[Gap] = []
+    sender = started(monkeypatch, answer, Limits(2, 2, 1.0, 30.0), gaps)
+    feed(sender, 16, 25)
+    wait_for(sender, lambda: sender.results)
+    time.sleep(0.5)
+    feed(sender, 4, 25)
+    wait_for(sender, lambda: len(sent) == 2)
+    feed(sender, 4, 25)
+    wait_for(sender, lambda: len(sent) == 3)
+    began = sent[1][0]  # two windows are on their way, of frames 12 and 16
+    time.sleep(0.3)
+    feed(sender, 20, 25, drop=True)  # five more, of which two wait
+    before = 3
+    if answered_late:
+        began = time.monotonic()
+        _, link, request, windows = sent[1]
+        link.map(request, windows[0])
+        link.done(request)
+        time.sleep(0.2)  # one that waits takes its place
+        before = 0
+    feed(sender, 24, 25, drop=True)
+    wait_for(sender, lambda: gaps)
+    over = time.monotonic()
+    ((kind, seconds, text),) = [(gap.kind, gap.seconds, gap.text) for gap in gaps]
+    assert kind == "connection"
+    assert seconds == pytest.approx(over - began, abs=0.1)
+    assert seconds > 1.0
+    # six more windows came, for the places that were left
+    lost = before + 6 - answered_late
+    assert text.endswith(f"for {seconds:.1f} s (no answer for 1 s): {lost} window(s) lost")
+    assert gaps[0].time_s == pytest.approx((43 if answered_late else 19) / 25)
     sender.close()

@@ -32,7 +32,7 @@ class Gap:
     kind     connection (no answer from the server), clock (the source's time stamps jumped), sound (it had a gap, or
              did not come in time)
     time_s   where in the stream, on its clock
-    seconds  how long
+    seconds  how long; without a connection, from the last answer, or the first request that got none, to the next map
     lost     windows that have no map because of it
     text     the same in one line"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -46,6 +47,15 @@ class Found:
     arrived_s: float
 
 
+@dataclass(frozen=True)
+class Moment:
+    """On the client's clock and on the stream's, and how many windows had been dropped by then."""
+
+    now_s: float
+    time_s: float
+    dropped: int
+
+
 class Sender:
     """Whoever feeds or reads holds `changed`, and notifies it of what was fed.
 
@@ -70,10 +80,11 @@ class Sender:
         self._link: Link | None = None
         self._broken: str | None = None  # why a new sequence must begin
         self._outstanding: dict[str, float] = {}  # when each request was sent
-        self._heard_s = self._sent_s = 0.0  # when the server last answered, when something was last sent
+        self._silent = Moment(0.0, 0.0, 0)  # since when there was no answer, though one was due
+        self._sent_s = 0.0  # when something was last sent
         self._asked_s = 0.0  # when it was last asked whether it lives, which it says without a map
         self._slowest_s: float | None = None  # that a map has taken on this connection; None before the first
-        self._outage: tuple[float, float, int, str] | None = None  # since, stream's time, dropped before, why
+        self._outage: tuple[Moment, float, str] | None = None  # since when, when it was noticed, why
         self._pause = _FIRST_PAUSE
         self._sound_late = False
         self._thread = threading.Thread(target=self._run, name="mubic-stream", daemon=True)
@@ -155,7 +166,7 @@ class Sender:
         now = time.monotonic()
         backlog = self.backlogs[0]
         if self._broken is None and self._outstanding:
-            since = self._silent_since()
+            since = self._silent.now_s
             longest = max(self._limits.timeout, self._limits.give_up_s)
             if now - since > longest:
                 self._broken = f"it lives, but sent nothing for {longest:g} s"
@@ -183,6 +194,8 @@ class Sender:
                 self._slowest_s = None
             link = self._link
             self._sent_s = time.monotonic()
+            if not self._outstanding:
+                self._silent = self._now()
             self._outstanding[link.next_id] = self._sent_s
         try:
             link.send(request)
@@ -200,16 +213,15 @@ class Sender:
         asked = time.monotonic()
         alive = self._link is not None and self._link.lives()
         with self.changed:
-            slow = self._slowest_s is None or asked - self._silent_since() < _SLOWER * self._slowest_s
+            slow = self._slowest_s is None or asked - self._silent.now_s < _SLOWER * self._slowest_s
         alive = alive or (slow and lives(self._address))
         with self.changed:
             self._asked_s = time.monotonic()
-            if not alive and self._outstanding and self._heard_s < asked:
+            if not alive and self._outstanding and self._silent.now_s < asked:
                 self._broken = why
 
-    def _silent_since(self) -> float:
-        """When an answer came last, or where none was wanted then, when the oldest one became so."""
-        return max(self._heard_s, min(self._outstanding.values(), default=self._heard_s))
+    def _now(self) -> Moment:
+        return Moment(time.monotonic(), self.backlogs[0].timeline.last_s, self._dropped)
 
     def _end_run(self) -> None:
         self._close_link()
@@ -224,14 +236,13 @@ class Sender:
         self._close_link()
         with self.changed:
             now = time.monotonic()
-            backlog = self.backlogs[0]
-            backlog.begin_again()
+            if self._outage is None:
+                self._outage = self._silent if self._outstanding else self._now(), now, why
+                self._pause = _FIRST_PAUSE
+            self.backlogs[0].begin_again()
             self._outstanding.clear()
             self._broken = None
-            if self._outage is None:
-                self._outage = now, backlog.timeline.last_s, self._dropped, why
-                self._pause = _FIRST_PAUSE
-            if now - self._outage[0] > self._limits.give_up_s:
+            if now - self._outage[1] > self._limits.give_up_s:
                 raise UserError(
                     f"the Triton server at {self._address} gave no answer for {self._limits.give_up_s:g} s ({why}): "
                     f"start it with mubic-deploy serve, check the network, or give it less to do"
@@ -256,7 +267,6 @@ class Sender:
         with self.changed:
             if link is not self._link:  # of a sequence that was given up
                 return
-            self._heard_s = arrived
             if answer.error is None:
                 backlog = self.backlogs[0]
                 # frames are taken by a server whose model fails, too: only a map shows that it works
@@ -268,6 +278,7 @@ class Sender:
                     self._take(answer.tensors, arrived)
                 if answer.final:
                     self._outstanding.pop(answer.request, None)
+                self._silent = self._now()
             elif answer.passing:
                 self._broken = answer.error
             else:
@@ -277,10 +288,12 @@ class Sender:
     def _mended(self, now_s: float) -> None:
         if self._outage is None:
             return
-        began, time_s, dropped, why = self._outage
+        began, _, why = self._outage
         self._outage = None
-        lost, seconds = self._dropped - dropped, now_s - began
+        lost, seconds = self._dropped - began.dropped, now_s - began.now_s
         text = f"no maps from {self._address} for {seconds:.1f} s ({why}): {lost} window(s) lost"
+        # it may have begun with sound, before any frame
+        time_s = began.time_s if math.isfinite(began.time_s) else self.backlogs[0].timeline.last_s
         # those are among the dropped ones already
         self.note(Gap("connection", time_s, seconds, 0, text))
 
