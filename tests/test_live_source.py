@@ -288,6 +288,41 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
     assert pieces > 50
 
 
+FULL_S = Fraction(2**33, 90_000)  # what a transport stream's clock can count
+
+
+@pytest.mark.parametrize(
+    ("starts", "seam"),
+    [((1000, 5), (1006, 5)), ((5, 1000), (11, 1000)), ((FULL_S - 4,), (float(FULL_S), 0))],
+    ids=["restarted", "ahead", "full"],
+)
+def test_a_transport_stream_whose_clock_jumps(
+    tmp_path: Path, starts: tuple[Fraction | int, ...], seam: tuple[float, float]
+) -> None:
+    """An encoder that was restarted goes back to where its clock says; so does one whose clock of 33 bits is full."""
+    parts = []
+    for i, start in enumerate(starts):
+        times = [start + t for t in frame_times(25, 25 * 6)]
+        sound = np.zeros((2, 48_000 * 6), np.float32)
+        path = tmp_path / f"{i}.ts"
+        write_film(path, times, DARK, sound=sound, sound_start=Fraction(start), codec="aac")
+        parts.append(path.read_bytes())
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(b"".join(parts)))
+    writer.start()
+    source = open_source(str(pipe))
+    items = list(source.items())
+    source.close()
+    writer.join()
+    for kind, length in ((Frame, 0.04), (Heard, 1024 / 48_000)):
+        clock = [i.time_s if isinstance(i, Frame) else i.start / 16_000 for i in items if isinstance(i, kind)]
+        jumps = [(a, b) for a, b in itertools.pairwise(clock) if abs(b - a) > 1]
+        assert len(clock) == pytest.approx(len(starts) * 6 / length, rel=0.05)
+        assert len(jumps) == 1
+        assert jumps[0] == pytest.approx(seam, abs=0.1)
+
+
 def test_a_file_in_shared_memory_is_a_file() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = write_film(Path(folder) / "film.mp4", frame_times(25, 20), DARK)

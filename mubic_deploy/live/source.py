@@ -260,7 +260,11 @@ def open_source(source: str, realtime: bool = False) -> FileSource | LiveSource:
 
 def open_live(source: str, name: str, timeout_s: float) -> av.container.InputContainer:
     """UserError if it cannot be opened."""
-    options = {"rtsp_transport": "tcp"} if source.startswith(_RTSP) else {}
+    # FFmpeg would take a transport stream that begins anew for one whose clock of 33 bits is full, and add 26.5 hours;
+    # one that is full goes back then, too, and that the client knows
+    options = {"correct_ts_overflow": "0"}
+    if source.startswith(_RTSP):
+        options["rtsp_transport"] = "tcp"
     place, kind = source, None
     if source == STDIN:
         place = f"pipe:{os.dup(0)}"
