@@ -119,6 +119,24 @@ def test_rotated_and_anamorphic_films_come_out_upright_and_square(tmp_path):
     assert np.load(tmp_path / "maps.npz")["maps"].shape == (2, 160, 48)
 
 
+@pytest.mark.parametrize(
+    ("stored", "sar", "rotation", "size", "pixels"),
+    [
+        ((480, 720), Fraction(32, 27), 0, (480, 854), "yuv420p"),  # NTSC, 853.3 wide
+        ((480, 720), Fraction(32, 27), 90, (854, 480), "yuv420p"),
+        ((48, 81), Fraction(1), 0, (48, 81), "yuv444p"),
+        ((49, 80), Fraction(4, 3), 0, (49, 108), "yuv444p"),  # its height is its own
+    ],
+)
+def test_pixels_that_are_not_square_make_no_odd_overlay(tmp_path, stored, sar, rotation, size, pixels):
+    picture = np.full((*stored, 3), 128, np.uint8)
+    path = write_film(tmp_path / "film.mkv", frame_times(25, 17), picture, sar=sar, rotation=rotation)
+    predict_film(Brightness(), path, overlay=tmp_path / "out.mp4")
+    with av.open(tmp_path / "out.mp4") as container:
+        frame = next(container.decode(video=0))
+    assert (frame.height, frame.width, frame.format.name) == (*size, pixels)
+
+
 def test_blend_against_floats():
     """Integer blending in YUV is the float blend of the same colours within two levels, and exact where it is clear."""
     rng = np.random.default_rng(0)

@@ -92,9 +92,9 @@ class LiveSource:
     An address of a live stream that breaks off is opened again until `patience_s` has passed without a frame; its
     clock may have jumped by then. Everything else ends where it ends.
 
-    display, rate, time_base  see `Film`; they are what an overlay is made with
-    has_sound                 whether it can be opened a second time for its sound
-    warnings                  one line each for what was missing, complete at the end"""
+    size, display, rate, time_base  see `Film`; they are what an overlay is made with
+    has_sound  whether it can be opened a second time for its sound
+    warnings   one line each for what was missing, complete at the end"""
 
     def __init__(self, source: str, patience_s: float = 30.0, timeout_s: float = 10.0) -> None:
         """patience_s: see above; also that the first frame may take once the source is open. timeout_s: that an
@@ -112,6 +112,7 @@ class LiveSource:
         self._reading = self._read()
         self._first: list[Item] = []
         image = self._wait_for_a_frame()
+        self.size = image.height, image.width
         self.display = self._upright.display(image, self._video.sample_aspect_ratio)
 
     @property

@@ -29,6 +29,7 @@ class Shown(Protocol):
     """What an overlay is made over: see `Film`."""
 
     source: str
+    size: tuple[int, int]
     display: tuple[int, int]
     rate: Fraction
     time_base: Fraction
@@ -92,10 +93,9 @@ class OverlayWriter:
 
     def __init__(self, path: Path, film: Shown, live: bool = False) -> None:
         """path must end in one of `SUFFIXES`; live: see `Matcher`. OSError or ValueError if it cannot be written."""
-        height, width = film.display
+        self._size = height, width = overlay_size(film)
         # 4:2:0 has no odd sizes
         self._pixels = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
-        self._size = film.display
         self._film = film
         self._matcher = Matcher(self._write, live)
         self._resize = Resizer()
@@ -155,6 +155,13 @@ class OverlayWriter:
             if self._sound is not None and packet.dts is not None:
                 self._sound.mux_until(float(packet.dts * packet.time_base))
             self._output.mux(packet)
+
+
+def overlay_size(film: Shown) -> tuple[int, int]:
+    """(height, width) of the overlay: the film's display size. Where a side is odd only because its pixels are not
+    square, one more: few players and browsers show 4:4:4."""
+    height, width = (d if d == s else d + d % 2 for d, s in zip(film.display, film.size, strict=True))
+    return height, width
 
 
 class HeatBlend:
