@@ -45,8 +45,9 @@ from mubic_deploy.training.evaluate import evaluate
 from mubic_deploy.training.layout import Video, read_list
 from mubic_deploy.training.machine import Machine, make_fabric
 from mubic_deploy.training.pretrained import load_vggish
+from mubic_deploy.training.run import Run
 from mubic_deploy.training.settings import PARTS, RECIPES, Settings
-from mubic_deploy.training.train import Run, train
+from mubic_deploy.training.train import train
 
 SAVED, CURVES = Path("bench/results/model/ablation.json"), Path("docs/ablation.png")  # in the checkout
 STEPS = (1, 2, 4, 8, 12)

@@ -22,7 +22,7 @@ from mubic_deploy.engines import cpu, cuda
 from mubic_deploy.engines.cuda import GPU
 from mubic_deploy.engines.tensorrt import FORMAT, MANIFEST, Plans, created, import_tensorrt, load_engines, logger
 from mubic_deploy.errors import UserError
-from mubic_deploy.folders import replacing, require_replaceable
+from mubic_deploy.folders import replacing, replacing_file, require_replaceable
 from mubic_deploy.graphs import Signature
 from mubic_deploy.parity import CLIPS, compare
 
@@ -211,17 +211,13 @@ def _read_cache(path: Path | None) -> bytes:
 
 
 def _write_cache(path: Path | None, cache: bytes) -> None:
-    """Beside, then renamed."""
     if path is None:
         return
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(cache)
-        part.replace(path)
+        with replacing_file(path) as part:
+            part.write_bytes(cache)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another --timing-cache") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _require_writable(path: Path | None) -> None:

@@ -19,9 +19,9 @@ from bench import ablation
 from mubic_deploy.config import DEMO, get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import random_model
-from mubic_deploy.training import train as training
 from mubic_deploy.training.layout import Video
 from mubic_deploy.training.machine import Machine
+from mubic_deploy.training.run import Run
 from mubic_deploy.training.settings import RECIPES
 from mubic_deploy.training.state import State, save_state
 
@@ -36,7 +36,7 @@ def run_of(data: Path, runs: Path, vggish: Path | None = None) -> ablation.Varia
 def finished(data: Path, runs: Path, vggish: Path | None = None) -> Path:
     """A run's folder as `train` leaves it, of WANTED."""
     run, model = run_of(data, runs, vggish), random_model(get_config("demo", "concat"))
-    videos = training.Run(run.out, WANTED, [*run.training, *run.test])
+    videos = Run(run.out, WANTED, [*run.training, *run.test])
     run.out.mkdir(parents=True)
     state = State(WANTED, videos.videos, 3, 0, 0.0, {}, [], data=videos.data)
     save_state(run.out / "state.safetensors", state, model, torch.optim.Adam(model.parameters()))

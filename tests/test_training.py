@@ -39,8 +39,9 @@ from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import centre_bias, evaluate_maps
 from mubic_deploy.training.machine import Machine
 from mubic_deploy.training.objective import Draw, Objective, draw
+from mubic_deploy.training.run import Run, write_json
 from mubic_deploy.training.settings import RECIPES, Settings
-from mubic_deploy.training.state import State, save_state
+from mubic_deploy.training.state import State, load_state, save_state
 from mubic_deploy.training.train import train
 
 # everything random is switched on
@@ -254,7 +255,7 @@ def test_two_devices_share_each_batch(shared, tmp_path, settings):
         fabric.setup.side_effect = lambda *modules: modules
         fabric.to_device.side_effect = lambda batch: batch
         model = random_model(get_config("demo", "visual_only"))
-        run = training.Run(tmp_path, settings, [])
+        run = Run(tmp_path, settings, [])
         trainer = training.Trainer(fabric, settings, run, model, clips, clips, 0, lambda *_: None)
         monkey = mock.patch.object(Clips, "__getitem__", lambda self, index: {"LABEL": torch.tensor(index)})
         with monkey:
@@ -397,7 +398,7 @@ def test_two_devices_whose_clocks_disagree_have_the_same_weights_and_answer_once
     checkpoint.load(str(tmp_path / "run" / "model.safetensors"))
     assert (tmp_path / "run.0").read_text() == (tmp_path / "run.1").read_text()
     assert on_two_devices(shared[0].root, tmp_path / "dies", *options).returncode == -signal.SIGKILL
-    assert training.load_state(tmp_path / "dies" / "state.safetensors").step == 1
+    assert load_state(tmp_path / "dies" / "state.safetensors").step == 1
     ran = on_two_devices(shared[0].root, tmp_path / "dies", *options, "--resume")
     assert ran.returncode == 0, ran.stderr
     assert same(tmp_path / "dies" / "model.safetensors", tmp_path / "run" / "model.safetensors")
@@ -428,7 +429,7 @@ def test_full_disk_keeps_the_last_state(shared, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob(".*"))
     checkpoint.load(str(tmp_path / "best.safetensors"))
-    assert training.load_state(tmp_path / "state.safetensors").epoch == 1
+    assert load_state(tmp_path / "state.safetensors").epoch == 1
 
 
 def test_a_save_is_on_the_disk_before_it_takes_the_last_ones_place(tmp_path, monkeypatch):
@@ -451,7 +452,7 @@ def test_a_save_is_on_the_disk_before_it_takes_the_last_ones_place(tmp_path, mon
     for name, save in {
         "model.safetensors": lambda path: checkpoint.save(model, path),
         "state.safetensors": lambda path: save_state(path, state, model, torch.optim.Adam(model.parameters())),
-        "history.json": lambda path: training.write_json(path, []),
+        "history.json": lambda path: write_json(path, []),
     }.items():
         done.clear()
         save(tmp_path / name)
@@ -547,7 +548,7 @@ def test_scaled_gradients_resume_to_the_same_weights(shared, tmp_path, monkeypat
     train(settings, shared, shared, tmp_path / "whole", machine=HERE)
     with pytest.raises(StopError):
         train(settings, shared, shared, tmp_path / "cut", machine=HERE, progress=stop_at(3))
-    saved = training.load_state(tmp_path / "cut" / "state.safetensors")
+    saved = load_state(tmp_path / "cut" / "state.safetensors")
     assert saved.step == 2
     assert not [name for name in saved.tensors if name.startswith("adam")]
     train(settings, shared, shared, tmp_path / "cut", resume=True, machine=HERE)
@@ -588,7 +589,7 @@ def test_plateau_ends_at_a_hundredth(shared, tmp_path):
     fabric.setup.side_effect = lambda *modules: modules
     clips, model = Clips(shared, DEMO), random_model(get_config("demo", "visual_only"))
     settings = replace(QUICK, schedule="plateau")
-    run = training.Run(tmp_path, settings, [])
+    run = Run(tmp_path, settings, [])
     plateau = training.Trainer(fabric, settings, run, model, clips, clips, 0, lambda *_: None).plateau
     for _ in range(20):
         plateau.step(1.0)
@@ -618,7 +619,7 @@ def test_what_a_run_refuses(whole, shared, tmp_path, monkeypatch):
     assert [str(video) for video in other] == [str(video) for video in shared]
     with pytest.raises(UserError, match="other files under the videos' names"):
         train(QUICK, other, other, whole, resume=True, machine=HERE)
-    state = training.load_state(whole / "state.safetensors")
+    state = load_state(whole / "state.safetensors")
     with pytest.raises(UserError, match=r"was not begun with 3 devices: resume with --devices 1"):
         train(replace(QUICK, batch=3), shared, shared, whole, resume=True, machine=Machine("cpu", 3, 0))
     with pytest.raises(UserError, match=r"batch 3 cannot be shared by 2 devices"):
@@ -648,12 +649,12 @@ def test_other_clips_of_the_same_videos_are_refused(field, tmp_path, change):
     kept = path.rename(tmp_path / "kept.jpg")
     if change == "an empty label":
         Image.new("L", (64, 36)).save(path)
-    run = training.Run(tmp_path / "run", QUICK, field)
+    run = Run(tmp_path / "run", QUICK, field)
     run.require_clips(*clips_of(field[:2], field[2:]), None)
     state = State(QUICK, run.videos, 0, 1, 0.0, {}, [], clips=run.clips)
     if change not in ("the parts", "nothing"):
         kept.replace(path)
-    again = training.Run(tmp_path / "run", QUICK, field)
+    again = Run(tmp_path / "run", QUICK, field)
     parts = clips_of(field[:1], field[1:]) if change == "the parts" else clips_of(field[:2], field[2:])
     if change == "nothing":
         again.require_clips(*parts, state)
@@ -719,7 +720,7 @@ def test_what_was_read_is_let_go_of_once_it_is_restored(tmp_path):
         p.grad = torch.rand_like(p)
     adams[0].step()
     save_state(path, State(QUICK, [], 0, 1, 0.0, {}, []), models[0], adams[0])
-    state = training.load_state(path)
+    state = load_state(path)
     assert path.name in Path("/proc/self/maps").read_text()
     state.into(models[1], adams[1])
     assert not state.tensors
