@@ -518,7 +518,7 @@ def test_the_server_stands_still(toy_artifacts: Artifacts, toy_pipeline: Pipelin
         found = [next(client) for _ in range(10)]
         (pid,) = [p for p in processes(server.shm_prefix) if Path(f"/proc/{p}/exe").resolve().name == "tritonserver"]
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(1 + ALIVE_S + 2)
+        time.sleep(1 + 2 * ALIVE_S + 2)  # it is asked on two connections
         os.kill(pid, signal.SIGCONT)
         found += list(client)
         feeding.join()
