@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 from mubic_deploy.config import ADAPTIVE, MAX_STEPS
 from mubic_deploy.errors import UserError
 
+MOST_PORT = 65_535
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with one line an error."""
@@ -44,6 +46,12 @@ def natural(text: str) -> int:
 def positive(text: str) -> int:
     if natural(text) == 0:
         raise argparse.ArgumentTypeError("0 is too small: use 1 or more")
+    return int(text)
+
+
+def port(text: str) -> int:
+    if natural(text) > MOST_PORT:  # the system would take it modulo 65 536
+        raise argparse.ArgumentTypeError(f"{text} is no port: use 0 to {MOST_PORT}")
     return int(text)
 
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mubic_deploy.arguments import Parser, instances, natural, number, positive, seconds, steps
+from mubic_deploy.arguments import Parser, instances, natural, number, port, positive, seconds, steps
 from mubic_deploy.config import (
     CONFIGS,
     DEFAULT_STEPS,
@@ -297,9 +297,9 @@ def build_parser() -> Parser:
     _graphs(serve)
     _weights_seed(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    serve.add_argument("--http-port", type=natural, default=HTTP_PORT, help=f"default {HTTP_PORT}; 0 picks a free one")
-    serve.add_argument("--grpc-port", type=natural, default=GRPC_PORT, help=f"default {GRPC_PORT}")
-    serve.add_argument("--metrics-port", type=natural, default=METRICS_PORT, help=f"default {METRICS_PORT}")
+    serve.add_argument("--http-port", type=port, default=HTTP_PORT, help=f"default {HTTP_PORT}; 0 picks a free one")
+    serve.add_argument("--grpc-port", type=port, default=GRPC_PORT, help=f"default {GRPC_PORT}")
+    serve.add_argument("--metrics-port", type=port, default=METRICS_PORT, help=f"default {METRICS_PORT}")
     serve.add_argument("--engine", choices=cpu.ENGINES, default=cpu.ENGINES[0], help=f"default {cpu.ENGINES[0]}")
     _serving(serve)
     serve.add_argument("--log", type=Path, default=Path("tritonserver.log"), help="default tritonserver.log")

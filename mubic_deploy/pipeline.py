@@ -56,11 +56,17 @@ def request(
     arrays = {t.name: t.check(arrays[t.name]) for t in graphs.pipeline(config).inputs}
     if len({len(array) for array in arrays.values()}) > 1:
         raise UserError(f"VIDEO has {batch} clips and AUDIO {len(audio)}: give as many of both")
-    if "AUDIO" in arrays and not np.isfinite(arrays["AUDIO"]).all():
-        raise UserError("AUDIO holds NaN or infinite samples: give -1 to 1, and 0 where there is no sound")
-    if "AUDIO" in arrays and (peak := np.abs(arrays["AUDIO"]).max()) > LOUDEST:
-        raise UserError(f"AUDIO reaches {peak:.4g}, as integers do: scale it to -1 to 1")
+    if "AUDIO" in arrays:
+        check_sound(arrays["AUDIO"])
     return arrays
+
+
+def check_sound(audio: np.ndarray) -> None:
+    """UserError for AUDIO that is not finite or was not scaled: a map of it would look like any other."""
+    if not np.isfinite(audio).all():
+        raise UserError("AUDIO holds NaN or infinite samples: give -1 to 1, and 0 where there is no sound")
+    if (peak := np.abs(audio).max()) > LOUDEST:
+        raise UserError(f"AUDIO reaches {peak:.4g}, as integers do: scale it to -1 to 1")
 
 
 def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> HostArrays:

@@ -201,6 +201,7 @@ PREDICT = ("predict", "{film}", "-o", "{out}", "--artifacts", "{graphs}")
         wrong(*PREDICT, "--steps", "many", says="many is no number of steps"),
         wrong(*PREDICT, "--stride", 0, says="argument --stride: 0 is too small"),
         wrong(*PREDICT, "--seed", -1, says="--seed: -1 is not a whole number, 0 or more"),
+        wrong("serve", "--http-port", 93536, says="--http-port: 93536 is no port: use 0 to 65535"),
         wrong(*PREDICT, "--fit", "squeeze", says="--fit"),
         wrong(*PREDICT, "--variant", "concat", says="holds the variant 'full', not 'concat'"),
         wrong(

@@ -625,7 +625,7 @@ def test_what_a_run_refuses(whole, shared, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"batch 3 cannot be shared by 2 devices"):
         train(QUICK, shared, shared, whole, resume=True, machine=Machine("cpu", 2, 0))
     del state.tensors["model.fusion.adaptive.mlp.0.weight"]
-    monkeypatch.setattr(training, "load_state", lambda path: state)
+    monkeypatch.setattr("mubic_deploy.training.run.load_state", lambda path: state)
     with pytest.raises(UserError, match=r"does not fit this version \(model\.fusion\.adaptive\.mlp\.0\.weight\)"):
         train(QUICK, shared, shared, whole, resume=True, machine=HERE)
     monkeypatch.undo()
@@ -721,10 +721,10 @@ def test_what_was_read_is_let_go_of_once_it_is_restored(tmp_path):
     adams[0].step()
     save_state(path, State(QUICK, [], 0, 1, 0.0, {}, []), models[0], adams[0])
     state = load_state(path)
-    assert path.name in Path("/proc/self/maps").read_text()
+    assert str(path) in Path("/proc/self/maps").read_text()
     state.into(models[1], adams[1])
     assert not state.tensors
-    assert path.name not in Path("/proc/self/maps").read_text()
+    assert str(path) not in Path("/proc/self/maps").read_text()
     for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other), name
         for key in ("step", "exp_avg", "exp_avg_sq"):

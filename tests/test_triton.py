@@ -150,6 +150,8 @@ def good(pipeline: Pipeline) -> dict[str, np.ndarray]:
         ({"VIDEO": np.zeros((1, 16, 112, 192, 3), np.float32)}, "VIDEO"),
         ({"AUDIO": np.zeros((1, 100), np.float32)}, "AUDIO"),
         ({"AUDIO": None}, "AUDIO"),
+        ({"AUDIO": np.full((1, 16608), np.nan, np.float32)}, "AUDIO holds NaN or infinite samples"),
+        ({"AUDIO": np.full((1, 16608), 1e30, np.float32)}, r"AUDIO reaches 1e\+30, as integers do"),
         ({"STEPS": np.array([[99]], np.int32)}, "steps 99 is out of range: use 1 to 12"),
         ({"STEPS": np.array([[-1]], np.int32)}, "steps -1 is out of range"),
         ({"SEED": np.array([[-5]])}, "seed -5 is negative"),

@@ -107,6 +107,9 @@ def test_same_settings_same_files(toy_artifacts: Artifacts, tmp_path: Path) -> N
         ({"threads": -1}, "threads -1 is out of range"),
         ({"queue_delay_us": -1}, "queue delay -1 is out of range: use 0 or more microseconds"),
         ({"instances": {"fusion": 0}}, "0 instances of fusion are out of range"),
+        ({"max_batch": 3_000_000_000}, "max_batch 3000000000 is out of range: use 1 to 2147483647"),
+        ({"threads": 10**14}, "threads 100000000000000 is out of range"),
+        ({"instances": {"fusion": 3_000_000_000}}, "3000000000 instances of fusion are out of range"),
         (
             {"instances": {"fuson": 1}},
             "there is no model 'fuson' to give instances to: choose from audio",

@@ -12,6 +12,7 @@ from mubic_deploy.engines import Arrays, HostArrays, cpu
 from mubic_deploy.engines.cpu import HostEngine
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import signatures
+from mubic_deploy.pipeline import check_sound
 from mubic_deploy.triton import parameters
 from mubic_deploy.triton.parameters import GraphSettings
 
@@ -58,6 +59,8 @@ class GraphModel:
         feed = {t.name: t.check(pb_utils.get_input_tensor_by_name(request, t.name).as_numpy()) for t in inputs}
         if len({len(array) for array in feed.values()}) > 1:
             raise UserError("the tensors of a request must have the same batch size")
+        if "AUDIO" in feed:  # a client need not be ours, which looks at it too
+            check_sound(np.asarray(feed["AUDIO"]))
         return feed
 
     def _run(self, feeds: list[Arrays]) -> list[HostArrays]:

@@ -33,6 +33,7 @@ from mubic_deploy.triton.parameters import GraphSettings
 
 CONFIG_FILE = "config.pbtxt"
 PLAN = "model.plan"  # Triton's own name for it
+MOST = 2**31 - 1  # int32, as Triton's configurations count
 SEQUENCES = 1 << 16  # that Triton tells apart; the model holds fewer
 POOL_BYTES = 2 << 30  # of the GPU's memory that a server should keep for what lies between the models, at least
 # where the largest batch is so large at most, each size gets a CUDA graph, not only the preferred ones
@@ -114,8 +115,8 @@ class GpuSettings:
 
     def __post_init__(self) -> None:
         for name in ("instances", "loops"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} is out of range: use 1 or more")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"{name} {getattr(self, name)} is out of range: use 1 to {MOST}")
         _check_delay(self.queue_delay_us)
 
 
@@ -198,15 +199,15 @@ def _settings(artifacts: Artifacts, graph: str, engine: str, threads: int) -> Gr
 def _check(engine: str, max_batch: int, threads: int, instances: Mapping[str, int], names: set[str]) -> None:
     if engine not in cpu.ENGINES:
         raise UserError(f"unknown engine {engine!r} for a CPU: use {' or '.join(cpu.ENGINES)}")
-    if max_batch < 1:
-        raise UserError(f"max_batch {max_batch} is out of range: use 1 or more")
-    if threads < 0:
-        raise UserError(f"threads {threads} is out of range: use 1 or more, or 0 for one a core")
+    if not 1 <= max_batch <= MOST:
+        raise UserError(f"max_batch {max_batch} is out of range: use 1 to {MOST}")
+    if not 0 <= threads <= MOST:
+        raise UserError(f"threads {threads} is out of range: use 1 to {MOST}, or 0 for one a core")
     for name, count in instances.items():
         if name not in names:
             raise UserError(f"there is no model {name!r} to give instances to: choose from {', '.join(sorted(names))}")
-        if count < 1:
-            raise UserError(f"{count} instances of {name} are out of range: use 1 or more")
+        if not 1 <= count <= MOST:
+            raise UserError(f"{count} instances of {name} are out of range: use 1 to {MOST}")
 
 
 def _model(signature: Signature, config: Config, **extra: str) -> ModelConfig:

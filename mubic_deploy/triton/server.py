@@ -127,7 +127,7 @@ class TritonServer:
             raise UserError("the Triton server is not started")
         status = self._process.poll()
         if status is not None:
-            raise UserError(f"the Triton server ended by itself (status {status}): {self._cause()}")
+            raise UserError(f"the Triton server ended by itself ({_ended(status)}): {self._cause()}")
 
     def _launch(self, package: Path, folder: Path) -> None:
         prefix = self.shm_prefix
@@ -322,13 +322,23 @@ def _ports(host: str, ports: dict[str, int]) -> list[int]:
     return found
 
 
+def _ended(status: int) -> str:
+    """What the watchdog's exit status says: over 128 it is that of a signal."""
+    try:
+        name = signal.Signals(status - 128).name
+    except ValueError:
+        return f"status {status}"
+    return f"status {status}, {name}" + (": memory may have run out, see dmesg" if name == "SIGKILL" else "")
+
+
 def _cause(log: str) -> str:
     """The most telling line of the log of a server that ended."""
     models = re.findall(r"\"failed to load '(\S+)' version \d+: \w+: (.*?)(?:\\n|\"$)", log, re.M)
     if models:
         name, reason = models[0]
         return f"the model {name} cannot be loaded: {reason.removeprefix('UserError: ')}"
+    log = "\n".join(line for line in log.splitlines() if not re.search("cuda", line, re.I))  # where there is no GPU
     errors = re.findall(r"^E\d{4} [^\]]*\] \"(.*)\"$", log, re.M)
-    errors = [line for line in errors if not re.search("cuda", line, re.I)]  # said on every machine without a GPU
-    lines = errors or log.strip().splitlines() or ["it wrote nothing"]
-    return lines[0].split("\\n")[0]
+    # the first error, or else the last that it said
+    line = errors[0] if errors else (log.strip().splitlines() or ["it wrote nothing"])[-1]
+    return line.split("\\n")[0]
