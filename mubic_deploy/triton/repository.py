@@ -105,7 +105,7 @@ class GpuSettings:
                     merges only what waits already
     cuda_graphs     Triton captures each batch size of each engine and replays it: every one where the largest is at
                     most `CAPTURE_ALL_UP_TO`, else those that it prefers (powers of two, and the largest)
-    warm_up         random requests of those sizes to each engine before the server says that it is ready"""
+    warm_up         requests of those sizes to each engine before the server says that it is ready"""
 
     instances: int = 1
     loops: int = 4
@@ -188,7 +188,9 @@ def _warm_up(model: ModelConfig, signature: Signature, batches: list[int]) -> No
             given = request.inputs[tensor.name]
             given.data_type = DataType.Value(_TYPES[tensor.dtype])
             given.dims.extend(tensor.shape)
-            setattr(given, "zero_data" if tensor.dtype == "int32" else "random_data", True)
+            # random bits are no step, and no sound: there is NaN among them, which models on a CPU refuse
+            zero = tensor.name in ("STEP", "AUDIO")
+            setattr(given, "zero_data" if zero else "random_data", True)
 
 
 def _settings(artifacts: Artifacts, graph: str, engine: str, threads: int) -> GraphSettings:
