@@ -20,6 +20,7 @@ from mubic_deploy.training.layout import (
     Video,
     decode,
     labelled,
+    listing,
     open_image,
     read_density,
     read_fixations,
@@ -148,7 +149,8 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         crc = zlib.crc32(self._windows.astype("<i8").tobytes())
         if self._jitter > 1:
             for video in self.videos:
-                there = bytes(video.map(i).is_file() for i in range(1, video.frames + 1))
+                names = listing(video.map(1).parent)
+                there = bytes(video.map(i).name in names for i in range(1, video.frames + 1))
                 crc = zlib.crc32(there, crc)
         return f"{crc:08x}"
 

@@ -173,7 +173,7 @@ def _own_video() -> Negatives:
         nonlocal known
         if known is None or known[0] != truth.video:
             known = truth.video, _looked_at(truth.video, truth.fixations.shape)
-        return known[1] & ~truth.fixations.astype(bool)
+        return known[1] & ~truth.fixations
 
     return of
 
@@ -187,7 +187,7 @@ def _looked_at(video: Video, shape: tuple[int, ...]) -> np.ndarray:
         fixations = read_fixations(path)
         if fixations.shape != shape:
             raise UserError(f"{path} is not of the size of the video's others: get the data set's annotations again")
-        out |= fixations.astype(bool)
+        out |= fixations
     return out
 
 
