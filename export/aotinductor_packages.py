@@ -208,6 +208,7 @@ def contiguous_convolutions(model: MUBiC) -> MUBiC:
 def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, options: Options) -> None:
     """One package, only the batch dynamic. UserError if the compiler fails, or as of `barriers`."""
     inputs, shapes = traced_with(signature, options.max_batch, options.device)
+    inputs = tuple(aotinductor.laid_out(x, TOKENS in options.rewrites) for x in inputs)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a machine without CUDA it says so
     try:
         waits = barriers() if options.device == "cuda" else contextlib.nullcontext()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader
 
 from mubic_deploy.artifacts import SEED, Folder, Layout, Needs
+from mubic_deploy.config import TOKENS
 from mubic_deploy.engines import Arrays, Engine
 from mubic_deploy.engines.eager import from_torch, require_gpu, to_torch
 from mubic_deploy.engines.memory import REMEDY, first_line, is_short, short_of_memory
@@ -24,7 +25,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature
 
 MANIFEST = "packages.json"
-FORMAT = 2
+FORMAT = 3
 AGAIN = "compile it here with mubic-deploy compile"
 # how those flags of x86 begin that are instruction sets; the others are the kernel's and a hypervisor's
 INSTRUCTIONS = re.compile("sse|pni|ssse|avx|fma|f16c|bmi|abm|popcnt|movbe|amx|gfni|vaes|vpcl")
@@ -43,6 +44,11 @@ class Packages(Folder):
     @property
     def device(self) -> torch.device:
         return torch.device(self.manifest["device"]["type"])
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether features lie so: see `laid_out`."""
+        return TOKENS in self.manifest["optimisations"]
 
     def require(self) -> None:
         """UserError if the packages were compiled for another PyTorch or another machine than these."""
@@ -85,9 +91,16 @@ class AOTInductorEngine:
     """One package. On a GPU with `cuda_graphs` its kernels are captured for each batch size and replayed."""
 
     def __init__(
-        self, path: Path, signature: Signature, device: torch.device, max_batch: int, cuda_graphs: bool
+        self,
+        path: Path,
+        signature: Signature,
+        device: torch.device,
+        max_batch: int,
+        cuda_graphs: bool,
+        channels_last: bool = False,
     ) -> None:
         self.signature, self.max_batch, self._device = signature, max_batch, device
+        self.channels_last = channels_last
         run = loaded(path, device)
         self.run = Replayed(run) if device.type == "cuda" and cuda_graphs else run
 
@@ -103,8 +116,15 @@ class AOTInductorEngine:
             )
         with torch.inference_mode(), on_gpu(self.signature.name, self._device):
             # a package reads its inputs as they lay when it was compiled, and does not look
-            outputs = self.run(*(to_torch(array, self._device).contiguous() for array in arrays))
+            outputs = self.run(*(laid_out(to_torch(array, self._device), self.channels_last) for array in arrays))
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
+
+
+def laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """x as packages read it. channels_last: so features and contexts [B, C, t, h, w], of a model made of tokens."""
+    if channels_last and x.dim() == 5 and x.is_floating_point():  # else VIDEO, or no grid
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    return x.contiguous()
 
 
 def loaded(path: Path, device: torch.device) -> Run:
@@ -144,7 +164,7 @@ def on_gpu(what: str, device: torch.device) -> Iterator[None]:
 def load_engines(packages: Packages, cuda_graphs: bool = True) -> dict[str, Engine]:
     """An engine for each package. UserError if they are not for this machine."""
     packages.require()
-    options = (packages.device, packages.max_batch, cuda_graphs)
+    options = (packages.device, packages.max_batch, cuda_graphs, packages.channels_last)
     return {
         name: AOTInductorEngine(packages.file(name), signature, *options)
         for name, signature in packages.signatures.items()

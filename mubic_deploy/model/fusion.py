@@ -164,4 +164,9 @@ class Fusion(nn.Module):
         fused = [block(v, A) for block, v in pairs]
         contexts = [project(f) for project, f in zip(self.contexts, fused, strict=True)]
         keys = self.keys4(contexts[-1]) if self.keys4 is not None else ()
-        return (*(channels_first(x).contiguous() for x in contexts), *keys, *self.adaptive(fused[0]))
+        return (*(self.laid_out(x) for x in contexts), *keys, *self.adaptive(fused[0]))
+
+    @staticmethod
+    def laid_out(context: Tensor) -> Tensor:
+        """[B, T, h, w, C] -> [B, C, T, h, w]."""
+        return channels_first(context).contiguous()

@@ -48,13 +48,25 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+# Of an attention that is over soon: cuDNN's kernel, which PyTorch takes on Hopper, is quicker but starts 5 us later
+FEW_KEYS, FEW_QUERIES = 256, 1024
+
+
 def product(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) v (eq. 3.31), the softmax in FP32. scale: 1 / sqrt(d) if None. [.., N, d] each."""
     if q.dtype == torch.float16 and torch.onnx.is_in_onnx_export():
         # the exporter's own attention takes the softmax in FP16; the scale goes to q, so that no sum overflows
         q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
         return (q @ k.transpose(-2, -1)).float().softmax(-1).half() @ v
+    if is_short(q, k, v):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's own flash kernel takes it, and should."""
+    taken = q.is_cuda and q.dtype == torch.float16 and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+    return taken and (k.shape[-2] <= FEW_KEYS or q.shape[-2] <= FEW_QUERIES)
 
 
 def attend(q: Tensor, keys: tuple[Tensor, Tensor], heads: int) -> Tensor:

@@ -6,9 +6,11 @@ between layouts, no kernels of cuDNN's that are slow at small or depth-wise conv
 | what                                                 | becomes                                                     |
 | ---------------------------------------------------- | ----------------------------------------------------------- |
 | a dense convolution                                  | windows, gathered, times a matrix                           |
-| a depth-wise convolution                             | 27 shifted products, summed; STC's: products over windows   |
+| a depth-wise convolution and its LayerNorm           | a kernel of its own on a GPU, else 27 shifted products      |
+| STC's depth-wise convolution                         | products over windows, summed                               |
 | a transposed convolution (kernel = stride)           | a matrix whose columns are the places of a window           |
 | linear maps that follow each other                   | one (FFN after FFN; upsampling, projection and mixing)      |
+| ReLU after a linear map                              | the end of its product                                      |
 | keys and values; a stage's convolution and shortcut  | one product                                                 |
 | a query's products with each axis's position vectors | one with all of them, from which each pair takes its column |
 
@@ -28,8 +30,8 @@ from torchvision.models.video.mvit import Pool
 
 from mubic_deploy.model.audio import AudioEncoder
 from mubic_deploy.model.denoiser import Context, Decoder, NoiseEncoder, NoiseStage, TemporalConv
-from mubic_deploy.model.fusion import MMI, AudioUpsample, CrossAttention, LocalContext
-from mubic_deploy.model.layers import FFN, STC, Keys, product
+from mubic_deploy.model.fusion import MMI, AudioUpsample, CrossAttention, Fusion, LocalContext
+from mubic_deploy.model.layers import FFN, STC, Keys, channels_first, product
 from mubic_deploy.model.visual import (
     FoldedAttention,
     VisualEncoder,
@@ -38,8 +40,9 @@ from mubic_deploy.model.visual import (
     relative_vectors,
 )
 
-# Inductor's settings: the sum over a 3 x 3 x 3 kernel becomes pointwise arithmetic, which is fused with what follows
-INDUCTOR = {"unroll_reductions_threshold": 28}
+# Inductor's settings: sums over up to 4 x 4 places become pointwise arithmetic, which is fused with what follows. A
+# LayerNorm of 24 channels must not: a thread would read a row alone
+INDUCTOR = {"unroll_reductions_threshold": 24}
 MULTIPLE = 8  # FP16 values in 16 bytes, which the fast kernels of products and attention want a row to be made of
 Grid = tuple[int, int, int]
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -68,6 +71,25 @@ def composed(first: nn.Linear, second: nn.Linear) -> nn.Linear:
     """`second` of `first` as one map. Multiplied in FP64."""
     w1, b1, w2, b2 = (x.detach().double() for x in (first.weight, first.bias, second.weight, second.bias))
     return linear((w2 @ w1).float(), (w2 @ b1 + b2).float())
+
+
+class LinearReLU(nn.Linear):
+    """A linear map and ReLU in one kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.T)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def with_relu(layers: nn.Sequential) -> nn.Sequential:
+    """`layers` with LinearReLU where a ReLU follows a linear map, whose weights these are."""
+    out: list[nn.Module] = []
+    for layer in layers:
+        if isinstance(layer, nn.ReLU) and type(out[-1]) is nn.Linear:
+            out[-1].__class__ = LinearReLU
+        else:
+            out.append(layer)
+    return nn.Sequential(*out)
 
 
 # ---- convolutions
@@ -130,14 +152,11 @@ def aligned(x: Tensor) -> Tensor:
     return kept(F.pad(x, (0, 0, 0, more)))[..., :width, :]
 
 
-def rimmed(x: Tensor) -> Tensor:
-    """[B, T, H, W, C] with zeros around each grid."""
-    return kept(F.pad(x, (0, 0, 1, 1, 1, 1, 1, 1)))
-
-
 class ShiftedSum(nn.Module):
     """A depth-wise 3 x 3 x 3 convolution: [B, T, H, W, C] -> [B, T', H', W', C], summed in FP32. Of several, which have
     one stride, each takes its share of C. repeats: of each one's kernels along C."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, *convs: nn.Conv3d, repeats: int = 1) -> None:
         super().__init__()
@@ -148,14 +167,33 @@ class ShiftedSum(nn.Module):
         self.bias = nn.Parameter(torch.cat(biases)) if biases else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.of_padded(rimmed(x))
-
-    def of_padded(self, x: Tensor) -> Tensor:
-        """What `rimmed` gave, or some of its channels."""
-        out = (windowed(x, self.kernel, self.stride).flatten(5).float() * self.weight.T.float()).sum(-1)
+        rimmed = kept(F.pad(x, (0, 0, 1, 1, 1, 1, 1, 1)))
+        out = (windowed(rimmed, self.kernel, self.stride).flatten(5).float() * self.weight.T.float()).sum(-1)
         if self.bias is not None:
             out = out + self.bias.float()
         return out.to(x.dtype)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether x is where the kernels of `mubic_deploy.model.kernels` run."""
+    return x.is_cuda
+
+
+def depthwise_norm(
+    x: Tensor,
+    conv: ShiftedSum,
+    norm: nn.LayerNorm,
+    grid: Grid,
+    residual: Tensor | None = None,
+    first: int = 0,
+    start: int = 0,
+) -> Tensor:
+    """`conv` and `norm` of tokens on a GPU: see `kernels.depthwise_norm`."""
+    from mubic_deploy.model import kernels  # Triton's, which machines without a GPU need not have
+
+    scale, shift = (y.view(-1, norm.normalized_shape[0]) for y in (norm.weight, norm.bias))
+    more = (norm.eps, first, list(grid), conv.stride[-1], start)
+    return kernels.depthwise_norm(x, conv.weight, conv.bias, residual, scale, shift, *more)
 
 
 class ChannelsFirst(nn.Module):
@@ -241,42 +279,62 @@ class JointNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
 
 
+class HeadsPool(nn.Module):
+    """torchvision's `Pool`s of all heads of queries, or of keys and values together, from one product with all three:
+    [B, 1 + t h w, row] and (t, h, w) -> [B, 1 + t' h' w', pools, heads, d] and (t', h', w').
+
+    start: of the row's channels, the first that is theirs."""
+
+    def __init__(self, *pools: Pool, heads: int, start: int) -> None:
+        super().__init__()
+        self.conv = ShiftedSum(*(pool.pool for pool in pools), repeats=heads)
+        self.norm = JointNorm(*(pool.norm_act[0] for pool in pools))
+        self.sizes, self.start = (len(pools), heads, *self.norm.normalized_shape), start
+
+    def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
+        t, h, w = thw
+        stride = self.conv.stride[-1]
+        pooled = (t, -(-h // stride), -(-w // stride))
+        if has_kernels(x):
+            y = depthwise_norm(x, self.conv, self.norm, thw, first=1, start=self.start)
+            return y.unflatten(-1, self.sizes), pooled
+        x = x[..., self.start : self.start + math.prod(self.sizes)]
+        x = torch.cat([x[:, :1], self.conv(x[:, 1:].unflatten(1, thw)).flatten(1, 3)], 1)
+        return self.norm(x.unflatten(-1, self.sizes)), pooled
+
+
 class TokenAttention(FoldedAttention):
-    """Folded attention on tokens as they come: pooling shifts them, keys and values together, and position vectors meet
+    """Folded attention on tokens as they come: pooling takes keys and values together, and position vectors meet
     queries in one product.
 
     Queries, keys and values have one head size, a multiple of 8."""
 
     constants = ("relative", "columns", "indicators")
-    shift_q: ShiftedSum
-    shift_kv: ShiftedSum
-    norm_q: nn.LayerNorm
-    norm_kv: JointNorm
-    norm_first: JointNorm  # of the class token, which is not pooled
+    heads_q: HeadsPool
+    heads_kv: HeadsPool
 
     def set_up(self) -> None:
         """Takes the pools apart. In place."""
-        pools: list[Pool] = [self.pool_q, self.pool_k, self.pool_v]
-        convs, norms = [pool.pool for pool in pools], [pool.norm_act[0] for pool in pools]
-        self.shift_q = ShiftedSum(convs[0], repeats=self.num_heads)
-        self.shift_kv = ShiftedSum(*convs[1:], repeats=self.num_heads)
-        self.norm_q, self.norm_kv, self.norm_first = norms[0], JointNorm(*norms[1:]), JointNorm(*norms)
+        heads = self.num_heads
+        self.heads_q = HeadsPool(self.pool_q, heads=heads, start=0)
+        self.heads_kv = HeadsPool(self.pool_k, self.pool_v, heads=heads, start=heads * self.head_dim)
         del self.pool_q, self.pool_k, self.pool_v
         self._kept = self._fixed = None
 
     def _positions(self, q_thw: Grid, k_thw: Grid) -> tuple[list[Tensor], Tensor]:
-        """The vectors of all axes' distances [d, L]; which of them a query's pairs with the places of each axis take,
-        int32 [q_t, q_h, q_w, 1, k_t + k_h + k_w]; and the indicators of keys, behind d columns of zeros, beside zeros
-        for the values: [1 + k, 2, 1, d + wide]."""
+        """The vectors of all axes' distances [d, L], at least one of them zero; which of them a query's pairs with the
+        places of each axis take, int32 [1 + q, 1, k_t + k_h + k_w], the class token's the zero; and the indicators of
+        keys, behind d columns of zeros, beside zeros for the values: [1 + k, 2, 1, d + wide]."""
         weights = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         vectors = [relative_vectors(r, q, k) for r, q, k in zip(weights, q_thw, k_thw, strict=True)]
         starts = itertools.accumulate([0, *map(len, vectors[:-1])])
         device = weights[0].device
         by_t, by_h, by_w = (relative_index(q, k, device) + n for q, k, n in zip(q_thw, k_thw, starts, strict=True))
         axes = (by_t[:, None, None], by_h[:, None], by_w)
-        columns = torch.cat([index.expand(*q_thw, -1) for index in axes], -1)[:, :, :, None].int()
+        columns = torch.cat([index.expand(*q_thw, -1) for index in axes], -1).flatten(0, 2)
         relative = torch.cat(vectors)
-        relative = F.pad(relative, (0, 0, 0, -len(relative) % MULTIPLE)).T.contiguous()
+        columns = F.pad(columns, (0, 0, 1, 0), value=len(relative))[:, None].int()
+        relative = F.pad(relative, (0, 0, 0, padded(len(relative) + 1) - len(relative))).T.contiguous()
         indicators = F.pad(one_hot_positions(k_thw, relative), (self.head_dim, self._wide(k_thw) - sum(k_thw)))
         return [relative, columns], F.pad(indicators[:, None, None], (0, 0, 0, 0, 0, 1))
 
@@ -285,33 +343,23 @@ class TokenAttention(FoldedAttention):
         return padded(self.head_dim + sum(k_thw)) - self.head_dim
 
     def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
-        heads, d = self.num_heads, self.head_dim
         qkv = self.qkv(x)
-        grid_q, grid_kv = rimmed(qkv[:, 1:].unflatten(1, thw)).tensor_split([heads * d], -1)
-        q = self.norm_q(self.shift_q.of_padded(grid_q).unflatten(-1, (heads, d)))
-        kv = self.norm_kv(self.shift_kv.of_padded(grid_kv).unflatten(-1, (2, heads, d)))
-        q0, kv0 = self.norm_first(qkv[:, :1].unflatten(-1, (3, heads, d))).tensor_split([1], 2)
-        q_thw, k_thw = ((x.shape[1], x.shape[2], x.shape[3]) for x in (q, kv))
+        q, q_thw = self.heads_q(qkv, thw)
+        kv, k_thw = self.heads_kv(qkv, thw)
+        q = q[:, :, 0]
 
         (relative, columns), indicators = self.positions(q_thw, k_thw)
-        wide = self._wide(k_thw)
-        products = q @ relative  # [B, t, h, w, heads, L]
-        taken = products.gather(-1, columns.long().expand(*products.shape[:-1], -1)).flatten(1, 3)
-        q_wide = behind(q0[:, :, 0] * self.scaler, q.flatten(1, 3) * self.scaler, wide)
-        q_wide = q_wide + F.pad(taken, (d, wide - taken.shape[-1], 0, 0, 1, 0))
-        k_wide, v_wide = kept(behind(kv0, kv.flatten(1, 3), wide) + indicators).unbind(2)
+        d, wide = self.head_dim, self._wide(k_thw)
+        products = q @ relative  # [B, 1 + q, heads, L]
+        taken = products.gather(-1, columns.long().expand(*products.shape[:-1], -1))
+        # sums, which are one kernel where a concatenation is two
+        q_wide = F.pad(q * self.scaler, (0, wide)) + F.pad(taken, (d, wide - taken.shape[-1]))
+        k_wide, v_wide = kept(F.pad(kv, (0, wide)) + indicators).unbind(2)
         q_wide, k_wide, v_wide = (y.transpose(1, 2) for y in (q_wide, k_wide, v_wide))
         out = product(q_wide, k_wide, v_wide, scale=1.0)[..., :d].transpose(1, 2)
 
         # residual pooling (eq. 3.11), not for the class token
-        return self.project((out + F.pad(q.flatten(1, 3), (0, 0, 0, 0, 1, 0))).flatten(2)), q_thw
-
-
-def behind(first: Tensor, rest: Tensor, more: int) -> Tensor:
-    """Tokens behind the class token, zeros behind each: [B, 1, ..., d] and [B, n, ..., d] -> [B, 1 + n, ..., d + more].
-    As a sum, which is one kernel where a concatenation is two."""
-    between = [0, 0] * (rest.dim() - 3)
-    return F.pad(first, [0, more, *between, 0, rest.shape[1]]) + F.pad(rest, [0, more, *between, 1, 0])
+        return self.project((out + F.pad(q[:, 1:], (0, 0, 0, 0, 1, 0))).flatten(2)), q_thw
 
 
 class TokenMaxPool(nn.Module):
@@ -355,10 +403,44 @@ def audio_tokens(encoder: AudioEncoder) -> None:
 # ---- fusion
 
 
+class TokenLocalContext(LocalContext):
+    """With its convolution, residual and norm as one on a GPU."""
+
+    conv: ShiftedSum  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = self.glu(x)
+        if has_kernels(x):
+            t, h, w = x.shape[1:4]
+            tokens = (gated.flatten(1, 3), self.conv, self.norm1, (t, h, w), x.flatten(1, 3))
+            x = depthwise_norm(*tokens).view(x.shape)
+        else:
+            x = self.norm1(x + self.conv(gated))
+        return self.norm2(x + self.ffn(x))
+
+
+def local_tokens(context: LocalContext) -> None:
+    """In place."""
+    context.conv = ShiftedSum(context.conv)  # type: ignore[assignment]
+    context.__class__ = TokenLocalContext
+
+
 def fusion_tokens(block: MMI) -> None:
     """In place."""
     first, second, third, last = (y for ffn in typed(block.ffn_v, FFN) for y in typed(ffn, nn.Linear))
-    block.ffn_v = nn.Sequential(first, nn.ReLU(), composed(second, third), nn.ReLU(), last)
+    block.ffn_v = with_relu(nn.Sequential(first, nn.ReLU(), composed(second, third), nn.ReLU(), last))
+    for module in block.modules():
+        for name in ("ffn_a", "ffn", "mlp"):
+            if isinstance(layers := getattr(module, name, None), nn.Sequential):
+                setattr(module, name, with_relu(layers))
+
+
+class TokenFusion(Fusion):
+    """Its contexts lie as it computes them, channels last."""
+
+    @staticmethod
+    def laid_out(context: Tensor) -> Tensor:
+        return channels_first(context)
 
 
 # ---- denoiser
@@ -450,9 +532,11 @@ def tokens(model: nn.Module) -> None:
             case CrossAttention():
                 module.keys = TokenKeys(module.keys)
             case LocalContext():
-                module.conv = ChannelsFirst(ShiftedSum(module.conv))  # type: ignore[assignment]
+                local_tokens(module)
             case MMI():
                 fusion_tokens(module)
+            case Fusion():
+                module.__class__ = TokenFusion
             case STC():
                 compression_tokens(module)
             case TemporalConv():
