@@ -13,7 +13,7 @@ from mubic_deploy import cli, exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO_CHECKPOINT
 
-pytest_plugins = ("triton_fixtures", "field_fixtures", "half_fixtures")
+pytest_plugins = ("triton_fixtures", "field_fixtures", "half_fixtures", "fake_torch_cuda")
 
 
 @pytest.fixture(scope="session")

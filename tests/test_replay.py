@@ -1,66 +1,20 @@
-"""CUDA graphs around PyTorch code, with a double of torch.cuda's: a graph is the operations that were called while it
-was captured, and to replay it is to call them again on the same memory."""
+"""CUDA graphs around PyTorch code, with a double of torch.cuda."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from fake_torch_cuda import Gpu, host
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from mubic_deploy.engines import replay
 from mubic_deploy.engines.replay import WARM_UPS, Replayed
 
-
-class Recorder(TorchDispatchMode):
-    """Notes every operation with its arguments and results."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-
-class Graph:
-    """torch.cuda.CUDAGraph."""
-
-    def __init__(self) -> None:
-        self.recorder = Recorder()
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.recorder.calls:
-            again = func(*args, **kwargs)
-            for place, x in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                place.data.copy_(x)  # `data`: a GPU's graph does not count as a change of the tensor
-
-
-@pytest.fixture(autouse=True)
-def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stream:
-        def wait_stream(self, other: Stream) -> None:
-            pass
-
-    @contextlib.contextmanager
-    def graph(captured: Graph) -> Iterator[None]:
-        with captured.recorder:
-            yield
-
-    for name, value in {
-        "Stream": Stream,
-        "current_stream": Stream,
-        "stream": lambda _: contextlib.nullcontext(),
-        "CUDAGraph": Graph,
-        "graph": graph,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+pytestmark = pytest.mark.usefixtures("gpu")
 
 
 class Copies(TorchDispatchMode):
@@ -77,7 +31,7 @@ class Copies(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def counted(run: Callable[..., Sequence[Tensor]]) -> tuple[Replayed, list[int]]:
+def counted(run: Callable[..., Sequence[Tensor]], device: torch.device | None = None) -> tuple[Replayed, list[int]]:
     """`run` replayed, and the batch of each of its calls in Python."""
     calls: list[int] = []
 
@@ -85,7 +39,7 @@ def counted(run: Callable[..., Sequence[Tensor]]) -> tuple[Replayed, list[int]]:
         calls.append(len(inputs[0]))
         return run(*inputs)
 
-    return Replayed(counting), calls
+    return Replayed(counting, device), calls
 
 
 @pytest.fixture(params=[False, True], ids=["no_grad", "inference_mode"])
@@ -198,3 +152,76 @@ def test_a_transposed_input_keeps_its_layout() -> None:
     (got,) = Replayed(run)(x)
     assert set(seen) == {x.stride()}
     torch.testing.assert_close(got, x + 1)
+
+
+def kept(x: Tensor) -> Tensor:
+    """What is in `x` when the GPU is so far."""
+    return torch.empty_like(x).copy_(x, non_blocking=True)
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("part", [3, 100])
+def test_what_is_on_the_host_is_read_as_it_was_when_it_was_given(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, newest_first: bool, part: int
+) -> None:
+    """Neither before it is there, nor what was given next, though the host waits for nothing of the graphs."""
+    monkeypatch.setattr(replay, "PART", part)
+    replayed, calls = counted(step, torch.device("cpu"))
+    cond, s_t = host(torch.zeros(2, 5)), host(torch.zeros(2, 5))
+    given, got = [], []
+    with gpu.late(newest_first):
+        for _ in range(4):
+            cond.normal_()
+            s_t.normal_()
+            given.append((cond + 0, s_t + 0))
+            got.append([kept(x) for x in replayed(cond, s_t)])
+    for inputs, outputs in zip(given, got, strict=True):
+        for x, expected in zip(outputs, step(*inputs), strict=True):
+            torch.testing.assert_close(x, expected, rtol=0, atol=0)
+    assert calls == [2] * (WARM_UPS + 1)
+
+
+@pytest.mark.usefixtures("mode")
+def test_the_host_waits_for_the_upload_before_and_for_no_graph(gpu: Gpu) -> None:
+    replayed = Replayed(lambda x: (2 * x,), torch.device("cpu"))
+    x = host(torch.ones(1, 5))
+    replayed(x)
+    waiting = []
+    with gpu.late(newest_first=False):
+        for _ in range(3):
+            replayed(x)
+            waiting.append(len(gpu.default.work))
+    each = waiting[0]
+    assert waiting == [each, 2 * each, 2 * each]  # the second upload waited for the first graph
+
+
+@pytest.mark.usefixtures("mode")
+def test_uploads_go_through_pinned_memory_on_a_stream_of_their_own(gpu: Gpu) -> None:
+    """Each batch size and input has its own, once."""
+    replayed = Replayed(step, torch.device("cpu"))
+    with gpu.late(newest_first=False):
+        for batch in (1, 2, 1, 2):
+            replayed(host(torch.ones(batch, 5)), torch.ones(batch, 5))
+    assert [x.shape for x in gpu.pinned] == [(1, 5), (2, 5)]
+    places = {x.data_ptr() for x in gpu.pinned}
+    streams = {stream for stream, x in gpu.copies if x.data_ptr() in places}
+    assert len(streams) == 1
+    assert gpu.default not in streams
+    assert {stream for stream, x in gpu.copies if x.data_ptr() not in places} == {gpu.default}
+
+
+def test_pinned_memory_is_written_in_other_modes_too() -> None:
+    replayed, x = Replayed(lambda x: (2 * x,), torch.device("cpu")), host(torch.randn(1, 5))
+    for mode in (torch.inference_mode(), torch.no_grad()):
+        with mode:
+            torch.testing.assert_close(replayed(x)[0], 2 * x)
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_place_that_the_host_filled_is_filled_again() -> None:
+    """By the tensor on the GPU that was there before, unchanged."""
+    replayed, _ = counted(step, torch.device("cpu"))
+    on_gpu, s_t = torch.randn(1, 5), torch.randn(1, 5)
+    for cond in (on_gpu, host(-on_gpu), on_gpu):
+        torch.testing.assert_close(replayed(cond, s_t)[0], step(cond + 0, s_t)[0])

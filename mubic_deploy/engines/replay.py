@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 Run = Callable[..., Sequence[Tensor]]
 WARM_UPS = 3  # before a capture: what is set up lazily must not be captured
+PART = 2**20  # elements of the host's that go up at once: while they do, the next are brought into pinned memory
 
 
 class Given(NamedTuple):
@@ -21,12 +23,19 @@ class Given(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """A batch size's graph, and where it reads and writes."""
+    """A batch size's graph, and where it reads and writes.
+
+    pinned    by the input's index, the host's side of a place that was filled from there
+    replayed  the event that the last replay is done
+    uploaded  the event that the last copies from `pinned` are done"""
 
     graph: torch.cuda.CUDAGraph
     places: list[Tensor]
     outputs: Sequence[Tensor]
     given: list[Given | None]
+    pinned: dict[int, Tensor]
+    replayed: torch.cuda.Event
+    uploaded: torch.cuda.Event
 
 
 class Replayed:
@@ -35,28 +44,60 @@ class Replayed:
     What it returns is valid until the next call of that batch size: the memory is the graph's own and is written again.
     Inputs are copied to the graph's places, but for one that is the very tensor of the call before and was not changed
     since, as the conditioning is in a loop. So every call returns tensors of its own, over the same memory: one that
-    was replayed is another tensor to whoever gets it next, itself included."""
+    was replayed is another tensor to whoever gets it next, itself included.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    Inputs may be on the host as well, contiguous: they go through pinned memory on a stream of their own, beside
+    whatever the GPU is doing, and may be changed once the call returned.
+
+    device: where `run` runs; by default, where the inputs of a batch size's first call are"""
+
+    def __init__(self, run: Run, device: torch.device | None = None) -> None:
+        self.run, self.device = run, device
         self._captured: dict[int, Captured] = {}
+
+    @functools.cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         batch = len(inputs[0])
         if batch not in self._captured:
             self._captured[batch] = self._capture(inputs)
-        graph, places, outputs, given = self._captured[batch]
-        for index, (place, x) in enumerate(zip(places, inputs, strict=True)):
-            if not same(given[index], x):
+        captured = self._captured[batch]
+        from_host = {}
+        for index, (place, x) in enumerate(zip(captured.places, inputs, strict=True)):
+            if x.device != place.device:
+                from_host[index] = x
+                captured.given[index] = None
+            elif not same(captured.given[index], x):
                 place.copy_(x, non_blocking=True)
-                given[index] = noted(x)
-        graph.replay()
-        return [x.detach() for x in outputs]
+                captured.given[index] = noted(x)
+        if from_host:
+            self._upload(captured, from_host)
+        captured.graph.replay()
+        captured.replayed.record()
+        return [x.detach() for x in captured.outputs]
+
+    def _upload(self, captured: Captured, inputs: dict[int, Tensor]) -> None:
+        """Host tensors to their places, by index. The current stream waits for it, the host only for the upload before,
+        which reads the same pinned memory."""
+        captured.uploaded.synchronize()
+        with torch.cuda.stream(self._copies):
+            captured.replayed.wait()
+            for index, x in inputs.items():
+                if index not in captured.pinned:
+                    captured.pinned[index] = pinned(x)
+                whole = (x, captured.pinned[index], captured.places[index])
+                for source, staged, place in zip(*map(parts, whole), strict=True):
+                    staged.copy_(source)
+                    place.copy_(staged, non_blocking=True)
+            captured.uploaded.record()
+        captured.uploaded.wait()
 
     def _capture(self, inputs: Sequence[Tensor]) -> Captured:
         # no inference tensors: they do not count their changes, and another graph's inputs these may be
         with torch.inference_mode(False), torch.no_grad():
-            places = [torch.empty_like(x).copy_(x) for x in inputs]
+            places = [torch.empty_like(x, device=self.device).copy_(x) for x in inputs]
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -66,7 +107,20 @@ class Replayed:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 outputs = self.run(*places)
-        return Captured(graph, places, outputs, [None] * len(places))
+        replayed = torch.cuda.Event()
+        replayed.record()  # or the first upload would not wait for the warm-ups
+        return Captured(graph, places, outputs, [None] * len(places), {}, replayed, torch.cuda.Event())
+
+
+def pinned(x: Tensor) -> Tensor:
+    """Memory like a host tensor's that a GPU copies from by itself."""
+    with torch.inference_mode(False):  # it is written in other modes too
+        return torch.empty_like(x, pin_memory=True)
+
+
+def parts(x: Tensor) -> Iterable[Tensor]:
+    """PART elements of a contiguous tensor each."""
+    return x.view(-1).split(PART)
 
 
 def noted(x: Tensor) -> Given | None:
