@@ -191,9 +191,7 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     vars(script)["compare"] = functools.partial(noted_comparison, run)
     options = package_options(script, run, None if failed else DEFAULT_STEPS)
     packages = script.build(weights(run.config, True, run.device), Source("random", 0), folder / "packages", options)
-    from mubic_deploy.engines.aotinductor import load_engines
-
-    pipeline = Pipeline(run.config, load_engines(packages), packages.max_batch, packages.fixed_steps)
+    pipeline = Pipeline.open(packages.path, "aotinductor")
     run.engine(AOTINDUCTOR, pipeline)
     run.kernels(AOTINDUCTOR, pipeline)
 

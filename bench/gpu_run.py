@@ -152,7 +152,7 @@ class Run:
 
     def steps(self, name: str, pipeline: Pipeline) -> None:
         """What a step more costs: the loop at 8 steps against 4, without the sampler."""
-        loop = Pipeline(self.config, pipeline.engines, pipeline.max_batch)
+        loop = Pipeline(self.config, pipeline.engines, pipeline.max_batch, conditioner=pipeline.conditioner)
         timings = timing.measure({str(n): self.side(loop, n) for n in STEPS}, self.rule)
         for n, t in timings.items():
             self.results.add("steps", {name: t}, steps=int(n))

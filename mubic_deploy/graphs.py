@@ -132,7 +132,7 @@ def signatures(c: Config, precision: str = FLOAT32, sampler: bool = False) -> di
     graphs = [
         Signature("visual_encoder", (video(c),), features),
         Signature("audio_encoder", (audio(),), (audio_features(c, precision),)),
-        Signature("fusion", encoded, (*cond, ENTROPY, ADAPTIVE_STEPS)),
+        Signature("fusion", encoded, conditioner(c, precision).outputs),
         Signature(
             "denoiser",
             (*cond, *step_inputs(c)),
@@ -142,6 +142,11 @@ def signatures(c: Config, precision: str = FLOAT32, sampler: bool = False) -> di
     if sampler:
         graphs.append(Signature(SAMPLER, (*cond, initial_noise(c)), (saliency_map(c),)))
     return {g.name: g for g in graphs if c.has_audio or g.name != "audio_encoder"}
+
+
+def conditioner(c: Config, precision: str = FLOAT32) -> Signature:
+    """Encoders and fusion as one: a clip in, COND, ENTROPY and ADAPTIVE_STEPS out."""
+    return Signature("conditioner", media(c), (*conditioning(c, precision), ENTROPY, ADAPTIVE_STEPS))
 
 
 def noise(c: Config) -> Signature:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,8 +100,8 @@ def random_clip(config: Config, seed: int, batch: int = 1) -> HostArrays:
 
 def compare(
     config: Config,
-    reference: dict[str, Engine],
-    candidate: dict[str, Engine],
+    reference: Mapping[str, Engine],
+    candidate: Mapping[str, Engine],
     clips: int = CLIPS,
     progress: Callable[[int], None] = lambda done: None,
     precision: str = FLOAT32,

@@ -98,7 +98,8 @@ class Pipeline:
     engines      one for each graph of `config`
     max_batch    clips that they take at once, if there is a limit
     fixed_steps  of the sampler, if there is one among them: it takes the loop's place where a batch asks for so many
-    source       of the weights, as `checkpoint.Source.to_json` says it"""
+    source       of the weights, as `checkpoint.Source.to_json` says it
+    conditioner  encoders and fusion as one, if there is such an engine: it takes their place"""
 
     def __init__(
         self,
@@ -107,6 +108,7 @@ class Pipeline:
         max_batch: int | None = None,
         fixed_steps: int | None = None,
         source: Mapping[str, Any] = MappingProxyType({}),
+        conditioner: Engine | None = None,
     ) -> None:
         self.config = config
         self.default_steps = config.default_steps
@@ -114,6 +116,7 @@ class Pipeline:
         self.max_batch = max_batch
         self.fixed_steps = fixed_steps
         self.source = source
+        self.conditioner = conditioner
 
     @classmethod
     def open(
@@ -137,6 +140,8 @@ class Pipeline:
         an engine that is none, of another variant, or that this machine cannot run; for a seed where there is nothing
         to draw."""
         folder: Folder
+        engines: Mapping[str, Engine]
+        conditioner = None
         if Path(source).is_dir():
             weights_seed(source, seed)
         if engine in EAGER:
@@ -157,7 +162,8 @@ class Pipeline:
             from mubic_deploy.engines import aotinductor
 
             folder = packages = aotinductor.Packages.open(Path(source), variant)
-            engines, max_batch = aotinductor.load_engines(packages, cuda_graphs), packages.max_batch
+            engines = compiled = aotinductor.load_engines(packages, cuda_graphs)
+            conditioner, max_batch = aotinductor.load_conditioner(packages, compiled), packages.max_batch
         elif engine in ENGINES:
             from mubic_deploy import exported
 
@@ -174,7 +180,7 @@ class Pipeline:
                 engines = onnxruntime.load_cuda_engines(artifacts, cuda_graphs)
         else:
             raise UserError(f"unknown engine {engine!r}: use {', '.join(ENGINES)}")
-        return cls(folder.config, engines, max_batch, folder.fixed_steps, folder.source)
+        return cls(folder.config, engines, max_batch, folder.fixed_steps, folder.source, conditioner)
 
     def predict(
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
@@ -198,6 +204,8 @@ class Pipeline:
 
     def condition(self, arrays: Arrays) -> Arrays:
         """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip."""
+        if self.conditioner is not None:
+            return self.conditioner(arrays)
         features: Arrays = {}
         if self.config.has_audio:  # first: a GPU listens while the host prepares the frames
             features = self.engines["audio_encoder"](arrays)

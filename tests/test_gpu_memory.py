@@ -67,7 +67,9 @@ def test_aotinductor(monkeypatch: pytest.MonkeyPatch, when: str, cause: RuntimeE
 
     monkeypatch.setattr(aotinductor, "AOTIModelPackageLoader", load)
     with pytest.raises(UserError) as error:
-        aotinductor.AOTInductorEngine(Path("fusion.pt2"), SIGNATURE, GPU, 4, cuda_graphs=False)(INPUTS)
+        aotinductor.AOTInductorEngine(
+            aotinductor.loaded(Path("fusion.pt2"), GPU), SIGNATURE, GPU, 4, cuda_graphs=False
+        )(INPUTS)
     what = "fusion.pt2" if when == "loaded" else "fusion"
     if cause is OF_A_PACKAGE:
         assert said(error).startswith(f"{what} failed on the GPU (create_func_(")
@@ -80,7 +82,7 @@ def test_other_errors_of_a_package_are_not_about_memory(monkeypatch: pytest.Monk
     for device, cause in ((GPU, RuntimeError("a bug")), (torch.device("cpu"), OF_A_PACKAGE)):
         monkeypatch.setattr(aotinductor, "AOTIModelPackageLoader", raising(cause))
         with pytest.raises(RuntimeError) as error:
-            aotinductor.AOTInductorEngine(Path("fusion.pt2"), SIGNATURE, device, 4, cuda_graphs=False)
+            aotinductor.loaded(Path("fusion.pt2"), device)
         assert error.value is cause
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mubic_deploy.engines.eager import from_torch, require_gpu, to_torch
 from mubic_deploy.engines.memory import REMEDY, first_line, is_short, short_of_memory
 from mubic_deploy.engines.replay import Replayed, Run
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import Signature
+from mubic_deploy.graphs import Signature, conditioner
 
 MANIFEST = "packages.json"
 FORMAT = 3
@@ -88,21 +88,14 @@ def instructions(cpuinfo: str) -> list[str]:
 
 
 class AOTInductorEngine:
-    """One package. On a GPU with `cuda_graphs` its kernels are captured for each batch size and replayed."""
+    """A package, or several as one. On a GPU with `cuda_graphs` its kernels are captured for each batch size and
+    replayed."""
 
     def __init__(
-        self,
-        path: Path,
-        signature: Signature,
-        device: torch.device,
-        max_batch: int,
-        cuda_graphs: bool,
-        channels_last: bool = False,
+        self, package: Run, signature: Signature, device: torch.device, max_batch: int, cuda_graphs: bool
     ) -> None:
-        self.signature, self.max_batch, self._device = signature, max_batch, device
-        self.channels_last = channels_last
-        run = loaded(path, device)
-        self.run = Replayed(run) if device.type == "cuda" and cuda_graphs else run
+        self.package, self.signature, self.device, self.max_batch = package, signature, device, max_batch
+        self.run = Replayed(package, device) if device.type == "cuda" and cuda_graphs else package
 
     def __call__(self, inputs: Arrays) -> Arrays:
         arrays = [t.check(inputs[t.name]) for t in self.signature.inputs]
@@ -114,21 +107,23 @@ class AOTInductorEngine:
                 f"a batch of {batch} is above the package's {self.max_batch}: send fewer at once, or compile with "
                 f"--max-batch {batch}"
             )
-        with torch.inference_mode(), on_gpu(self.signature.name, self._device):
-            # a package reads its inputs as they lay when it was compiled, and does not look
-            outputs = self.run(*(laid_out(to_torch(array, self._device), self.channels_last) for array in arrays))
+        # a graph has a way of its own from the host
+        device = torch.device("cpu") if isinstance(self.run, Replayed) else self.device
+        with torch.inference_mode(), on_gpu(self.signature.name, self.device):
+            outputs = self.run(*(to_torch(array, device) for array in arrays))
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """x as packages read it. channels_last: so features and contexts [B, C, t, h, w], of a model made of tokens."""
+    """x as a package reads it, which is as it lay when it was compiled. channels_last: so features and contexts
+    [B, C, t, h, w], of a model made of tokens."""
     if channels_last and x.dim() == 5 and x.is_floating_point():  # else VIDEO, or no grid
         return x.contiguous(memory_format=torch.channels_last_3d)
     return x.contiguous()
 
 
-def loaded(path: Path, device: torch.device) -> Run:
-    """What a package computes: its inputs in, its outputs out.
+def loaded(path: Path, device: torch.device, channels_last: bool = False) -> Run:
+    """What a package computes: its inputs in, its outputs out. channels_last: see `laid_out`.
 
     By PyTorch's own loader, because `aoti_load_package` first finds out about the machine what `Packages.require` knows
     already: with a C++ compiler, which a machine that serves need not have, and for seconds."""
@@ -137,7 +132,28 @@ def loaded(path: Path, device: torch.device) -> Run:
         package = AOTIModelPackageLoader(str(path), "model", device.type == "cuda", 1, -1)
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
-        return package.boxed_run(list(inputs))
+        return package.boxed_run([laid_out(x, channels_last) for x in inputs])
+
+    return run
+
+
+def chained(visual_encoder: Run, audio_encoder: Run | None, fusion: Run) -> Run:
+    """Packages on a GPU as one: VIDEO, and AUDIO if there is an encoder for it, in; what the fusion computes out.
+
+    The audio encoder runs beside the visual one, which at small batches leaves the GPU half empty. Its stream is the
+    same in every call: a warm-up has set up on it what a capture finds."""
+    if audio_encoder is None:
+        return lambda video: fusion(*visual_encoder(video))
+    hears, beside = audio_encoder, torch.cuda.Stream()
+
+    def run(video: Tensor, audio: Tensor) -> Sequence[Tensor]:
+        stream = torch.cuda.current_stream()
+        beside.wait_stream(stream)
+        with torch.cuda.stream(beside):
+            heard = hears(audio)  # kept until the fusion was called: its memory is the other stream's to use again
+        seen = visual_encoder(video)
+        stream.wait_stream(beside)
+        return fusion(*seen, *heard)
 
     return run
 
@@ -161,11 +177,28 @@ def on_gpu(what: str, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def load_engines(packages: Packages, cuda_graphs: bool = True) -> dict[str, Engine]:
+def load_engines(packages: Packages, cuda_graphs: bool = True) -> dict[str, AOTInductorEngine]:
     """An engine for each package. UserError if they are not for this machine."""
     packages.require()
-    options = (packages.device, packages.max_batch, cuda_graphs, packages.channels_last)
+    device = packages.device
+    runs = {name: loaded(packages.file(name), device, packages.channels_last) for name in packages.signatures}
     return {
-        name: AOTInductorEngine(packages.file(name), signature, *options)
+        name: AOTInductorEngine(runs[name], signature, device, packages.max_batch, cuda_graphs)
         for name, signature in packages.signatures.items()
     }
+
+
+def load_conditioner(packages: Packages, engines: Mapping[str, AOTInductorEngine]) -> Engine | None:
+    """Encoders and fusion of `load_engines` as one engine, over the same packages: one CUDA graph, in which nothing is
+    copied from one to the next. None where they have no CUDA graphs."""
+    fusion = engines["fusion"]
+    if not isinstance(fusion.run, Replayed):
+        return None
+    audio_encoder = engines["audio_encoder"].package if packages.config.has_audio else None
+    return AOTInductorEngine(
+        chained(engines["visual_encoder"].package, audio_encoder, fusion.package),
+        conditioner(packages.config, packages.precision),
+        fusion.device,
+        fusion.max_batch,
+        cuda_graphs=True,
+    )

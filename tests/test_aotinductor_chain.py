@@ -1,0 +1,192 @@
+"""Encoders and fusion as one CUDA graph, with a double of torch.cuda, and in the packages' place the model's own
+modules: of what happens in a package the double sees nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_torch_cuda import Gpu, Stream, host
+from half_fixtures import TINY
+from torch import Tensor
+
+from mubic_deploy import graphs
+from mubic_deploy.config import Config
+from mubic_deploy.engines import Array, DeviceArray, aotinductor
+from mubic_deploy.engines.aotinductor import Packages, chained, load_conditioner, load_engines
+from mubic_deploy.engines.eager import load_engines as load_eager
+from mubic_deploy.engines.replay import WARM_UPS, Replayed, Run
+from mubic_deploy.errors import UserError
+from mubic_deploy.model.mubic import MUBiC, random_model
+from mubic_deploy.parity import random_clip
+from mubic_deploy.pipeline import Pipeline
+
+DEAF = replace(TINY, variant="visual_only")
+
+
+def to_torch(array: Array, device: torch.device) -> Tensor:
+    """As the engine's, where the CPU is the GPU and what stays on the host says so."""
+    if isinstance(array, DeviceArray):
+        return array.value
+    return host(torch.from_numpy(array)) if device.type == "cpu" else torch.from_numpy(array)
+
+
+@pytest.fixture
+def packages(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Callable[[MUBiC], tuple[Packages, list[str]]]:
+    """Of a model, as if they were compiled for a GPU, and the names of those that were loaded."""
+    loaded: list[str] = []
+
+    def packages(model: MUBiC) -> tuple[Packages, list[str]]:
+        def load(path: Path, device: torch.device) -> Run:
+            loaded.append(path.stem)
+            return model.eval().graph(path.stem)
+
+        monkeypatch.setattr(aotinductor, "loaded", load)
+        manifest = {
+            "precision": "float32",
+            "fixed_steps": None,
+            "source": {},
+            "device": {"type": "cuda"},
+            "profile": {"max": 2},
+            "packages": {name: {"file": f"{name}.pt2"} for name in graphs.signatures(model.config)},
+        }
+        return Packages(Path("compiled"), model.config, manifest), loaded
+
+    monkeypatch.setattr(Packages, "require", lambda _: None)
+    monkeypatch.setattr(aotinductor, "to_torch", to_torch)
+    return packages
+
+
+Make = Callable[[MUBiC], tuple[Packages, list[str]]]
+
+
+def opened(packages: Packages, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool = True) -> Pipeline:
+    monkeypatch.setattr(Packages, "open", lambda path, variant: packages)
+    return Pipeline.open(packages.path, "aotinductor", cuda_graphs=cuda_graphs)
+
+
+@pytest.mark.parametrize("config", [TINY, DEAF], ids=lambda c: c.variant)
+def test_a_pipeline_computes_what_eager_pytorch_does(
+    packages: Make, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, config: Config
+) -> None:
+    model = random_model(config)
+    pipeline = opened(packages(model)[0], monkeypatch)
+    assert pipeline.conditioner is not None
+    reference = Pipeline(config, load_eager(model))
+    for seed, batch in ((0, 1), (1, 3), (2, 1)):  # 3 in two parts
+        clip = random_clip(config, seed, batch)
+        expected, n = reference.predict(clip["VIDEO"], clip["AUDIO"], seed, 0)
+        got, m = pipeline.predict(clip["VIDEO"], clip["AUDIO"], seed, 0)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+        assert n.tolist() == m.tolist()
+    shapes = [t.shape for t in graphs.media(config)]
+    assert [x.shape for x in gpu.pinned[: len(shapes)]] == [(1, *shape) for shape in shapes]  # what the first clip took
+    runs = [engine.run for engine in pipeline.engines.values()]  # type: ignore[attr-defined]
+    assert [len(run._captured) for run in runs] == [0] * (len(runs) - 1) + [2]  # the denoiser's, of two batch sizes
+
+
+def test_a_package_is_loaded_once(packages: Make, monkeypatch: pytest.MonkeyPatch, tiny_model: MUBiC) -> None:
+    made, loaded = packages(tiny_model)
+    opened(made, monkeypatch)
+    assert loaded == ["visual_encoder", "audio_encoder", "fusion", "denoiser"]
+
+
+def test_it_gives_what_the_engines_give_one_by_one(packages: Make, tiny_model: MUBiC) -> None:
+    """From arrays on the host and on the GPU."""
+    made, _ = packages(tiny_model)
+    engines = load_engines(made)
+    conditioner = load_conditioner(made, engines)
+    assert conditioner is not None
+    singly = Pipeline(TINY, engines)
+    for seed in range(2):
+        clip = random_clip(TINY, seed)
+        on_gpu = {k: DeviceArray(torch.from_numpy(x), x.shape, x.dtype, x.copy) for k, x in clip.items()}
+        expected = {name: np.array(x) for name, x in singly.condition(clip).items()}
+        for arrays in (clip, on_gpu):
+            got = conditioner(arrays)
+            assert list(got) == list(expected) == engines["fusion"].signature.output_names
+            for name, x in expected.items():
+                np.testing.assert_allclose(np.asarray(got[name]), x, rtol=0, atol=1e-6)
+
+
+def test_without_cuda_graphs_there_is_no_chain(
+    packages: Make, monkeypatch: pytest.MonkeyPatch, tiny_model: MUBiC
+) -> None:
+    made, _ = packages(tiny_model)
+    assert opened(made, monkeypatch, cuda_graphs=False).conditioner is None
+    made.manifest["device"]["type"] = "cpu"
+    assert opened(made, monkeypatch).conditioner is None
+
+
+def test_arrays_that_do_not_fit_are_refused(packages: Make, tiny_model: MUBiC) -> None:
+    made, _ = packages(tiny_model)
+    conditioner = load_conditioner(made, load_engines(made))
+    assert conditioner is not None
+    with pytest.raises(UserError, match=r"a batch of 3 is above the package's 2: .*--max-batch 3"):
+        conditioner(random_clip(TINY, 0, 3))
+    with pytest.raises(UserError, match="the tensors of conditioner must have the same batch size"):
+        conditioner({**random_clip(TINY, 0), "AUDIO": random_clip(TINY, 0, 2)["AUDIO"]})
+    with pytest.raises(UserError, match="tensor VIDEO must be uint8"):
+        conditioner({**random_clip(TINY, 0), "VIDEO": random_clip(TINY, 0)["VIDEO"].astype(np.float32)})
+
+
+def test_memory_that_is_short_is_said(packages: Make, monkeypatch: pytest.MonkeyPatch, tiny_model: MUBiC) -> None:
+    made, _ = packages(tiny_model)
+    engines = load_engines(made)
+
+    def fails(*_: Tensor) -> Sequence[Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    engines["fusion"].package = fails
+    conditioner = load_conditioner(made, engines)
+    assert conditioner is not None
+    with pytest.raises(UserError, match=r"^the GPU has not enough memory for conditioner \(CUDA out of memory.\)"):
+        conditioner(random_clip(TINY, 0))
+
+
+class Parts:
+    """Toy packages that note on which stream they run, and refuse what is not laid out."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.ran: list[tuple[str, Stream]] = []
+
+    def visual(self, video: Tensor) -> Sequence[Tensor]:
+        self.ran.append(("visual", self.gpu.current))
+        return (2 * video).transpose(1, 2), video + 1
+
+    def audio(self, audio: Tensor) -> Sequence[Tensor]:
+        self.ran.append(("audio", self.gpu.current))
+        return ((audio - 1).transpose(1, 2),)
+
+    def fusion(self, *features: Tensor) -> Sequence[Tensor]:
+        assert all(x.is_contiguous() for x in features)
+        self.ran.append(("fusion", self.gpu.current))
+        return sum(x.sum((1, 2)) for x in features), features[0] * 3  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("hears", [False, True])
+def test_the_audio_encoder_runs_beside_the_visual_one(gpu: Gpu, newest_first: bool, hears: bool) -> None:
+    """The fusion waits for both, however late either is; nothing is left of the clip before."""
+    parts = Parts(gpu)
+    replayed = Replayed(chained(parts.visual, parts.audio if hears else None, parts.fusion), torch.device("cpu"))
+    clips = [[host(torch.randn(1, 3, 4)) for _ in range(1 + hears)] for _ in range(3)]
+    got = []
+    with torch.inference_mode(), gpu.late(newest_first):
+        for clip in clips:
+            got.append([torch.empty_like(x).copy_(x, non_blocking=True) for x in replayed(*clip)])
+    for clip, outputs in zip(clips, got, strict=True):
+        seen = parts.visual(clip[0])
+        heard = parts.audio(clip[1]) if hears else ()
+        for x, expected in zip(outputs, parts.fusion(*(y.contiguous() for y in (*seen, *heard))), strict=True):
+            torch.testing.assert_close(x, expected + 0, rtol=0, atol=0)
+    streams = [dict(parts.ran[i : i + 2 + hears]) for i in range(0, (WARM_UPS + 1) * (2 + hears), 2 + hears)]
+    assert all(run["visual"] is run["fusion"] is not gpu.default for run in streams)
+    if hears:
+        assert len({run["audio"] for run in streams}) == 1  # of warm-ups and capture
+        assert streams[0]["audio"] not in {run["visual"] for run in streams}
