@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -136,16 +135,6 @@ def test_half_precision_is_summed_in_full(found: dict[str, float]) -> None:
 @pytest.mark.parametrize("make", MODULES)
 def test_a_module_of_kernels_is_the_same(found: dict[str, float], make: Callable) -> None:
     assert found[make.__name__] < 1e-4
-
-
-def test_every_place_is_in_one_tile() -> None:
-    from mubic_deploy.model.kernels import LARGEST_TILE, tiling
-
-    for width, channels in product((1, 3, 12, 96), (6, 96, 768)):
-        tile, warps = tiling(width, channels)
-        assert width % tile == 0
-        assert 1 <= tile <= LARGEST_TILE
-        assert warps in (1, 2, 4, 8)
 
 
 if __name__ == "__main__":

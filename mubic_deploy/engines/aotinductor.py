@@ -29,7 +29,13 @@ FORMAT = 3
 AGAIN = "compile it here with mubic-deploy compile"
 # how those flags of x86 begin that are instruction sets; the others are the kernel's and a hypervisor's
 INSTRUCTIONS = re.compile("sse|pni|ssse|avx|fma|f16c|bmi|abm|popcnt|movbe|amx|gfni|vaes|vpcl")
-NEEDS: Needs = {**SEED, ("profile", "max"): int, ("torch",): str, ("device", "type"): str}
+NEEDS: Needs = {
+    **SEED,
+    ("profile", "max"): int,
+    ("torch",): str,
+    ("device", "type"): str,
+    ("optimisations",): list,
+}
 
 
 class Packages(Folder):

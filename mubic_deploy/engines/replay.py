@@ -88,7 +88,8 @@ class Replayed:
                 if index not in captured.pinned:
                     captured.pinned[index] = pinned(x)
                 whole = (x, captured.pinned[index], captured.places[index])
-                for source, staged, place in zip(*map(parts, whole), strict=True):
+                parts = zip(*map(split, whole), strict=True) if whole[-1].is_contiguous() else [whole]
+                for source, staged, place in parts:
                     staged.copy_(source)
                     place.copy_(staged, non_blocking=True)
             captured.uploaded.record()
@@ -118,7 +119,7 @@ def pinned(x: Tensor) -> Tensor:
         return torch.empty_like(x, pin_memory=True)
 
 
-def parts(x: Tensor) -> Iterable[Tensor]:
+def split(x: Tensor) -> Iterable[Tensor]:
     """PART elements of a contiguous tensor each."""
     return x.view(-1).split(PART)
 

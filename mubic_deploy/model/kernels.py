@@ -13,8 +13,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-LARGEST_TILE = 8  # places
-WARP_VALUES = 256  # of a tile, that a warp keeps in registers
+PLACES = 4  # side by side, of which a program makes the sums
+LANE = 4  # channels of a thread
+
+
+@triton.jit
+def _column(row_ptr, w, there, W: tl.constexpr, ROW: tl.constexpr, inside):
+    """Channels of one place in FP32, zeros beside the grid."""
+    return tl.load(row_ptr + w * ROW, inside & (there & (w >= 0) & (w < W)), 0.0).to(tl.float32)
+
+
+@triton.jit
+def _normed(acc, residual_ptr, out_ptr, at, inside, scale, shift, eps, D: tl.constexpr, RESIDUAL: tl.constexpr):
+    """LayerNorm of one place, written at `at` where that is inside."""
+    if RESIDUAL:
+        acc += tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
+    mean = tl.sum(acc, 0) / D  # what is not inside is 0
+    offset = tl.where(inside, acc - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(offset * offset, 0) / D + eps)
+    tl.store(out_ptr + at, (offset * rstd * scale + shift).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -40,60 +57,91 @@ def _depthwise_norm(
     SHARED: tl.constexpr,
     D: tl.constexpr,
     D_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """TILE places side by side of one group of channels. See `depthwise_norm`."""
+    """Four places side by side of one group of channels, which share the weights and, where the stride is small, the
+    columns that they read. See `depthwise_norm`."""
     tile, group, sample = tl.program_id(0) - FIRST, tl.program_id(1), tl.program_id(2)
     c = tl.arange(0, D_BLOCK)
     inside = c < D
     column = group * D + c
-    x_ptr += sample.to(tl.int64) * ((FIRST + T * H * W) * ROW) + START
-    TILES: tl.constexpr = (WO + TILE - 1) // TILE
-    row = tile // TILES  # of places
-    t, h = row // HO, row % HO
-    w = (tile % TILES) * TILE + tl.arange(0, TILE)
-    if tile < 0:  # the class token, which is normalised only
-        acc = tl.zeros([TILE, D_BLOCK], tl.float32)
-        acc += tl.load(x_ptr + column, inside, 0.0).to(tl.float32)[None, :]
-        token = tl.arange(0, TILE)
-        kept = token < 1
-    else:
-        acc = tl.zeros([TILE, D_BLOCK], tl.float32)
-        for tap in tl.static_range(27):
-            t_in = t + (tap // 9 - 1)
-            h_in = h * STRIDE + (tap // 3 % 3 - 1)
-            w_in = w * STRIDE + (tap % 3 - 1)
-            there = (t_in >= 0) & (t_in < T) & (h_in >= 0) & (h_in < H) & (w_in >= 0) & (w_in < W)
-            place = FIRST + (t_in * H + h_in) * W + w_in
-            values = tl.load(x_ptr + place[:, None] * ROW + column[None, :], there[:, None] & inside[None, :], 0.0)
-            weights = tl.load(weight_ptr + tap * (GROUPS * D) + column, inside, 0.0)
-            acc += values.to(tl.float32) * weights.to(tl.float32)[None, :]
-        if BIAS:
-            acc += tl.load(bias_ptr + column, inside, 0.0).to(tl.float32)[None, :]
-        token = FIRST + row * WO + w
-        kept = w < WO
-    out = sample.to(tl.int64) * ((FIRST + T * HO * WO) * GROUPS * D) + token[:, None] * (GROUPS * D) + column[None, :]
-    mask = kept[:, None] & inside[None, :]
-    if RESIDUAL:
-        acc += tl.load(residual_ptr + out, mask, 0.0).to(tl.float32)
-    mean = tl.sum(acc, 1) / D  # what is not inside is 0
-    offset = tl.where(inside[None, :], acc - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(offset * offset, 1) / D + eps)
+    x_ptr += sample.to(tl.int64) * ((FIRST + T * H * W) * ROW) + START + column
+    out_ptr += sample.to(tl.int64) * ((FIRST + T * HO * WO) * GROUPS * D)
+    residual_ptr += sample.to(tl.int64) * ((FIRST + T * HO * WO) * GROUPS * D)
     norm = group // SHARED * D + c
-    scale, shift = tl.load(scale_ptr + norm, inside, 0.0), tl.load(shift_ptr + norm, inside, 0.0)
-    y = offset * rstd[:, None] * scale.to(tl.float32)[None, :] + shift.to(tl.float32)[None, :]
-    tl.store(out_ptr + out, y.to(out_ptr.dtype.element_ty), mask)
-
-
-def tiling(width: int, channels: int) -> tuple[int, int]:
-    """Places of a tile and warps, for a row of `width` places with groups of so many channels."""
-    tile = 1
-    while tile < LARGEST_TILE and width % (2 * tile) == 0:
-        tile *= 2
-    block = triton.next_power_of_2(channels)
-    return tile, max(1, min(8, tile * block // WARP_VALUES))
+    scale = tl.load(scale_ptr + norm, inside, 0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + norm, inside, 0.0).to(tl.float32)
+    if tile < 0:  # the class token, which is normalised only
+        token = tl.load(x_ptr, inside, 0.0).to(tl.float32)
+        _normed(token, residual_ptr, out_ptr, column, inside, scale, shift, eps, D, RESIDUAL)
+    else:
+        TILES: tl.constexpr = (WO + 3) // 4
+        row = tile // TILES  # of places
+        t, h = row // HO, row % HO
+        first = (tile % TILES) * 4
+        a0 = tl.zeros([D_BLOCK], tl.float32)
+        if BIAS:
+            a0 += tl.load(bias_ptr + column, inside, 0.0).to(tl.float32)
+        a1 = a0
+        a2 = a0
+        a3 = a0
+        for i in tl.static_range(9):
+            t_in = t + (i // 3 - 1)
+            h_in = h * STRIDE + (i % 3 - 1)
+            there = (t_in >= 0) & (t_in < T) & (h_in >= 0) & (h_in < H)
+            row_ptr = x_ptr + (FIRST + (t_in * H + h_in) * W) * ROW
+            w = first * STRIDE - 1
+            k = weight_ptr + i * 3 * GROUPS * D + column
+            k0 = tl.load(k, inside, 0.0).to(tl.float32)
+            k1 = tl.load(k + GROUPS * D, inside, 0.0).to(tl.float32)
+            k2 = tl.load(k + 2 * GROUPS * D, inside, 0.0).to(tl.float32)
+            x0 = _column(row_ptr, w, there, W, ROW, inside)
+            x1 = _column(row_ptr, w + 1, there, W, ROW, inside)
+            x2 = _column(row_ptr, w + 2, there, W, ROW, inside)
+            a0 += x0 * k0
+            a0 += x1 * k1
+            a0 += x2 * k2
+            if STRIDE == 1:
+                x3 = _column(row_ptr, w + 3, there, W, ROW, inside)
+                x4 = _column(row_ptr, w + 4, there, W, ROW, inside)
+                x5 = _column(row_ptr, w + 5, there, W, ROW, inside)
+                a1 += x1 * k0
+                a1 += x2 * k1
+                a1 += x3 * k2
+                a2 += x2 * k0
+                a2 += x3 * k1
+                a2 += x4 * k2
+                a3 += x3 * k0
+                a3 += x4 * k1
+                a3 += x5 * k2
+            else:
+                x0 = x2 if STRIDE == 2 else _column(row_ptr, w + STRIDE, there, W, ROW, inside)
+                x1 = _column(row_ptr, w + STRIDE + 1, there, W, ROW, inside)
+                x2 = _column(row_ptr, w + STRIDE + 2, there, W, ROW, inside)
+                a1 += x0 * k0
+                a1 += x1 * k1
+                a1 += x2 * k2
+                x0 = x2 if STRIDE == 2 else _column(row_ptr, w + 2 * STRIDE, there, W, ROW, inside)
+                x1 = _column(row_ptr, w + 2 * STRIDE + 1, there, W, ROW, inside)
+                x2 = _column(row_ptr, w + 2 * STRIDE + 2, there, W, ROW, inside)
+                a2 += x0 * k0
+                a2 += x1 * k1
+                a2 += x2 * k2
+                x0 = x2 if STRIDE == 2 else _column(row_ptr, w + 3 * STRIDE, there, W, ROW, inside)
+                x1 = _column(row_ptr, w + 3 * STRIDE + 1, there, W, ROW, inside)
+                x2 = _column(row_ptr, w + 3 * STRIDE + 2, there, W, ROW, inside)
+                a3 += x0 * k0
+                a3 += x1 * k1
+                a3 += x2 * k2
+        at = (FIRST + row * WO + first) * (GROUPS * D) + column
+        _normed(a0, residual_ptr, out_ptr, at, inside, scale, shift, eps, D, RESIDUAL)
+        at += GROUPS * D
+        _normed(a1, residual_ptr, out_ptr, at, inside & (first + 1 < WO), scale, shift, eps, D, RESIDUAL)
+        at += GROUPS * D
+        _normed(a2, residual_ptr, out_ptr, at, inside & (first + 2 < WO), scale, shift, eps, D, RESIDUAL)
+        at += GROUPS * D
+        _normed(a3, residual_ptr, out_ptr, at, inside & (first + 3 < WO), scale, shift, eps, D, RESIDUAL)
 
 
 @triton_op("mubic_deploy::depthwise_norm", mutates_args=())
@@ -125,12 +173,12 @@ def depthwise_norm(
     channels = weight.shape[1]
     groups = channels // d
     out = torch.empty((x.shape[0], first + t * rows * columns, channels), dtype=x.dtype, device=x.device)
-    tile, warps = tiling(columns, d)
+    block = triton.next_power_of_2(d)
     sizes: dict[str, Any] = {"FIRST": first, "T": t, "H": h, "W": w, "HO": rows, "WO": columns, "STRIDE": stride}
     sizes |= {"ROW": x.shape[2], "START": start, "GROUPS": groups, "SHARED": groups // norms, "D": d}
-    sizes |= {"D_BLOCK": triton.next_power_of_2(d), "TILE": tile}
+    sizes |= {"D_BLOCK": block}
     sizes |= {"BIAS": bias is not None, "RESIDUAL": residual is not None}
-    tiles = first + t * rows * (-(-columns // tile))
+    tiles = first + t * rows * -(-columns // PLACES)
     wrap_triton(_depthwise_norm)[(tiles, groups, x.shape[0])](
         x,
         weight,
@@ -141,6 +189,6 @@ def depthwise_norm(
         out,
         eps,
         **sizes,
-        num_warps=warps,
+        num_warps=min(8, max(1, block // (32 * LANE))),
     )
     return out
