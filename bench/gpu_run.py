@@ -34,7 +34,7 @@ RULE = timing.Rule(repeats=100, seconds=2.0, short_s=1.0, warm_up_s=5.0)
 BATCHES = (1, 2, 4, 8, 16, 32)
 STEPS = (4, 8, 12)
 PROFILED = 5  # calls
-KERNELS = 15  # of a table
+KERNELS = 30  # of a table
 TRACED = 12  # lines of a traceback
 WHOLE = "whole"  # the rows that goals look at
 
