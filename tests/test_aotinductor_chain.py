@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def packages(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Callable[[MUBiC], tup
             return model.eval().graph(path.stem)
 
         monkeypatch.setattr(aotinductor, "loaded", load)
-        manifest = {
+        manifest: dict[str, Any] = {
             "precision": "float32",
             "fixed_steps": None,
             "source": {},

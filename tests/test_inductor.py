@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from torch._inductor import graph as inductor_graph
 
 from mubic_deploy.config import ON_GPU, get_config
+from mubic_deploy.engines.aotinductor import laid_out
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT16, Signature, Tensor, signatures
+from mubic_deploy.model import tokens
 from mubic_deploy.model.inductor import BARRIER, barriers
 from mubic_deploy.model.mubic import empty_inputs, random_model, traced_with
 from mubic_deploy.model.precision import prepared
@@ -160,13 +162,39 @@ def test_an_inductor_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) 
                 pass
 
 
+class Hopper:
+    """A driver of Triton's that says which GPU to compile for: Inductor finds out what a kernel of ours writes."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> str:
+        return "cpu"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever traces the model gets the kernels that it has on a GPU."""
+    from triton.runtime.driver import driver
+
+    monkeypatch.setattr(tokens, "has_kernels", lambda _: True)
+    driver.set_active(Hopper())
+    yield
+    driver._active = None  # as it was: `reset_active` wants a GPU
+
+
 @pytest.mark.parametrize("graph", ["visual_encoder", "audio_encoder", "fusion", "denoiser"])
+@pytest.mark.usefixtures("hopper")
 def test_at_full_size_nothing_is_read_back(graph: str) -> None:
     """A barrier in a loop costs time, and what is read back too: weights lie so that nothing is. Of the visual encoder
     one block of each kind: the others are as those."""
     config = replace(get_config("full"), visual_depths=(1, 2, 2, 2))
     model = prepared(random_model(config), FLOAT16, ON_GPU)
-    inputs = empty_inputs(signatures(config, FLOAT16)[graph], 1)
+    inputs = [laid_out(x, True) for x in empty_inputs(signatures(config, FLOAT16)[graph], 1)]
     found = kernels(model.graph(graph), *inputs, **INDUCTOR)
     assert len(found) > 10
+    own = [kernel for kernel in found if "def _depthwise_norm(" in kernel]
+    assert len(own) == {"visual_encoder": 14, "fusion": 4}.get(graph, 0)
     assert [read_back(kernel) for kernel in found if read_back(kernel)] == []

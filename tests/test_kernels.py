@@ -43,7 +43,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
     return (y * scale[:, None] + shift[:, None]).flatten(2)
 
 
-def arguments(first, grid, stride, around, groups, norms, d, bias, residual) -> list:  # type: ignore[no-untyped-def]
+def arguments(first, grid, stride, around, groups, norms, d, bias, residual) -> list:
     generator, channels = torch.Generator().manual_seed(3), groups * d
     t, h, w = grid
     places = first + t * -(-h // stride) * -(-w // stride)
@@ -69,9 +69,9 @@ def arguments(first, grid, stride, around, groups, norms, d, bias, residual) -> 
 def attention() -> tuple[torch.nn.Module, tuple]:
     """One whose queries and keys are pooled, and its inputs."""
     size, options = [2, 4, 6], {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True}
-    module = FoldedAttention(size, 16, 16, 2, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2], **options)  # type: ignore[arg-type]
+    module = FoldedAttention(size, 16, 16, 2, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2], **options)
     module.__class__ = tokens.TokenAttention
-    module.set_up()  # type: ignore[operator]
+    module.set_up()
     return module, (torch.randn(BATCH, 1 + 2 * 4 * 6, 16), (2, 4, 6))
 
 

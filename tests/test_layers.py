@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mubic_deploy.config import DEMO, get_config
 from mubic_deploy.model.audio import TemporalRefinement
 from mubic_deploy.model.denoiser import Context, NoiseAttention, TemporalConv
 from mubic_deploy.model.fusion import MMI, AdaptiveSteps, AudioUpsample, CrossAttention, GatedFusion
-from mubic_deploy.model.layers import attend
+from mubic_deploy.model.layers import attend, product
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +33,27 @@ def test_attention_by_hand():
     values = torch.tensor([[[1.0, 0, 0, 0], [0, 1.0, 0, 0]]])
     expected = torch.tensor([[[0.9820138, 0.0179862, 0, 0]]])
     assert torch.allclose(attend(q, (keys, values), 1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "head", "dtype", "flash"),
+    [
+        (43_008, 192, 32, torch.float16, True),
+        (673, 2_689, 144, torch.float16, True),
+        (2_689, 673, 128, torch.float16, False),  # cuDNN's kernel is worth its start
+        (43_008, 192, 12, torch.float16, False),  # a head that no flash kernel takes as it is
+        (43_008, 192, 32, torch.float32, False),
+    ],
+)
+def test_a_short_attention_on_a_gpu_is_a_flash_kernels(
+    queries: int, keys: int, head: int, dtype: torch.dtype, flash: bool
+):
+    """Traced with tensors that only claim to be on a GPU."""
+    with FakeTensorMode():
+        q, k = (torch.empty(1, 2, n, head, dtype=dtype, device="cuda") for n in (queries, keys))
+        traced = make_fx(lambda q, k: product(q, k, k))(q, k)
+    called = {node.target for node in traced.graph.nodes}
+    assert (torch.ops.aten._scaled_dot_product_flash_attention.default in called) == flash
 
 
 @pytest.mark.parametrize(("bias", "chosen"), [(100.0, 0), (-100.0, 1)])

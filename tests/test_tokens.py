@@ -15,7 +15,7 @@ from torchvision.models.video.mvit import Pool
 
 from mubic_deploy.config import ON_GPU, TOKENS, VARIANTS
 from mubic_deploy.engines import eager
-from mubic_deploy.engines.aotinductor import loaded
+from mubic_deploy.engines.aotinductor import laid_out, loaded
 from mubic_deploy.graphs import signatures
 from mubic_deploy.model.denoiser import Context, NoiseStage
 from mubic_deploy.model.layers import STC, Keys
@@ -24,6 +24,7 @@ from mubic_deploy.model.optimise import optimised
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.model.tokens import (
     JointNorm,
+    LinearReLU,
     PlacesProduct,
     ShiftedSum,
     TokenContext,
@@ -34,6 +35,7 @@ from mubic_deploy.model.tokens import (
     WindowSum,
     aligned,
     compression_tokens,
+    with_relu,
 )
 from mubic_deploy.parity import compare
 from mubic_deploy.sources import load_script, source_dir
@@ -117,6 +119,32 @@ def test_a_matrix_of_places_is_the_transposed_convolution(kernel: tuple[int, int
     conv, x = nn.ConvTranspose3d(5, 6, kernel, kernel), torch.randn(2, 5, 4, 3, 2)
     assert conv.bias is not None
     same(channels_first(PlacesProduct(conv.weight, conv.bias), x), conv(x))
+
+
+@torch.no_grad()
+def test_relu_ends_a_product() -> None:
+    layers = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 6))
+    x = torch.randn(2, 3, 5, 6)
+    expected = layers(x)
+    joined = with_relu(layers)
+    assert [type(layer) for layer in joined] == [LinearReLU, LinearReLU, nn.Linear]
+    same(joined(x), expected)
+
+
+@torch.no_grad()
+def test_no_relu_of_fusion_is_left_but_of_the_adaptive_steps(tiny_model: MUBiC) -> None:
+    fusion = optimised(tiny_model, [TOKENS]).fusion
+    left = [name for name, module in fusion.named_modules() if isinstance(module, nn.ReLU)]
+    assert left == ["adaptive.mlp.1"]  # which stay in FP32
+
+
+@torch.no_grad()
+def test_contexts_lie_as_they_are_computed(tiny_model: MUBiC) -> None:
+    """Channels last, as packages want them: nothing is transposed between fusion and denoiser."""
+    inputs = [torch.randn(x.shape) for x in empty_inputs(signatures(TINY)["fusion"], 1)]
+    contexts = optimised(tiny_model, [TOKENS]).graph("fusion")(*inputs)[:4]
+    assert all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in contexts)
+    assert all(laid_out(x, True).data_ptr() == x.data_ptr() for x in contexts)
 
 
 @pytest.mark.parametrize("factor", [2, 4])
@@ -212,7 +240,7 @@ def test_what_inductor_compiles_is_the_same(tiny_model: MUBiC, name: str, tmp_pa
     signature = signatures(TINY)[name]
     module = prepared(tiny_model, "float32", ON_GPU).graph(name)
     packages_script.compile_graph(module, signature, tmp_path / "graph.pt2", options)
-    package = loaded(tmp_path / "graph.pt2", torch.device("cpu"))
+    package = loaded(tmp_path / "graph.pt2", torch.device("cpu"), channels_last=True)
     for batch in (1, 3):
         inputs = [
             torch.randn(x.shape) if x.is_floating_point() else torch.randint(0, 256, x.shape, dtype=x.dtype)
