@@ -54,7 +54,7 @@ FROM triton AS serve
 COPY --from=packages /opt/models /opt/models
 # the Python backend runs its models with the image's Python, which looks here first
 ENV PYTHONPATH=/opt/models
-RUN python3 -c "import mubic_deploy.pipeline, mubic_deploy.live.streams, mubic_deploy.triton.parameters" \
+RUN python3 -c "import mubic_deploy.pipeline, mubic_deploy.live.streams, mubic_deploy.triton.health, mubic_deploy.triton.parameters" \
     && install -d -o 1000 -g 1000 /srv/mubic
 USER 1000:1000
 EXPOSE 8000 8001 8002

@@ -23,6 +23,7 @@ import yaml
 from mubic_deploy import graphs
 from mubic_deploy.cli import build_parser
 from mubic_deploy.config import get_config
+from mubic_deploy.triton import health
 from mubic_deploy.triton.server import GRPC_PORT, HTTP_PORT, METRICS_PORT
 
 ROOT = Path(__file__).parent.parent
@@ -212,8 +213,10 @@ def test_server_is_found_and_watched_where_clients_look() -> None:
     ports = (HTTP_PORT, GRPC_PORT, METRICS_PORT)
     assert server["ports"] == [f"127.0.0.1:{port}:{port}" for port in ports]
     assert ("EXPOSE", " ".join(map(str, ports))) in stages()["serve"]
-    assert server["healthcheck"]["test"][:3] == ["CMD", "curl", "--fail"]
-    assert server["healthcheck"]["test"][-1] == f"http://127.0.0.1:{HTTP_PORT}/v2/health/ready"
+    how, python, _, module, port = server["healthcheck"]["test"]
+    assert (how, python, module, port) == ("CMD", "python3", health.__name__, str(HTTP_PORT))
+    assert not third_party(reached([module]))  # nor time to import it, each time
+    assert int(server["healthcheck"]["timeout"].removesuffix("s")) > health.TIMEOUT
     assert (option("model-control-mode"), option("exit-on-error")) == ("none", "true")
     assert "--disable-auto-complete-config" in server["command"]
     assert server["restart"] == "unless-stopped"

@@ -25,6 +25,7 @@ from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.triton import server as server_module
 from mubic_deploy.triton.client import TritonPredictor
+from mubic_deploy.triton.health import model_processes
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
 
@@ -165,6 +166,22 @@ def test_serve_fails_when_the_server_dies(repository: Path, tmp_path: Path) -> N
     )
     assert "CUDA" not in errors
     assert str(log) in errors
+    assert wait_for_end(prefix, 5)
+    assert list(tmp_path.iterdir()) == [log]
+
+
+@pytest.mark.parametrize("model", ["fusion", "mubic_stream"])
+def test_serve_ends_when_a_model_dies(repository: Path, tmp_path: Path, model: str) -> None:
+    """Triton would go on, call itself ready and fail every request to that model."""
+    process, _, prefix, log = start_serve(repository, tmp_path)
+    (number,) = (number for number, name in model_processes(prefix).items() if name == model)
+    os.kill(number, signal.SIGKILL)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert errors == (
+        f"the process of the model {model} ended by itself, and Triton starts no other: start the server again; memory "
+        f"may have run out, see dmesg (log: {log})\n"
+    )
     assert wait_for_end(prefix, 5)
     assert list(tmp_path.iterdir()) == [log]
 

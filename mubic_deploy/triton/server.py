@@ -24,10 +24,12 @@ from shutil import copy2, copytree, rmtree
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.triton import watchdog
+from mubic_deploy.triton.health import model_of, model_processes
 
 HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 8001, 8002
 _GRACE = 10.0  # s for requests in flight and for the models to end
 _POLL = 0.05  # s
+_LAST = 3.0  # s between the end of a server's models and that of its watchdog
 SHM_BYTES = 16 << 20  # of each model process at the start; it grows as needed
 _INSTALL = "install it with: pip install 'mubic-deploy[serve]'"
 
@@ -61,6 +63,7 @@ class TritonServer:
         self.shm_prefix = f"mubic_{uuid.uuid4().hex[:12]}_"  # of its files in /dev/shm
         self._keep_log = log is not None
         self._process: subprocess.Popen | None = None
+        self._models: dict[int, str] = {}  # by the numbers of their processes, once the server is ready
 
     @property
     def url(self) -> str:
@@ -93,7 +96,9 @@ class TritonServer:
             self._end(kindly=False, keep_log=True)
             rmtree(folder, ignore_errors=True)
             raise
-        if not ready:
+        if ready:
+            self._models = model_processes(self.shm_prefix)
+        else:
             self._end(kindly=False, keep_log=False)
         return ready
 
@@ -103,7 +108,7 @@ class TritonServer:
         self._end(kindly=True, keep_log=False)
 
     def _end(self, kindly: bool, keep_log: bool) -> None:
-        process, self._process = self._process, None
+        process, self._process, self._models = self._process, None, {}
         if process is None:
             return
         keep_log = keep_log or process.poll() is not None  # it ended by itself: the log says why
@@ -122,12 +127,23 @@ class TritonServer:
             self.log = None
 
     def check(self) -> None:
-        """UserError, with the cause from the log, if the server is not running any more."""
+        """UserError if the server is not running any more, with the cause from the log, or if a model's process is not:
+        Triton (2.51) starts none again and still calls itself ready, but every request to that process fails."""
         if self._process is None:
             raise UserError("the Triton server is not started")
+        gone = [model for number, model in self._models.items() if not model_of(number, self.shm_prefix)]
+        if gone:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LAST)  # it may be the server that ends, and all its models with it
         status = self._process.poll()
         if status is not None:
             raise UserError(f"the Triton server ended by itself ({_ended(status)}): {self._cause()}")
+        if gone:
+            self._keep_log = True
+            raise UserError(
+                f"the process of the model {gone[0]} ended by itself, and Triton starts no other: start the server "
+                f"again; memory may have run out, see dmesg (log: {self.log})"
+            )
 
     def _launch(self, package: Path, folder: Path) -> None:
         prefix = self.shm_prefix
