@@ -98,6 +98,8 @@ def _serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=positive, metavar="N", help="clips that a model merges (default 8)")
     waits = "microseconds that a request waits for company, in each model (default 0)"
     parser.add_argument("--queue-delay", type=natural, metavar="US", help=waits)
+    refused = "refuse a request that waits longer than this in a model's queue (default: never)"
+    parser.add_argument("--queue-timeout", type=seconds, metavar="SECONDS", help=refused)
     calls = "the DDIM loop calls the model denoiser, which merges the steps of several clips"
     parser.add_argument("--call-denoiser", action="store_true", default=None, help=calls)
 

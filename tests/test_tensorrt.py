@@ -269,7 +269,7 @@ def test_the_commands(
 
 def test_the_repository_command_takes_its_options(run, plans: Plans, half_artifacts: Artifacts, tmp_path: Path) -> None:
     command = ("repository", plans.path, "--engine", "tensorrt", "--out", tmp_path / "r")
-    ran = run(*command, "--instances", 2, "--loops", 3, "--queue-delay", 50, "--no-warm-up")
+    ran = run(*command, "--instances", 2, "--loops", 3, "--queue-delay", 50, "--queue-timeout", 2, "--no-warm-up")
     assert ran.code == 0
     assert "version-compatible" not in ran.out
 
@@ -279,6 +279,7 @@ def test_the_repository_command_takes_its_options(run, plans: Plans, half_artifa
     fusion = read("fusion")
     assert fusion.instance_group[0].count == 2
     assert fusion.dynamic_batching.max_queue_delay_microseconds == 50
+    assert fusion.dynamic_batching.default_queue_policy.default_timeout_microseconds == 2_000_000
     assert fusion.optimization.cuda.graphs
     assert not fusion.model_warmup
     assert read("ddim").instance_group[0].count == 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import toy_graphs
 import tritonclient.grpc as triton
-from triton_serving import clips, serving
+from triton_serving import FREE_PORTS, clips, serving
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from mubic_deploy import graphs
@@ -23,6 +25,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.triton import client as client_module
 from mubic_deploy.triton.client import TritonPredictor, channel
+from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("triton_fixtures",)
@@ -209,6 +212,33 @@ def test_predictor_says_what_is_wrong(server: TritonServer, predictor: TritonPre
         hasty.timeout = 0.001
         with pytest.raises(UserError, match=r"within 0\.001 s: allow more \(timeout, --timeout\)"):
             hasty.predict(video, audio)
+
+
+SLOW = """
+import time
+from mubic_deploy.triton.graph_model import GraphModel
+class TritonPythonModel(GraphModel):
+    def execute(self, requests):
+        time.sleep(1)
+        return super().execute(requests)
+"""
+
+
+def test_a_request_that_waits_too_long_is_refused(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    repository, log = tmp_path / "repository", tmp_path / "log"
+    write_repository(toy_artifacts, repository, queue_timeout_s=0.4)
+    (repository / "visual_encoder" / "1" / "model.py").write_text(SLOW)
+    with TritonServer(repository, log=log, **FREE_PORTS) as server, TritonPredictor(server.url) as predictor:
+        video, audio = clips(predictor.config, 1)
+        running = predictor.predict_async(video, audio)
+        time.sleep(0.3)  # it is taken before the other comes
+        waiting = predictor.predict_async(video, audio)
+        overloaded = f"server at {server.url} is overloaded: the request waited there for longer than its --queue-tim"
+        with pytest.raises(UserError, match=overloaded):
+            waiting.result()
+        first, _ = running.result()
+        np.testing.assert_array_equal(predictor.predict(video, audio)[0], first)
+    assert not re.search(r"has \d+ in-flight inferences", log.read_text())  # nothing of it stays
 
 
 def test_predict_waits_as_long_as_it_is_told(run, server: TritonServer, tmp_path: Path) -> None:

@@ -94,8 +94,12 @@ def test_the_loop_takes_tensors_where_they_are(written: Path) -> None:
 
 
 def test_settings(plans: Plans, tmp_path: Path) -> None:
-    settings = GpuSettings(instances=2, loops=7, queue_delay_us=80, cuda_graphs=False, warm_up=False)
+    off = {"cuda_graphs": False, "warm_up": False}
+    settings = GpuSettings(instances=2, loops=7, queue_delay_us=80, queue_timeout_s=0.5, **off)
     write_gpu_repository(plans, tmp_path / "r", settings)
+    policies = {name: read(tmp_path / "r", name).dynamic_batching.default_queue_policy for name in (*GRAPHS, "ddim")}
+    refusing = {n for n, policy in policies.items() if policy.default_timeout_microseconds == 500_000}
+    assert refusing == {*GRAPHS, "ddim"} - {"audio_encoder", "denoiser"}
     fusion = read(tmp_path / "r", "fusion")
     assert fusion.instance_group[0].count == 2
     delays = {name: read(tmp_path / "r", name).dynamic_batching.max_queue_delay_microseconds for name in GRAPHS}
@@ -108,6 +112,7 @@ def test_settings(plans: Plans, tmp_path: Path) -> None:
         lambda: GpuSettings(instances=0),
         lambda: GpuSettings(loops=0),
         lambda: GpuSettings(queue_delay_us=-1),
+        lambda: GpuSettings(queue_timeout_s=-1.0),
     ):
         with pytest.raises(UserError, match="out of range"):
             wrong()
@@ -151,11 +156,25 @@ def test_the_command(run, toy_artifacts: Artifacts, tmp_path: Path) -> None:
     counts = {name: read(tmp_path / "cpu", name).instance_group[0].count for name in ("fusion", "denoiser", "ddim")}
     assert counts == {"fusion": 2, "denoiser": 2, "ddim": 1}
     options = ("--instances", 2, "--instances", "ddim=3", "--instances", "fusion=1", "--threads", 1, "--max-batch", 4)
-    assert run(*command, *options, "--queue-delay", 700, "--call-denoiser", "--engine", "onnxruntime").code == 0
+    assert (
+        run(
+            *command,
+            *options,
+            "--queue-delay",
+            700,
+            "--queue-timeout",
+            1.5,
+            "--call-denoiser",
+            "--engine",
+            "onnxruntime",
+        ).code
+        == 0
+    )
     fusion, ddim = read(tmp_path / "cpu", "fusion"), read(tmp_path / "cpu", "ddim")
     assert (fusion.instance_group[0].count, ddim.instance_group[0].count) == (1, 3)
     assert (fusion.max_batch_size, ddim.max_batch_size) == (4, 4)
     assert fusion.dynamic_batching.max_queue_delay_microseconds == 700
+    assert fusion.dynamic_batching.default_queue_policy.default_timeout_microseconds == 1_500_000
     assert {key: fusion.parameters[key].string_value for key in ("ENGINE", "THREADS")} == {
         "ENGINE": "onnxruntime",
         "THREADS": "1",

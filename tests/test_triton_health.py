@@ -62,7 +62,7 @@ def test_a_model_that_does_not_answer(
     with serving(toy_artifacts, tmp_path) as server:
         (fusion,) = (n for n, name in health.model_processes(server.shm_prefix).items() if name == "fusion")
         os.kill(fusion, signal.SIGSTOP)
-        with pytest.raises(TimeoutError):
+        with pytest.raises((TimeoutError, ValueError)):  # Triton notices after a second, if the test is slow
             check(server)
         os.kill(fusion, signal.SIGCONT)
 

@@ -91,6 +91,19 @@ def test_queue_delay(toy_artifacts: Artifacts, tmp_path: Path) -> None:
     assert fusion.dynamic_batching.max_queue_delay_microseconds == 0
 
 
+def test_queue_timeout(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    """Where a request may wait, but for the encoder that is done soon and for the steps of the loop."""
+    for calls in (False, True):
+        write_repository(toy_artifacts, tmp_path / "r", queue_timeout_s=2.5, call_denoiser=calls)
+        models = {p.name: read(tmp_path / "r", p.name) for p in (tmp_path / "r").iterdir()}
+        policies = {n: m.dynamic_batching.default_queue_policy for n, m in models.items()}
+        found = {n: (p.timeout_action, p.default_timeout_microseconds) for n, p in policies.items()}
+        refusing = ["visual_encoder", "fusion", "sampler", *(["ddim"] if calls else [])]
+        assert {n: value for n, value in found.items() if value[1]} == dict.fromkeys(refusing, (0, 2_500_000))
+    write_repository(toy_artifacts, tmp_path / "r")
+    assert not read(tmp_path / "r", "fusion").dynamic_batching.HasField("default_queue_policy")
+
+
 def test_same_settings_same_files(toy_artifacts: Artifacts, tmp_path: Path) -> None:
     write_repository(toy_artifacts, tmp_path / "a")
     write_repository(toy_artifacts, tmp_path / "b", max_batch=2)
@@ -106,6 +119,8 @@ def test_same_settings_same_files(toy_artifacts: Artifacts, tmp_path: Path) -> N
         ({"max_batch": 0}, "max_batch 0 is out of range"),
         ({"threads": -1}, "threads -1 is out of range"),
         ({"queue_delay_us": -1}, "queue delay -1 is out of range: use 0 or more microseconds"),
+        ({"queue_timeout_s": 0.0}, "queue timeout 0 is out of range: use seconds above 0"),
+        ({"queue_timeout_s": 1e300}, r"queue timeout 1e\+300 is out of range"),
         ({"instances": {"fusion": 0}}, "0 instances of fusion are out of range"),
         ({"max_batch": 3_000_000_000}, "max_batch 3000000000 is out of range: use 1 to 2147483647"),
         ({"threads": 10**14}, "threads 100000000000000 is out of range"),

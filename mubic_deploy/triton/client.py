@@ -26,6 +26,7 @@ REMEDIES = {  # where the server does not serve one of our models
 }
 MODELS = tuple(REMEDIES)
 TIMEOUT_S = 60.0  # for a request
+_REFUSED = "Request timeout expired"  # Triton's words for a request that waited too long in a queue
 _CONNECT_TIMEOUT = 10.0  # s, to learn what is served
 
 Result = tuple[np.ndarray, np.ndarray]  # saliency float32 [B, h, w], steps used int32 [B, 1]
@@ -175,6 +176,11 @@ class TritonPredictor:
         asked before any clip."""
         status = (error.status() or "").removeprefix("StatusCode.")
         message = " ".join((error.message() or "").split())
+        if _REFUSED in message:
+            return UserError(
+                f"the Triton server at {self.address} is overloaded: the request waited there for longer than its "
+                f"--queue-timeout, so send less at once, or try again later"
+            )
         if status == "UNAVAILABLE":
             return UserError(
                 f"no Triton server answers at {self.address}: start one with mubic-deploy serve, or check the address"

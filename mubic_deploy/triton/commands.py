@@ -35,6 +35,7 @@ def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any
         "instances": _instances(arguments, artifacts),
         "max_batch": arguments.max_batch,
         "queue_delay_us": arguments.queue_delay,
+        "queue_timeout_s": arguments.queue_timeout,
         "call_denoiser": arguments.call_denoiser,
     }
     return {name: value for name, value in options.items() if value is not None}
@@ -90,6 +91,8 @@ def repository(arguments: Namespace) -> int:
             raise UserError("--threads, --max-batch and --call-denoiser are for a CPU: leave them out")
         if arguments.queue_delay is not None:
             given["queue_delay_us"] = arguments.queue_delay
+        if arguments.queue_timeout is not None:
+            given["queue_timeout_s"] = arguments.queue_timeout
         for model, count in arguments.instances or []:
             if model is not None:
                 raise UserError(f"--instances {model}={count} is for a CPU: say how many of each engine, or --loops")

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts, Folder
@@ -38,6 +38,9 @@ SEQUENCES = 1 << 16  # that Triton tells apart; the model holds fewer
 POOL_BYTES = 2 << 30  # of the GPU's memory that a server should keep for what lies between the models, at least
 # where the largest batch is so large at most, each size gets a CUDA graph, not only the preferred ones
 CAPTURE_ALL_UP_TO = 16
+# whose requests are never refused: a clip's sound is soon done, and Triton (2.51) forgets to end an ensemble's request of
+# which one step was refused while another one ran; and in the loop most of a clip's work is done
+PATIENT = ("audio_encoder", "denoiser")
 _POWERS = tuple(2**n for n in range(11))
 _TYPES = {
     "bool": "TYPE_BOOL",
@@ -60,6 +63,7 @@ def write_repository(
     max_batch: int = 8,
     instances: Mapping[str, int] | None = None,
     queue_delay_us: int = 0,
+    queue_timeout_s: float | None = None,
     call_denoiser: bool = False,
     streams: StreamSettings = DEFAULTS,
 ) -> None:
@@ -67,7 +71,9 @@ def write_repository(
 
     engine: one of `cpu.ENGINES`; threads: of each graph, 0 for one a core; max_batch: samples that a model merges into
     one run, >= 1; instances: processes a model, by name, 1 where none is given; queue_delay_us: microseconds that a
-    request waits for company in the models whose requests are batched, 0 merges only what waits already; call_denoiser:
+    request waits for company in the models whose requests are batched, 0 merges only what waits already;
+    queue_timeout_s: seconds after which one that still waits in such a model is refused, but for those of PATIENT, None
+    for never; call_denoiser:
     `ddim` calls the model `denoiser` at every step, as it does on a GPU, instead of running the graph itself, which is
     faster there. Only with calls are requests batched for `ddim`: by itself it runs one after the other. streams:
     limits of live streams.
@@ -78,22 +84,33 @@ def write_repository(
     instances = dict(instances or {})
     models = {name: _settings(artifacts, name, engine, threads) for name in artifacts.signatures}
     _check(engine, max_batch, threads, instances, {*models, "ddim"})
-    _check_delay(queue_delay_us)
+    _check_queues(queue_delay_us, queue_timeout_s)
     configs = [_graph_model(config, precision, name, settings) for name, settings in models.items()]
     configs.append(_ddim(config, precision, None if call_denoiser else models["denoiser"]))
     for model in configs:
         model.max_batch_size = max_batch
         if model.name != "ddim" or call_denoiser:
-            model.dynamic_batching.SetInParent()  # without a delay too
-            model.dynamic_batching.max_queue_delay_microseconds = queue_delay_us
+            _batched(model, queue_delay_us, queue_timeout_s)
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
     configs += [*_ensembles(artifacts, max_batch), _stream(config, streams)]
     _write(configs, Path(out))
 
 
-def _check_delay(queue_delay_us: int) -> None:
-    if queue_delay_us < 0:
-        raise UserError(f"queue delay {queue_delay_us} is out of range: use 0 or more microseconds")
+def _check_queues(delay_us: int, timeout_s: float | None) -> None:
+    if delay_us < 0:
+        raise UserError(f"queue delay {delay_us} is out of range: use 0 or more microseconds")
+    if timeout_s is not None and not 1e-6 <= timeout_s <= MOST:
+        raise UserError(f"queue timeout {timeout_s:g} is out of range: use seconds above 0, up to {MOST}")
+
+
+def _batched(model: ModelConfig, delay_us: int, timeout_s: float | None) -> None:
+    """Requests of this model are merged; see `write_repository`."""
+    model.dynamic_batching.SetInParent()  # without a delay too
+    model.dynamic_batching.max_queue_delay_microseconds = delay_us
+    if timeout_s is not None and model.name not in PATIENT:
+        policy = model.dynamic_batching.default_queue_policy
+        policy.timeout_action = ModelQueuePolicy.REJECT
+        policy.default_timeout_microseconds = round(1e6 * timeout_s)
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,8 @@ class GpuSettings:
     queue_delay_us  microseconds that a request waits for company, in every engine and in `ddim`, so one by itself
                     waits for the encoders (side by side), for fusion, for the loop and for each of its steps; 0
                     merges only what waits already
+    queue_timeout_s seconds after which a request that still waits for an engine, or for a loop, is refused; None for
+                    never
     cuda_graphs     Triton captures each batch size of each engine and replays it: every one where the largest is at
                     most `CAPTURE_ALL_UP_TO`, else those that it prefers (powers of two, and the largest)
     warm_up         requests of those sizes to each engine before the server says that it is ready"""
@@ -110,6 +129,7 @@ class GpuSettings:
     instances: int = 1
     loops: int = 4
     queue_delay_us: int = 0
+    queue_timeout_s: float | None = None
     cuda_graphs: bool = True
     warm_up: bool = True
 
@@ -117,7 +137,7 @@ class GpuSettings:
         for name in ("instances", "loops"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: use 1 to {MOST}")
-        _check_delay(self.queue_delay_us)
+        _check_queues(self.queue_delay_us, self.queue_timeout_s)
 
 
 def write_gpu_repository(
@@ -141,9 +161,8 @@ def write_gpu_repository(
         model = _model(signature, config)
         model.platform, model.max_batch_size = "tensorrt_plan", plans.max_batch
         model.default_model_filename = PLAN
-        model.dynamic_batching.SetInParent()  # without a delay too
+        _batched(model, settings.queue_delay_us, settings.queue_timeout_s)
         model.dynamic_batching.preferred_batch_size.extend(n for n in preferred if n > 1)
-        model.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
         model.instance_group.add(count=settings.instances, kind=ModelInstanceGroup.KIND_GPU)
         if settings.cuda_graphs:
             model.optimization.cuda.graphs = True
@@ -173,8 +192,7 @@ def _gpu_ddim(config: Config, precision: str, max_batch: int, settings: GpuSetti
     model = _ddim(config, precision, None)
     model.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
     model.max_batch_size = max_batch
-    model.dynamic_batching.SetInParent()
-    model.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
+    _batched(model, settings.queue_delay_us, settings.queue_timeout_s)
     # the loop itself computes nothing: its tensors are on the GPU, its process is not
     model.instance_group.add(count=settings.loops, kind=ModelInstanceGroup.KIND_CPU)
     return model
