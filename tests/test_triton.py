@@ -15,6 +15,7 @@ import pytest
 import toy_graphs
 import tritonclient.grpc as triton
 from triton_serving import FREE_PORTS, clips, serving
+from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from mubic_deploy import graphs
@@ -131,14 +132,14 @@ def test_others_are_asked_as_the_environment_says(host: str) -> None:
     assert "grpc.enable_http_proxy" not in dict(channel(f"{host}:8001"))
 
 
-def send(url: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def send(url: str, arrays: dict[str, np.ndarray], model: str = graphs.ENSEMBLE) -> np.ndarray:
     """A request as any client could send it, without `TritonPredictor`'s checks."""
     inputs = []
     for name, array in arrays.items():
         inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
         inputs[-1].set_data_from_numpy(array)
     with triton.InferenceServerClient(url) as client:
-        return client.infer(graphs.ENSEMBLE, inputs).as_numpy("SALIENCY")
+        return client.infer(model, inputs).as_numpy("SALIENCY")
 
 
 def good(pipeline: Pipeline) -> dict[str, np.ndarray]:
@@ -165,10 +166,37 @@ def test_wrong_request_gets_an_error_and_the_next_its_map(
     server: TritonServer, toy_pipeline: Pipeline, change: dict[str, np.ndarray | None], message: str
 ) -> None:
     right = good(toy_pipeline)
-    with pytest.raises(InferenceServerException, match=message):
+    with pytest.raises(InferenceServerException, match=message) as error:
         send(server.url, {name: array for name, array in (right | change).items() if array is not None})
+    assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
     expected, _ = toy_pipeline.predict(right["VIDEO"], right["AUDIO"], 3, 4)
     np.testing.assert_allclose(send(server.url, right), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_wrong_request_over_http(server: TritonServer, toy_pipeline: Pipeline) -> None:
+    inputs = []
+    for name, array in (good(toy_pipeline) | {"SEED": np.array([[-5]])}).items():
+        inputs.append(InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)))
+        inputs[-1].set_data_from_numpy(array)
+    client = InferenceServerClient(f"127.0.0.1:{server.http_port}")
+    with client, pytest.raises(InferenceServerException, match="seed -5 is negative") as error:
+        client.infer(graphs.ENSEMBLE, inputs)
+    assert error.value.status() == "400"
+
+
+def test_a_wrong_seed_leaves_nothing_in_flight(
+    toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Of the ensemble whose noise is a model of its own."""
+    wrong = good(toy_pipeline) | {"SEED": np.array([[-5]])}
+    del wrong["STEPS"]
+    with serving(toy_artifacts, tmp_path) as server:
+        for _ in range(3):
+            with pytest.raises(InferenceServerException, match="seed -5 is negative") as error:
+                send(server.url, wrong, graphs.FIXED_ENSEMBLE)
+            assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+        time.sleep(1)  # for what Triton does after its answer
+    assert not re.search(r"has \d+ in-flight inferences", (tmp_path / "triton.log").read_text())
 
 
 def test_wrong_request_among_right_ones(server: TritonServer, toy_pipeline: Pipeline) -> None:

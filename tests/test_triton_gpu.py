@@ -91,6 +91,7 @@ def test_the_loop_takes_tensors_where_they_are(written: Path) -> None:
     assert ddim.HasField("dynamic_batching")  # without a delay too
     assert ddim.dynamic_batching.max_queue_delay_microseconds == 0
     assert "FORCE_CPU_ONLY_INPUT_TENSORS" not in read(written, "host").parameters
+    assert [t.name for t in read(written, "noise").input] == ["SEED"]  # for which nothing comes from the GPU
 
 
 def test_settings(plans: Plans, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def load_engine(graph: str, values: dict[str, str]) -> HostEngine:
 
 
 def error_response(error: UserError) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+    """What a client did wrong."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
 
 
 class GraphModel:

@@ -38,8 +38,8 @@ SEQUENCES = 1 << 16  # that Triton tells apart; the model holds fewer
 POOL_BYTES = 2 << 30  # of the GPU's memory that a server should keep for what lies between the models, at least
 # where the largest batch is so large at most, each size gets a CUDA graph, not only the preferred ones
 CAPTURE_ALL_UP_TO = 16
-# whose requests are never refused: a clip's sound is soon done, and Triton (2.51) forgets to end an ensemble's request of
-# which one step was refused while another one ran; and in the loop most of a clip's work is done
+# whose requests are never refused: a clip's sound is soon done, and Triton (2.51) never ends an ensemble's request of
+# which one step failed while another one ran; and in the loop most of a clip's work is done
 PATIENT = ("audio_encoder", "denoiser")
 _POWERS = tuple(2**n for n in range(11))
 _TYPES = {
@@ -92,7 +92,7 @@ def write_repository(
         if model.name != "ddim" or call_denoiser:
             _batched(model, queue_delay_us, queue_timeout_s)
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
-    configs += [*_ensembles(artifacts, max_batch), _stream(config, streams)]
+    configs += [*_ensembles(artifacts, max_batch, graphs.noise(config, late=True)), _stream(config, streams)]
     _write(configs, Path(out))
 
 
@@ -176,7 +176,7 @@ def write_gpu_repository(
         _gpu_ddim(config, precision, plans.max_batch, settings),
         _python(graphs.host(), plans.max_batch, config),
     ]
-    configs += [*_ensembles(plans, plans.max_batch), _stream(config, streams)]
+    configs += [*_ensembles(plans, plans.max_batch, graphs.noise(config)), _stream(config, streams)]
     _write(configs, Path(out), files)
 
 
@@ -283,8 +283,8 @@ def _stream(config: Config, streams: StreamSettings) -> ModelConfig:
     return model
 
 
-def _ensembles(folder: Folder, max_batch: int) -> list[ModelConfig]:
-    """`mubic`; and with a sampler `mubic_fixed`, and what draws its noise."""
+def _ensembles(folder: Folder, max_batch: int, noise: Signature) -> list[ModelConfig]:
+    """`mubic`; and with a sampler `mubic_fixed`, and `noise`, which draws its noise."""
     config, signatures = folder.config, folder.signatures
     sampler = signatures.pop(graphs.SAMPLER, None)
     conditioning = [s for s in signatures.values() if s.name != "denoiser"]
@@ -294,7 +294,6 @@ def _ensembles(folder: Folder, max_batch: int) -> list[ModelConfig]:
     if sampler is not None:
         fixed = _model(graphs.fixed_pipeline(config), config, **source)
         fixed.parameters[parameters.FIXED_STEPS].string_value = str(folder.fixed_steps)
-        noise = graphs.noise(config)
         models += [
             _python(noise, max_batch, config),
             _ensemble(fixed, [*conditioning, noise, sampler], max_batch),

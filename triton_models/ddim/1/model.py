@@ -19,6 +19,10 @@ from mubic_deploy.pipeline import chosen_steps, sample
 from mubic_deploy.triton import parameters
 
 
+class CallError(Exception):
+    """A model that the loop calls answered with an error."""
+
+
 class TritonPythonModel:
     """COND, ADAPTIVE_STEPS, SEED and STEPS in; SALIENCY [B, 1, h, w] (config.pbtxt reshapes it) and STEPS_USED out."""
 
@@ -40,6 +44,9 @@ class TritonPythonModel:
         try:
             outputs = self.run_here(request, self.denoiser) if self.denoiser else await self.run_calls(request)
         except UserError as error:
+            wrong = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=wrong)
+        except CallError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         except Exception as error:  # as where the GPU has no room for an answer: the others in the batch go on
             pb_utils.Logger.log_error(traceback.format_exc())
@@ -95,5 +102,5 @@ class TritonPythonModel:
         request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[output], inputs=inputs)
         response = await request.async_exec()
         if response.has_error():
-            raise UserError(f"{model}: {response.error().message()}")
+            raise CallError(f"{model}: {response.error().message()}")
         return pb_utils.get_output_tensor_by_name(response, output)

@@ -10,7 +10,7 @@ from mubic_deploy.triton import parameters
 
 
 class TritonPythonModel:
-    """SEED in, S_T out."""
+    """SEED in, S_T out. What else comes in says that it is time (see `graphs.noise`)."""
 
     def initialize(self, args: dict[str, str]) -> None:
         self.config = parameters.config_from_string(
@@ -25,4 +25,5 @@ class TritonPythonModel:
         try:
             return pb_utils.InferenceResponse([pb_utils.Tensor("S_T", noise(seeds[:, 0], self.config.map_size))])
         except UserError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+            wrong = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=wrong)
