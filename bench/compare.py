@@ -1,8 +1,9 @@
 """`python -m bench compare A B`: which differences between two runs are real.
 
-A median differs really if the bootstrap interval of the ratio leaves out 1 and the ratio is 2 % or more from it. That
-interval covers what varied within the runs. What the machine did between them is not in it: hence the warnings about
-machines, settings and measured limits, and hence one pair of runs proves little where the difference is small."""
+A median differs really if the bootstrap interval of the ratio leaves out 1 and the ratio is 2 % or more from it; a load
+of too few rounds has no interval and leaves that undecided. The interval covers what varied within the runs. What the
+machine did between them is not in it: hence the warnings about machines, settings and measured limits, and hence one
+pair of runs proves little where the difference is small."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from mubic_deploy.errors import UserError
 AT_LEAST = 1.02  # the ratio from which on a difference is worth a word, either way
 METRIC_AT_LEAST = 0.0005  # of CC, SIM, NSS and AUC, whose scale is fixed
 LIMIT_DRIFT = 0.05  # by which two runs' measured limits may differ
-FASTER, SLOWER, ALIKE = "faster", "slower", "no difference"
+FASTER, SLOWER, ALIKE, UNDECIDED = "faster", "slower", "no difference", "undecided"
 LOOKS = {FASTER: "green", SLOWER: "bold red", "better": "green", "worse": "bold red"}
 
 
@@ -50,7 +51,7 @@ class Timed:
 
     @property
     def real(self) -> bool:
-        return self.verdict != ALIKE
+        return self.verdict in (FASTER, SLOWER)
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class Comparison:
     lost: list[str] = field(default_factory=list)
 
     def slower(self, percent: float) -> list[Timed]:
-        """Rows that are really slower in b, by more than `percent` %, those too that are wide."""
-        return [t for t in self.times if t.verdict == SLOWER and 100 * (t.ratio - 1) > percent]
+        """Rows that are slower in b, by more than `percent` %, really or perhaps, those too that are wide."""
+        return [t for t in self.times if t.verdict in (SLOWER, UNDECIDED) and 100 * (t.ratio - 1) > percent]
 
     def to_json(self) -> dict[str, Any]:
         out = asdict(self)
@@ -165,7 +166,7 @@ def _timed(a: Row, b: Row) -> Timed:
     assert a.timing is not None
     assert b.timing is not None
     change, low, high = ratio(b.timing, a.timing)
-    verdict = ALIKE
+    verdict = ALIKE if math.isfinite(high) else UNDECIDED
     if not low <= 1 <= high and max(change, 1 / change) >= AT_LEAST:
         verdict = SLOWER if change > 1 else FASTER
     wide = tuple(name for name, row in (("A", a), ("B", b)) if row.timing is not None and row.timing.wide)
@@ -281,7 +282,7 @@ def _show(found: Comparison) -> None:
         table.add_column("", no_wrap=True)
         for t in found.times:
             verdict = t.verdict + (f", wide in {' and '.join(t.wide)}" if t.wide else "")
-            figures = (text.seconds(t.a), text.seconds(t.b), f"{t.ratio:.3f}", f"{t.low:.3f} to {t.high:.3f}")
+            figures = (text.seconds(t.a), text.seconds(t.b), f"{t.ratio:.3f}", text.ends(t.low, t.high))
             table.add_row(escape(_name(t)), *figures, verdict, style=LOOKS.get(t.verdict))
         screen.print(table)
     if any(t.wide for t in found.times):
@@ -300,6 +301,7 @@ def _show(found: Comparison) -> None:
     count = Counter(t.verdict for t in found.times)
     still = sum(v.verdict == ALIKE for v in found.values)
     say(
-        f"{count[FASTER]} faster, {count[SLOWER]} slower, {count[ALIKE]} without a real difference; "
-        f"{len(found.values) - still} of {len(found.values)} other figures moved"
+        f"{count[FASTER]} faster, {count[SLOWER]} slower, {count[ALIKE]} without a real difference"
+        + (f", {count[UNDECIDED]} undecided, of too few rounds; " if count[UNDECIDED] else "; ")
+        + f"{len(found.values) - still} of {len(found.values)} other figures moved"
     )

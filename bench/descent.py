@@ -73,7 +73,8 @@ class Verdict:
 
 def judged(default: Load, found: Load, target_s: float) -> Verdict:
     """The gain in throughput; in p99 where the default misses the target. It is real, as `bench compare` says it, if
-    it is AT_LEAST and its interval over the rounds leaves out 1; and never if the target is missed for it."""
+    it is AT_LEAST and its interval over the rounds leaves out 1, for which there must be enough of them; and never if
+    the target is missed for it."""
     meets = [load.timing.percentile(99) <= target_s for load in (default, found)]
     if meets[0]:
         figure = RATE

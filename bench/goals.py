@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from bench.results import Results, Row
-from bench.timing import RESAMPLES, Timing, interval, ratio, ratio_in_run
+from bench.timing import RESAMPLES, UNKNOWN, Timing, interval, ratio, ratio_in_run
 from mubic_deploy.engines import cpu
 
 DEFAULT = cpu.ENGINES[0]
@@ -66,7 +66,8 @@ class Outcome:
 
     @property
     def reached(self) -> str:
-        """UNDECIDED where the interval reaches over a bound, or the times never settled. NaN reaches nothing."""
+        """UNDECIDED where the interval reaches over a bound or too few rounds tell none, or the times never settled.
+        NaN reaches nothing."""
         if self.figure is None:
             return NOT_MEASURED
         if not math.isfinite(self.figure.measured):
@@ -89,10 +90,13 @@ def faster(side: str, than: str, what: str = "whole") -> Callable[[Results], Fig
 
 
 def value(what: str, side: str, name: str, **axes: int | str) -> Callable[[Results], Figure]:
-    """A row's value, and its interval where NAME_low and NAME_high are beside it."""
+    """A row's value, and its interval where NAME_low and NAME_high are beside it; UNKNOWN of too few rounds."""
 
     def of(results: Results) -> Figure:
-        values = results.row(what, side, **axes).values
+        row = results.row(what, side, **axes)
+        values = row.values
+        if row.timing is not None and row.timing.few:
+            return Figure(values[name], UNKNOWN)
         ends = [values[end] for end in (f"{name}_low", f"{name}_high") if end in values]
         return Figure(values[name], (ends[0], ends[1]) if ends else None)
 
@@ -105,8 +109,7 @@ def share_of_limit(side: str) -> Callable[[Results], Figure]:
     def of(results: Results) -> Figure:
         row = results.row("whole", side)
         timing, share = _timing(row), row.values["share_of_limit"]
-        low, high = timing.interval
-        return Figure(share, (share * timing.median / high, share * timing.median / low), timing.settled)
+        return Figure(share, _per(share * timing.median, timing), timing.settled)
 
     return of
 
@@ -121,6 +124,12 @@ def extreme(pick: Callable[[list[float]], float], what: str, name: str) -> Calla
         return Figure(float(pick(found)))
 
     return of
+
+
+def _per(amount: float, timing: Timing) -> tuple[float, float]:
+    """The interval of an amount over a time's median."""
+    low, high = timing.interval
+    return amount / high, amount / low if low > 0 else math.inf
 
 
 def _timing(row: Row) -> Timing:
@@ -183,8 +192,8 @@ def _throughput(results: Results) -> Figure:
         raise KeyError("batch")
     best = max(rows, key=lambda row: row.values["clips_per_s"])
     batch, timing = int(best.axes["batch"]), _timing(best)
-    low, high = timing.interval
-    return Figure(batch / timing.median, (batch / high, batch / low), timing.settled, f"{best.side}, batch {batch}")
+    rate = batch / timing.median
+    return Figure(rate, _per(batch, timing), timing.settled, f"{best.side}, batch {batch}")
 
 
 def _step_ms(results: Results) -> Figure:

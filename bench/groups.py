@@ -201,7 +201,7 @@ def _point(row: Row, value: str, at: int | str | None) -> Point | None:
         return None
     if value == "median_s" and row.timing is not None:
         low, high = row.timing.interval
-        return Point(at, row.timing.median, low=low, high=high)
+        return Point(at, row.timing.median) if row.timing.few else Point(at, row.timing.median, low=low, high=high)
     y = row.values.get(value, math.nan)
     return Point(at, y) if math.isfinite(y) else None
 

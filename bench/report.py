@@ -19,7 +19,7 @@ from bench.goals import NO, UNDECIDED, outcomes
 from bench.groups import Group, first_of, group_charts, groups, reached, roofline
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder
-from bench.timing import CONFIDENCE, WIDE, ratio_in_run
+from bench.timing import CONFIDENCE, FEW, WIDE, ratio_in_run
 from mubic_deploy.console import bar, say
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
@@ -108,8 +108,8 @@ def _opening(found: dict[str, Results]) -> str:
     reading = (
         f"Figures are medians of all calls, beside them the {100 * CONFIDENCE:.0f} % bootstrap interval of the median; "
         "p95 is what 95 of 100 calls stayed under. The ratio is to the table's first side with the same settings: "
-        f"under 1 is faster. <mark>wide</mark> marks a median whose interval reaches more than {100 * WIDE:.0f} % to "
-        "each side, <mark>not settled</mark> one whose warm-up calls still changed: rely on neither."
+        f"under 1 is faster. A load of fewer than {FEW} rounds has no interval. <mark>wide</mark> marks a median that "
+        f"has none, or one of more than {100 * WIDE:.0f} % to each side, <mark>not settled</mark> one whose warm-up calls still changed: rely on neither."
     )
     return (
         f"<h1>{escape(TITLE)}</h1>\n<p>{escape(' '.join(measured))}</p>\n<p>{reading}</p>\n"
@@ -123,7 +123,7 @@ def _goals(found: dict[str, Results]) -> str:
     for outcome in outcomes(found):
         goal, figure, said = outcome.goal, outcome.figure, outcome.reached
         measured = f"{figure.measured:.4g} {goal.unit}".rstrip() if figure else "-"
-        interval = " to ".join(f"{end:.4g}" for end in figure.interval) if figure and figure.interval else "-"
+        interval = text.ends(*figure.interval, ".4g") if figure and figure.interval else "-"
         if figure and not figure.settled:
             interval += " <mark>not settled</mark>"
         strong = f"<strong>{said}</strong>" if said in (NO, UNDECIDED) else said
@@ -135,7 +135,8 @@ def _goals(found: dict[str, Results]) -> str:
         return ""
     headings = ["what", "goal", "measured", "interval", "reached"]
     about = (
-        f"<p>{UNDECIDED}: the interval of what was measured reaches over the goal, or the times never settled.</p>\n"
+        f"<p>{UNDECIDED}: the interval of what was measured reaches over the goal, or too few rounds tell none, or the "
+        "times never settled.</p>\n"
     )
     return f'<h2 id="goals">Goals</h2>\n{about}' + page.table("Goals", headings, rows, texts=2)
 
@@ -228,7 +229,7 @@ def _times(group: Group, row: Row, compared: bool) -> list[str]:
     if first is row or first is None or first.timing is None:
         return [*cells, "1", "-"]
     against, low, high = ratio_in_run(row.timing, first.timing)
-    return [*cells, f"{against:.3f}", f"{low:.3f} to {high:.3f}"]
+    return [*cells, f"{against:.3f}", text.ends(low, high)]
 
 
 def _limits(results: Results) -> str:

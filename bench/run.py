@@ -14,7 +14,7 @@ from types import MappingProxyType
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine, timing
+from bench import machine, text, timing
 from bench.results import FOLDER, LOOKS, Results
 from bench.sides import Context, Say
 from mubic_deploy.config import CONFIGS
@@ -127,11 +127,11 @@ def show(results: Results) -> None:
     for row in results.rows:
         times = [""] * 4
         if row.timing is not None:
-            low, high = row.timing.interval
+            low, high = (1000 * end for end in row.timing.interval)
             mark = " *" if row.timing.wide else ""
             times = [
                 f"{1000 * row.timing.median:.1f}{mark}",
-                f"{1000 * low:.1f} to {1000 * high:.1f}",
+                text.ends(low, high, ".1f"),
                 f"{1000 * row.timing.percentile(99):.1f}",
                 str(len(row.timing.samples)),
             ]

@@ -23,9 +23,16 @@ def seconds(value: float, figures: int = 3) -> str:
     raise AssertionError(value)
 
 
+def ends(low: float, high: float, form: str = ".3f") -> str:
+    """1.021 to 1.034; - of what has no interval."""
+    return f"{low:{form}} to {high:{form}}" if math.isfinite(high) else "-"
+
+
 def interval(low: float, high: float) -> str:
-    """81.6 to 82.4 ms; both units where they differ."""
-    (a, unit), (b, other) = (seconds(value).split(" ") if math.isfinite(value) else ("-", "") for value in (low, high))
+    """81.6 to 82.4 ms; both units where they differ; - of what has none."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "-"
+    (a, unit), (b, other) = (seconds(value).split(" ") for value in (low, high))
     return f"{a} to {b} {unit}" if unit == other else f"{a} {unit} to {b} {other}"
 
 

@@ -23,6 +23,8 @@ WINDOW = 3
 SLOWER = 4  # times warm_up_s
 ASLEEP = 2_000_000  # cycles, a millisecond on an H200: longer than the host takes to enqueue some graphs
 AT_LEAST = 5  # calls of a side, however slow it is; and warm-up calls, before it counts as not settled
+FEW = 5  # rounds, or pairs: an interval of fewer says nothing, of one it would be a point
+UNKNOWN = (0.0, math.inf)  # the interval then
 
 _numbers = itertools.count(1)  # of this process's measurements
 
@@ -72,8 +74,13 @@ class Timing:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Bootstrap confidence interval of the median (percentile method, fixed seed)."""
-        return interval(self.resampled())
+        """Bootstrap confidence interval of the median (percentile method, fixed seed); UNKNOWN of too few rounds."""
+        return UNKNOWN if self.few else interval(self.resampled())
+
+    @property
+    def few(self) -> bool:
+        """Whether it is of rounds, and of fewer than tell an interval."""
+        return 0 < len(self.rounds) < FEW
 
     def resampled(self, seed: int = 0) -> np.ndarray:
         """RESAMPLES medians of what is drawn with replacement: calls, or whole rounds."""
@@ -120,8 +127,9 @@ def interval(resampled: np.ndarray) -> tuple[float, float]:
 
 
 def ratio(a: Timing, b: Timing) -> tuple[float, float, float]:
-    """Median of `a` over median of `b`, and its bootstrap confidence interval."""
-    return a.median / b.median, *interval(a.resampled(0) / b.resampled(1))
+    """Median of `a` over median of `b`, and its bootstrap confidence interval; UNKNOWN if one has too few rounds."""
+    ends = UNKNOWN if a.few or b.few else interval(a.resampled(0) / b.resampled(1))
+    return a.median / b.median, *ends
 
 
 def ratio_in_run(a: Timing, b: Timing) -> tuple[float, float, float]:
@@ -134,9 +142,9 @@ def ratio_in_run(a: Timing, b: Timing) -> tuple[float, float, float]:
 
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Median of a[i] over b[i], each pair measured together, and its bootstrap confidence interval: what changed from
-    pair to pair, as a machine that is slow for a minute, is not in it."""
+    pair to pair, as a machine that is slow for a minute, is not in it. UNKNOWN of fewer than FEW pairs."""
     ratios = [float(x / y) for x, y in zip(a, b, strict=True)]
-    return float(np.median(ratios)), *interval(resampled_medians(ratios))
+    return float(np.median(ratios)), *(UNKNOWN if len(ratios) < FEW else interval(resampled_medians(ratios)))
 
 
 def wall(call: Callable[[], Any]) -> float:

@@ -43,7 +43,7 @@ from mubic_deploy.triton.server import TritonServer
 OUT = Path("out") / "tuned"
 SECONDS, QUICK_SECONDS = 10.0, 2.0  # of a trial
 PARTS = 2  # of a trial, so that it has a spread
-ROUNDS, QUICK_ROUNDS = 8, 4  # of the winner against the default, each half a trial long
+ROUNDS, QUICK_ROUNDS = 8, 5  # of the winner against the default, each half a trial long
 MAX_BATCH = 8  # `write_repository`'s own
 DELAYS_US = (0, 500, 2000, 10000)
 DEFAULT = "default"
@@ -310,7 +310,7 @@ def _row(what: str, side: str, axes: dict[str, int | str], load: Load, target_s:
 def _said(name: str, verdict: Verdict) -> str:
     """In one sentence."""
     of = "the default's clips a second" if verdict.figure == RATE else "better p99 than the default's"
-    interval = f"{verdict.gain:.3f} x {of} (95 %: {verdict.low:.3f} to {verdict.high:.3f})"
+    interval = f"{verdict.gain:.3f} x {of} (95 %: {text.ends(verdict.low, verdict.high)})"
     if verdict.real:
         return f"{name}: {interval}, it is kept"
     why = "but it misses the target" if verdict.misses else "which is no real difference"

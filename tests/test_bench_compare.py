@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from bench import compare
-from bench.compare import ALIKE, FASTER, SLOWER
+from bench.compare import ALIKE, FASTER, SLOWER, UNDECIDED
 from bench.results import Results, Row
 from bench.timing import Timing
 from mubic_deploy.arguments import Parser
@@ -57,6 +58,25 @@ def test_verdict(a: list[float], b: list[float], ratio: float, verdict: str) -> 
     (found,) = compare.compare(run_of([timed(*a)]), run_of([timed(*b)])).times
     assert found.ratio == pytest.approx(ratio)
     assert (found.verdict, found.real) == (verdict, verdict != ALIKE)
+
+
+def test_too_few_rounds_leave_it_undecided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not counted, and not passed over in silence either."""
+
+    def load(seconds: float, rounds: int) -> Results:
+        row = Row("server", "our clients", {"concurrency": 4}, Timing((seconds,) * 5 * rounds, rounds=(5,) * rounds))
+        return run_of([row])
+
+    for rounds, verdict in ((1, UNDECIDED), (4, UNDECIDED), (5, SLOWER)):
+        (found,) = compare.compare(load(1.0, 5), load(1.5, rounds)).times
+        assert (found.verdict, found.real) == (verdict, verdict == SLOWER)
+    load(1.0, 4).write(tmp_path / "a.json")
+    load(1.5, 4).write(tmp_path / "b.json")
+    assert compare.run(parse(tmp_path / "a.json", tmp_path / "b.json", "--fail-if-slower", 5)) == 0
+    said = capsys.readouterr()
+    assert "0 faster, 0 slower, 0 without a real difference, 1 undecided, of too few rounds; 0 of 0" in said.out
+    assert re.search(r"1\.500 │ +- │", said.out)
+    assert "slower than that, but wide, so not counted: 1 rows" in said.err
 
 
 def test_interval_is_scipys() -> None:

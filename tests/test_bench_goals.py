@@ -74,6 +74,23 @@ def test_intervals_that_results_state() -> None:
     assert [clients(*ends).reached for ends in ((1.0, 1.1), (0.9, 1.1), (0.9, 0.99))] == ["yes", "undecided", "no"]
 
 
+@pytest.mark.parametrize("rounds", [1, 4, 5])
+def test_too_few_rounds_decide_nothing(rounds: int) -> None:
+    """Whatever interval older results state for them."""
+    axes: dict[str, int | str] = {"protocol": "grpc", "concurrency": 4}
+    load = Timing((1.0,) * rounds, rounds=(1,) * rounds)
+    values = {"over_in_process": 1.2, "over_in_process_low": 1.2, "over_in_process_high": 1.2}
+    for stated in (values, {"over_in_process": 1.2}):
+        found = {"server_demo.json": Results("server", {}, rows=[Row("server", "our clients", axes, load, stated)])}
+        got = outcome(found, "demo, 4 clients against the best batch in process").reached
+        assert got == (goals.YES if rounds == 5 else goals.UNDECIDED)
+    run = engines(1.0)
+    run["engines_full.json"].row("whole", goals.DEFAULT).timing = load
+    for what in (" against eager with the encoders at each step", ", share of the rate of matrix products"):
+        got = outcome(run, f"full, {goals.DEFAULT}{what}").reached
+        assert got == (goals.YES if rounds == 5 else goals.UNDECIDED), what
+
+
 @pytest.mark.parametrize("values", [(math.nan, 0.99999), (0.99999, math.nan), (0.99999, math.nan, 0.99995)])
 def test_nan_reaches_nothing(values: tuple[float, ...]) -> None:
     rows = [Row("parity of maps", "openvino", {"steps": i}, values={"cc": v}) for i, v in enumerate(values)]

@@ -189,7 +189,7 @@ def test_perf_analyzer_is_one_of_the_loads(tmp_path: Path, monkeypatch: pytest.M
     row, mine = (found.row("server", side, protocol="grpc") for side in ("perf_analyzer", "our clients"))
     assert (row.values["clips_per_s"], row.values["p99_s"]) == (600.0, 2.0)
     assert row.values["over_ours"] == pytest.approx(600 / mine.values["clips_per_s"], rel=0.3)
-    assert row.values["over_ours_low"] < 0.7 * row.values["over_ours"] < 0.7 * row.values["over_ours_high"]
+    assert "over_ours_low" not in row.values  # of three rounds
     assert found.left_out == {"perf_analyzer, 1 over http": "perf_analyzer failed"}
     assert [r.axes["protocol"] for r in found.rows if r.side == "perf_analyzer"] == ["grpc"]
 

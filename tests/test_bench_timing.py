@@ -204,6 +204,19 @@ def test_calls_of_one_round_are_not_independent() -> None:
     assert (low, high) == timings["by round"].interval
 
 
+def test_too_few_rounds_tell_no_interval() -> None:
+    """However alike they are: of one round the interval would be a point."""
+    for rounds in (1, 4, 5):
+        load = Timing((1.0, 1.001) * rounds, rounds=(2,) * rounds)
+        told = rounds == 5
+        assert (load.interval != timing.UNKNOWN, not load.wide) == (told, told)
+        for ratio in (timing.ratio(load, Timing((0.5,) * 9)), timing.ratio(Timing((2.0,) * 9), load)):
+            assert (ratio[0], ratio[1:] != timing.UNKNOWN) == (pytest.approx(2, rel=0.01), told)
+        pairs = timing.paired_ratio([2.0, 2.002] * rounds, [1.0, 1.0] * rounds)
+        assert (pairs[0], pairs[1:] != timing.UNKNOWN) == (pytest.approx(2, rel=0.01), rounds > 1)
+    assert timing.paired_ratio([2.0] * 4, [1.0] * 4)[1:] == timing.UNKNOWN
+
+
 def test_the_interval_of_a_ratio_holds_the_true_one() -> None:
     rng = np.random.default_rng(0)
     a, b = 2 + rng.normal(0, 0.1, 200), 1 + rng.normal(0, 0.1, 200)

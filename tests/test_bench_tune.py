@@ -125,29 +125,30 @@ def load(rates: list[float], p99_s: float = 0.1) -> Load:
 @pytest.mark.parametrize(
     ("rates", "p99_s", "expected"),
     [
-        ([11.0, 11.1, 10.9, 11.2], 0.1, (RATE, 1.11, True)),  # more than both spreads
-        ([10.1, 10.1, 10.1, 10.1], 0.1, (RATE, 1.01, False)),  # under 2 %
-        ([11.0, 11.0, 5.6, 11.1], 0.1, (RATE, 1.105, False)),  # the machine was slow, once, for one of the two
-        ([9.0, 11.9, 9.5, 11.5], 0.1, (RATE, 1.046, False)),  # inside the spread
-        ([20.0, 20.0, 20.0, 20.0], 0.3, (RATE, 2.0, False)),  # misses the target
+        ([11.0, 11.1, 10.9, 11.2, 11.1], 0.1, (RATE, 1.11, True)),  # more than both spreads
+        ([11.0, 11.1, 10.9, 11.2], 0.1, (RATE, 1.11, False)),  # too few rounds
+        ([10.1, 10.1, 10.1, 10.1, 10.1], 0.1, (RATE, 1.01, False)),  # under 2 %
+        ([11.0, 11.0, 5.6, 5.6, 11.1], 0.1, (RATE, 1.1, False)),  # the machine was slow, twice, for one of the two
+        ([9.0, 11.9, 9.5, 11.5, 10.5], 0.1, (RATE, 1.05, False)),  # inside the spread
+        ([20.0, 20.0, 20.0, 20.0, 20.0], 0.3, (RATE, 2.0, False)),  # misses the target
     ],
 )
 def test_the_default_stays_without_a_real_gain(
     rates: list[float], p99_s: float, expected: tuple[str, float, bool]
 ) -> None:
-    verdict = judged(load([10.0, 9.9, 10.1, 10.0]), load(rates, p99_s), 0.2)
+    verdict = judged(load([10.0, 9.9, 10.1, 10.0, 10.0][: len(rates)]), load(rates, p99_s), 0.2)
     assert (verdict.figure, verdict.real, verdict.misses) == (expected[0], expected[2], p99_s > 0.2)
     assert verdict.gain == pytest.approx(expected[1], abs=0.001)
     assert verdict.low <= verdict.gain <= verdict.high
 
 
 def test_a_machine_that_is_slow_for_some_rounds_hides_no_gain() -> None:
-    verdict = judged(load([10.0, 6.0, 5.9, 10.1]), load([11.0, 6.5, 6.5, 11.2]), 0.2)
+    verdict = judged(load([10.0, 6.0, 5.9, 10.1, 10.0]), load([11.0, 6.5, 6.5, 11.2, 11.0]), 0.2)
     assert (verdict.gain, verdict.real) == (pytest.approx(1.1, abs=0.005), True)
 
 
 def test_a_default_that_misses_the_target_is_judged_by_its_p99() -> None:
-    verdict = judged(load([10.0, 10.0, 10.0], 0.4), load([8.0, 8.0, 8.0], 0.2), 0.3)
+    verdict = judged(load([10.0] * 5, 0.4), load([8.0] * 5, 0.2), 0.3)
     assert (verdict.figure, verdict.gain, verdict.real) == (P99, pytest.approx(2.0), True)
 
 

@@ -137,8 +137,8 @@ def _throughput(
 
 
 def _over(figure: str, load: Load, other: Load) -> dict[str, float]:
-    """Its rate over the other's, by the rounds that both had; with its interval if there were several."""
-    names = (figure, f"{figure}_low", f"{figure}_high") if len(load.answers) > 1 else (figure,)
+    """Its rate over the other's, by the rounds that both had; with its interval if there were enough for one."""
+    names = (figure, f"{figure}_low", f"{figure}_high") if len(load.answers) >= timing.FEW else (figure,)
     return dict(zip(names, timing.paired_ratio(load.rates, other.rates), strict=False))
 
 
