@@ -109,7 +109,8 @@ def _opening(found: dict[str, Results]) -> str:
         f"Figures are medians of all calls, beside them the {100 * CONFIDENCE:.0f} % bootstrap interval of the median; "
         "p95 is what 95 of 100 calls stayed under. The ratio is to the table's first side with the same settings: "
         f"under 1 is faster. A load of fewer than {FEW} rounds has no interval. <mark>wide</mark> marks a median that "
-        f"has none, or one of more than {100 * WIDE:.0f} % to each side, <mark>not settled</mark> one whose warm-up calls still changed: rely on neither."
+        f"has none, or one of more than {100 * WIDE:.0f} % to each side, <mark>not settled</mark> one whose warm-up "
+        "calls still changed: rely on neither."
     )
     return (
         f"<h1>{escape(TITLE)}</h1>\n<p>{escape(' '.join(measured))}</p>\n<p>{reading}</p>\n"

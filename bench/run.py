@@ -16,7 +16,9 @@ from rich.table import Table
 
 from bench import machine, text, timing
 from bench.results import FOLDER, LOOKS, Results
+from bench.serving import client
 from bench.sides import Context, Say
+from mubic_deploy.arguments import MOST_PORT
 from mubic_deploy.config import CONFIGS
 from mubic_deploy.console import bar, say, warn
 from mubic_deploy.errors import UserError
@@ -31,8 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser, suites: list[str]) -> None:
     where = f"default bench/results, or {LOOKS} with --quick, other --threads or --url"
     parser.add_argument("--out", type=Path, help=f"folder of the results ({where})")
     running = "server: of a Triton server that runs already, which then is measured alone"
-    parser.add_argument("--url", metavar="HOST:PORT", help=f"{running}; gRPC's port")
-    parser.add_argument("--http-url", metavar="HOST:PORT", help="its port of HTTP, to measure that too")
+    parser.add_argument("--url", metavar="HOST:PORT", type=address, help=f"{running}; gRPC's port")
+    parser.add_argument("--http-url", metavar="HOST:PORT", type=address, help="its port of HTTP, to measure that too")
+
+
+def address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= MOST_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is no address of a server: use HOST:PORT, as 127.0.0.1:8000")
+    return text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     addresses = {protocol: where for protocol, where in running.items() if where}
     if addresses and (arguments.suite != "server" or not arguments.url):
         raise UserError("--url is for the suite server, and --http-url goes with it")
+    for protocol, where in addresses.items():  # or it would be found out when the machine was measured
+        client(where, protocol).close()
     look = arguments.quick or addresses or arguments.threads != len(os.sched_getaffinity(0))
     out = arguments.out or (LOOKS if look else FOLDER)
     try:

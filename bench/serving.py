@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,7 +71,7 @@ class HttpPredictor:
     def _explaining(self) -> Iterator[None]:
         try:
             yield
-        except (InferenceServerException, OSError) as error:
+        except (InferenceServerException, OSError, HTTPException, ValueError) as error:  # no Triton may be there
             said = " ".join(str(error).split())
             raise UserError(f"the Triton server at {self._address} does not answer over HTTP ({said})") from None
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import av
 import jsonschema
@@ -26,6 +27,7 @@ from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import cost
 from mubic_deploy.parity import random_clip
+from mubic_deploy.triton.server import TritonServer
 
 FAST = timing.Rule(repeats=2, seconds=0.1, short_s=0.0, warm_up_s=0.1, quick=True)
 
@@ -393,6 +395,7 @@ def test_a_look_replaces_no_results(
     limits = {"gemm_float32": 1e11, "copy": 1e10}
     settings = {"size": "full", "threads": 1}
     monkeypatch.setattr(run, "measure", lambda suite, *_: results.Results(suite, settings, limits))
+    monkeypatch.setattr(run, "client", lambda *_: Mock())
     monkeypatch.setattr(run, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(run, "LOOKS", tmp_path / "looks")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
@@ -406,6 +409,9 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["run", "engine"], "invalid choice: 'engine'"),
         (["run", "steps", "--threads", "99"], "99 threads are out of range"),
         (["run", "steps", "--url", "127.0.0.1:9"], "--url is for the suite server"),
+        (["run", "server", "--url", "localhost"], "--url: localhost is no address of a server: use HOST:PORT, as 127"),
+        (["run", "server", "--url", "a:1", "--http-url", "http://a:2"], "--http-url: http://a:2 is no address"),
+        (["run", "server", "--url", "127.0.0.1:70000"], "127.0.0.1:70000 is no address"),
         (["compare", str(tmp_path / "a"), str(tmp_path / "b")], "does not exist"),
     ):
         assert main(arguments) == 2
@@ -413,3 +419,22 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
         assert said in error
         assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_is_asked_before_the_machine_is_measured(
+    toy_server: TritonServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("measured"))
+    good = ["run", "server", "--out", str(tmp_path), "--url", toy_server.url]
+    for arguments, said in (
+        ([*good[:-1], "127.0.0.1:9"], "no Triton server answers at 127.0.0.1:9"),
+        ([*good, "--http-url", "127.0.0.1:9"], "127.0.0.1:9 does not answer over HTTP"),
+        ([*good, "--http-url", toy_server.url], f"{toy_server.url} does not answer over HTTP"),  # gRPC's port
+        ([*good, "--http-url", f"127.0.0.1:{toy_server.metrics_port}"], "does not answer over HTTP"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        main([*good, "--http-url", f"127.0.0.1:{toy_server.http_port}"])
