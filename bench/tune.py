@@ -241,7 +241,8 @@ def run(arguments: argparse.Namespace) -> int:
     write_repository(artifacts, arguments.out, **best.options())
     _show(found)
     say(f"{path}")
-    say(f"{arguments.out}: serve it with tritonserver --model-repository {arguments.out}, or with")
+    served = shlex.join(["tritonserver", "--model-repository", str(arguments.out)])
+    say(f"{arguments.out}: serve it with {served}, or with")
     say(f"  {command}")
     return 0
 

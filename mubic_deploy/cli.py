@@ -93,7 +93,7 @@ def _fit(parser: argparse._ActionsContainer) -> None:
 def _serving(parser: argparse.ArgumentParser) -> None:
     """How a server computes. Unset ones keep the repository's default."""
     parser.add_argument("--threads", type=natural, metavar="N", help="of each graph (default: one a core)")
-    many = "processes of each graph, or of one model; may be repeated (default 1)"
+    many = "processes of each model that computes, or of one model; may be repeated (default 1)"
     parser.add_argument("--instances", type=instances, action="append", metavar="N|MODEL=N", help=many)
     parser.add_argument("--max-batch", type=positive, metavar="N", help="clips that a model merges (default 8)")
     waits = "microseconds that a request waits for company, in each model (default 0)"

@@ -145,6 +145,22 @@ def test_nothing_stays_when_the_parent_is_killed(repository: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [log]
 
 
+def test_the_command_leaves_no_repository_when_it_is_killed(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
+    command = [sys.executable, "-m", "mubic_deploy.cli", "serve", "--artifacts", str(toy_artifacts.path), *ports]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([*command, "--log", os.devnull], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "serving demo" in process.stdout.readline()
+    assert {path.name[:13] for path in tmp_path.iterdir()} == {"mubic-reposit", "mubic-triton-"}
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 20
+    while list(tmp_path.iterdir()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_runs_on_when_the_watchdog_is_killed(repository: Path, tmp_path: Path) -> None:
     process, _, prefix, _ = start_serve(repository, tmp_path)
     watchdog = next(pid for pid in processes(prefix) if b"watchdog.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
@@ -206,6 +222,14 @@ def test_port_in_use(repository: Path, use: str) -> None:
             TritonServer(repository, **(FREE_PORTS | {use: port})).start()
 
 
+def test_a_host_of_another_machine(repository: Path) -> None:
+    """The ports are not to blame."""
+    with pytest.raises(
+        UserError, match=r"^192\.0\.2\.1 is no address of this machine: use 127\.0\.0\.1, 0\.0\.0\.0 or"
+    ):
+        TritonServer(repository, host="192.0.2.1", **FREE_PORTS).start()
+
+
 @pytest.mark.parametrize("what", ["mkdtemp", "copytree"])
 def test_a_full_folder_for_temporary_files(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -226,9 +250,24 @@ def test_a_full_folder_for_temporary_files(
 def test_a_log_that_cannot_be_written(repository: Path, tmp_path: Path) -> None:
     """Of which room for temporary files is no cure."""
     log = tmp_path / "gone" / "server.log"
-    with pytest.raises(UserError, match=rf"cannot be started: .*No such file or directory: '{log}'$"):
+    with pytest.raises(UserError, match=rf"^{log} cannot be written \(No such .*\): choose another --log$"):
         TritonServer(repository, log=log, **FREE_PORTS).start()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_belongs_to_one_server(repository: Path, tmp_path: Path) -> None:
+    """For as long as that runs; what an earlier one wrote goes."""
+    log = tmp_path / "log"
+    log.write_text('E1127 15:04:05.000000 1 x.cc:1] "an old error"\n')
+    with TritonServer(repository, log=log, **FREE_PORTS):
+        said = log.read_text()
+        assert "Started GRPCInferenceService" in said
+        assert "an old error" not in said
+        with pytest.raises(UserError, match=rf"^{log} is the log of another server, which runs: choose another --log$"):
+            TritonServer(repository, log=log, **FREE_PORTS).start()
+        assert log.read_text().startswith(said)
+    with TritonServer(repository, log=Path(os.devnull), **FREE_PORTS), server_module._fresh(Path(os.devnull)):
+        server_module._fresh(log).close()
 
 
 def test_missing_repository(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ the exit code."""
 from __future__ import annotations
 
 import contextlib
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ DEMO_SCENE_SEED = 1001  # of the scenes that the shipped checkpoint is evaluated
 def _instances(arguments: Namespace, artifacts: Artifacts) -> dict[str, int]:
     """--instances by model; what comes later counts."""
     found: dict[str, int] = {}
+    of_all = {*artifacts.signatures, "ddim"}
+    if not arguments.call_denoiser:
+        of_all.remove("denoiser")  # `ddim` runs that graph itself
     for model, count in arguments.instances or []:
-        found |= dict.fromkeys(artifacts.signatures, count) if model is None else {model: count}
+        found |= dict.fromkeys(of_all, count) if model is None else {model: count}
     return found
 
 
@@ -70,6 +74,7 @@ def serve(arguments: Namespace) -> int:
             grpc_port=arguments.grpc_port,
             metrics_port=arguments.metrics_port,
             log=arguments.log,
+            remove=[Path(folder)],
         )
     say("stopped")
     return 0
@@ -82,8 +87,8 @@ def repository(arguments: Namespace) -> int:
 
     options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
     given = {name: value for name, value in options.items() if value is not None}
-    served = f"tritonserver --disable-auto-complete-config --model-repository={arguments.out}"
-    served += f" --backend-config=python,shm-default-byte-size={SHM_BYTES}"
+    served = ["tritonserver", "--disable-auto-complete-config", f"--model-repository={arguments.out}"]
+    served.append(f"--backend-config=python,shm-default-byte-size={SHM_BYTES}")
     if arguments.engine == "tensorrt":
         from mubic_deploy.engines.tensorrt import Plans
 
@@ -100,15 +105,15 @@ def repository(arguments: Namespace) -> int:
         plans = Plans.open(arguments.artifacts)
         settings = GpuSettings(**given)
         write_gpu_repository(plans, arguments.out, settings)
-        served += f" --cuda-memory-pool-byte-size=0:{pool_bytes(plans, settings)}"
+        served.append(f"--cuda-memory-pool-byte-size=0:{pool_bytes(plans, settings)}")
         if plans.manifest["version_compatible"]:
-            served += " --backend-config=tensorrt,version-compatible=true"
+            served.append("--backend-config=tensorrt,version-compatible=true")
     elif given:
         raise UserError("--loops, --no-cuda-graphs and --no-warm-up are for --engine tensorrt: leave them out")
     else:
         artifacts = Artifacts.open(arguments.artifacts)
         write_repository(artifacts, arguments.out, **serving_options(arguments, artifacts))
-    say(f"{arguments.out}: serve it with {served}")
+    say(f"{arguments.out}: serve it with {shlex.join(served)}")
     say('  with this package on its PYTHONPATH; docs/deployment.md, "A Triton of your own", says what else it wants')
     return 0
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import http.client
 import json
 import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import Error as CopyError
 from shutil import copy2, copytree, rmtree
+from typing import BinaryIO
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.triton import watchdog
@@ -38,11 +42,12 @@ class TritonServer:
     """A running server: `with TritonServer(repository) as server:`, or `start` and `stop`.
 
     repository: a folder that `write_repository` made. host: the address to listen on. Ports: 0 picks a free one.
-    log: the file for the server's output; without one a temporary file, which stays only if the server failed.
-    timeout: seconds until every model must be ready.
+    log: the file for the server's output, of no other server that runs; without one a temporary file, which stays only
+    if the server failed. timeout: seconds until every model must be ready. remove: folders that go when the server has
+    ended, even if this process was killed.
 
-    UserError when starting: the wheel is missing, a port is in use, or the server ends or is not ready in time, with
-    the cause from its log."""
+    UserError when starting: the wheel is missing, a port or the log is in use, or the server ends or is not ready in
+    time, with the cause from its log."""
 
     def __init__(
         self,
@@ -54,12 +59,14 @@ class TritonServer:
         metrics_port: int = METRICS_PORT,
         log: Path | None = None,
         timeout: float = 120.0,
+        remove: Iterable[Path] = (),
     ) -> None:
         self.repository = Path(repository).resolve()
         self.host = _number(host)
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
         self.timeout = timeout
         self.log = log
+        self.remove = [str(Path(folder).resolve()) for folder in remove]
         self.shm_prefix = f"mubic_{uuid.uuid4().hex[:12]}_"  # of its files in /dev/shm
         self._keep_log = log is not None
         self._process: subprocess.Popen | None = None
@@ -153,7 +160,7 @@ class TritonServer:
                 "env": _environment(package) | {"TMPDIR": str(folder)},  # what the models leave there goes with it
                 "grace": _GRACE,
                 "shm_prefix": prefix,
-                "remove": [str(folder)],
+                "remove": [str(folder), *self.remove],
             }
             if self.log is None:
                 handle, name = tempfile.mkstemp(prefix="mubic-triton-", suffix=".log")
@@ -162,7 +169,7 @@ class TritonServer:
         except OSError as error:
             raise _not_started(error) from None
         try:
-            with self.log.open("wb") as log:
+            with _fresh(self.log) as log:
                 # a session of its own: an interrupt from the terminal reaches this process only, which ends the server
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", watchdog.__file__, json.dumps(job)],
@@ -171,7 +178,7 @@ class TritonServer:
                     stderr=log,
                     start_new_session=True,
                 )
-        except OSError as error:  # names the log, if it is that
+        except OSError as error:
             raise UserError(f"the Triton server cannot be started: {error}") from None
 
     def _command(self, package: Path, backends: Path, shm_prefix: str) -> list[str]:
@@ -268,6 +275,25 @@ def _not_started(error: OSError) -> UserError:
     )
 
 
+def _fresh(log: Path) -> BinaryIO:
+    """An empty log. Whoever inherits it holds its lock until the last of them has ended. UserError if it cannot be
+    written or another server has it."""
+    try:
+        file = log.open("ab")
+    except OSError as error:
+        raise UserError(f"{log} cannot be written ({error.strerror or error}): choose another --log") from None
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # not /dev/null
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{log} is the log of another server, which runs: choose another --log") from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+    return file
+
+
 def _backends(package: Path, folder: Path) -> Path:
     """A copy of the wheel's backends with the stub of this Python in it."""
     version = sysconfig.get_python_version()
@@ -321,7 +347,8 @@ def _number(host: str) -> str:
 
 
 def _ports(host: str, ports: dict[str, int]) -> list[int]:
-    """The ports with free ones for 0, all of them tried out. UserError names a port that cannot be had."""
+    """The ports with free ones for 0, all of them tried out. UserError names a port, or the host, that cannot be
+    had."""
     with contextlib.ExitStack() as held:
         found = []
         for use, port in ports.items():
@@ -332,6 +359,10 @@ def _ports(host: str, ports: dict[str, int]) -> list[int]:
                 listener.bind(address)
                 listener.listen()
             except (OSError, OverflowError) as error:
+                if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+                    raise UserError(
+                        f"{host} is no address of this machine: use 127.0.0.1, 0.0.0.0 or one of its own"
+                    ) from None
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(f"{use} port {port} of {host} cannot be used ({reason}): choose another") from None
             found.append(listener.getsockname()[1])
