@@ -37,6 +37,19 @@ class Tensor:
         return cls(name, tensor.values, tensor.on_device)
 
 
+class TritonError(str):
+    """As in Triton, but that it is its message."""
+
+    INTERNAL, INVALID_ARG = 1, 3
+
+    def __new__(cls, message: str, code: int = INTERNAL) -> TritonError:
+        error = super().__new__(cls, message)
+        error.code = code
+        return error
+
+    code: int
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor], list[str]]]:
     """Model, inputs and wanted outputs of each call. `denoiser` adds 1 to S_T; everything it gives is on the device."""
@@ -63,7 +76,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor],
         "Tensor": Tensor,
         "InferenceRequest": InferenceRequest,
         "InferenceResponse": lambda output_tensors=None, error=None: SimpleNamespace(out=output_tensors, error=error),
-        "TritonError": str,
+        "TritonError": TritonError,
         "Logger": SimpleNamespace(log_error=lambda text: None),
         "get_input_tensor_by_name": get,
         "get_output_tensor_by_name": get,
@@ -124,6 +137,18 @@ def test_a_call_that_fails_is_an_error_of_its_request_alone(calls, monkeypatch: 
     assert whole.out[1].values.tolist() == [[2]]
 
 
+def test_a_model_that_answers_with_an_error_is_no_fault_of_the_client(calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = sys.modules["triton_python_backend_utils"]
+
+    async def fails(request: Any) -> Any:
+        said = SimpleNamespace(message=lambda: "no memory")
+        return SimpleNamespace(has_error=lambda: True, error=lambda: said)
+
+    monkeypatch.setattr(double.InferenceRequest, "async_exec", fails)
+    error = run([4], [4]).error
+    assert (error, error.code) == ("denoiser: no memory", TritonError.INTERNAL)
+
+
 def test_adaptive_steps_are_fetched_by_host(calls) -> None:
     answer = run([0, 4], [3, 9])
     assert [model for model, *_ in calls] == ["host"] + 4 * ["denoiser"]
@@ -134,7 +159,8 @@ def test_adaptive_steps_are_fetched_by_host(calls) -> None:
 
 @pytest.mark.parametrize("name", ["SEED", "STEPS"])
 def test_settings_on_a_gpu_are_an_error_of_their_request(calls, name: str) -> None:
-    assert run([4], [4], **{name: True}).error == f"{name} lies on a GPU: send it from the host's memory"
+    error = run([4], [4], **{name: True}).error
+    assert (error, error.code) == (f"{name} lies on a GPU: send it from the host's memory", TritonError.INVALID_ARG)
     assert not calls
 
 
