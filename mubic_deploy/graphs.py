@@ -149,11 +149,9 @@ def conditioner(c: Config, precision: str = FLOAT32) -> Signature:
     return Signature("conditioner", media(c), (*conditioning(c, precision), ENTROPY, ADAPTIVE_STEPS))
 
 
-def noise(c: Config, late: bool = False) -> Signature:
-    """A model of Triton's that draws the sampler's noise. late: not before fusion has run, of which it reads nothing. A
-    wrong seed fails there then, alone: Triton (2.51) never ends an ensemble's request of which one step fails while
-    another one runs. On a GPU that tensor would have to come to the host, and every clip would wait for the noise."""
-    return Signature("noise", (SEED, *([ADAPTIVE_STEPS] if late else [])), (initial_noise(c),))
+def noise(c: Config) -> Signature:
+    """A model of Triton's that draws the sampler's noise."""
+    return Signature("noise", (SEED,), (initial_noise(c),))
 
 
 def ddim(c: Config, precision: str = FLOAT32) -> Signature:

@@ -184,16 +184,20 @@ def test_a_wrong_request_over_http(server: TritonServer, toy_pipeline: Pipeline)
     assert error.value.status() == "400"
 
 
-def test_a_wrong_seed_leaves_nothing_in_flight(
+def test_a_wrong_request_leaves_nothing_in_flight(
     toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    """Of the ensemble whose noise is a model of its own."""
-    wrong = good(toy_pipeline) | {"SEED": np.array([[-5]])}
-    del wrong["STEPS"]
+    right = good(toy_pipeline)
+    wrong_seed = {name: array for name, array in right.items() if name != "STEPS"} | {"SEED": np.array([[-5]])}
+    wrong_sound = right | {"AUDIO": np.full((1, 16608), np.nan, np.float32)}
+    mistakes = (
+        (wrong_seed, graphs.FIXED_ENSEMBLE, "seed -5 is negative"),
+        (wrong_sound, graphs.ENSEMBLE, "AUDIO holds"),
+    )
     with serving(toy_artifacts, tmp_path) as server:
-        for _ in range(3):
-            with pytest.raises(InferenceServerException, match="seed -5 is negative") as error:
-                send(server.url, wrong, graphs.FIXED_ENSEMBLE)
+        for arrays, model, message in 3 * mistakes:
+            with pytest.raises(InferenceServerException, match=message) as error:
+                send(server.url, arrays, model)
             assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
         time.sleep(1)  # for what Triton does after its answer
     assert not re.search(r"has \d+ in-flight inferences", (tmp_path / "triton.log").read_text())

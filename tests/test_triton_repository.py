@@ -42,7 +42,7 @@ def test_ensemble_runs_the_encoders_side_by_side(toy_artifacts: Artifacts, tmp_p
     makes = {s.model_name: set(s.output_map.values()) for s in ensemble.ensemble_scheduling.step}
     assert needs["visual_encoder"] == {"VIDEO"}
     assert needs["audio_encoder"] == {"AUDIO"}
-    assert needs["fusion"] == {"V1", "V2", "V3", "V4", "A"}
+    assert needs["fusion"] == {"V1", "V2", "V3", "V4", "A", "AUDIO"}  # at which it looks
     assert "ENTROPY" not in makes["fusion"]  # nobody reads it: it would only be copied
     assert needs["ddim"] == makes["fusion"] | {"SEED", "STEPS"}
 

@@ -6,11 +6,12 @@ Every config.pbtxt is made from `graphs` and written through the protobuf schema
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -92,7 +93,7 @@ def write_repository(
         if model.name != "ddim" or call_denoiser:
             _batched(model, queue_delay_us, queue_timeout_s)
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
-    configs += [*_ensembles(artifacts, max_batch, graphs.noise(config, late=True)), _stream(config, streams)]
+    configs += [*_ensembles(artifacts, max_batch, functools.partial(_late, config)), _stream(config, streams)]
     _write(configs, Path(out))
 
 
@@ -176,7 +177,7 @@ def write_gpu_repository(
         _gpu_ddim(config, precision, plans.max_batch, settings),
         _python(graphs.host(), plans.max_batch, config),
     ]
-    configs += [*_ensembles(plans, plans.max_batch, graphs.noise(config)), _stream(config, streams)]
+    configs += [*_ensembles(plans, plans.max_batch, lambda signature: signature), _stream(config, streams)]
     _write(configs, Path(out), files)
 
 
@@ -244,7 +245,7 @@ def _model(signature: Signature, config: Config, **extra: str) -> ModelConfig:
 
 def _graph_model(config: Config, precision: str, graph: str, settings: GraphSettings) -> ModelConfig:
     """A graph in an engine on the CPU, through the Python backend."""
-    signature = graphs.signatures(config, precision, sampler=True)[graph]
+    signature = _late(config, graphs.signatures(config, precision, sampler=True)[graph])
     model = _model(signature, config, **settings.to_strings())
     model.backend = "python"
     return model
@@ -283,17 +284,28 @@ def _stream(config: Config, streams: StreamSettings) -> ModelConfig:
     return model
 
 
-def _ensembles(folder: Folder, max_batch: int, noise: Signature) -> list[ModelConfig]:
-    """`mubic`; and with a sampler `mubic_fixed`, and `noise`, which draws its noise."""
+def _late(config: Config, signature: Signature) -> Signature:
+    """What a model takes on a CPU: fusion the sound too, to look at it, and the noise something of fusion's, to be
+    later. So a wrong request fails when nothing else of it runs: Triton (2.51) never ends an ensemble's request of
+    which one step fails while another one runs. On a GPU the sound comes to no model that could look at it, and what
+    is of fusion's would have to come to the host."""
+    more = {"fusion": [graphs.audio()] if config.has_audio else [], "noise": [graphs.ADAPTIVE_STEPS]}
+    return replace(signature, inputs=(*signature.inputs, *more.get(signature.name, [])))
+
+
+def _ensembles(folder: Folder, max_batch: int, taken: Callable[[Signature], Signature]) -> list[ModelConfig]:
+    """`mubic`; and with a sampler `mubic_fixed`, and `noise`, which draws its noise. taken: what a model takes and
+    gives, where that is more than its graph."""
     config, signatures = folder.config, folder.signatures
     sampler = signatures.pop(graphs.SAMPLER, None)
-    conditioning = [s for s in signatures.values() if s.name != "denoiser"]
+    conditioning = [taken(s) for s in signatures.values() if s.name != "denoiser"]
     source = {parameters.SOURCE: json.dumps(folder.source)}
     loop = graphs.ddim(config, folder.precision)
     models = [_ensemble(_model(graphs.pipeline(config), config, **source), [*conditioning, loop], max_batch)]
     if sampler is not None:
         fixed = _model(graphs.fixed_pipeline(config), config, **source)
         fixed.parameters[parameters.FIXED_STEPS].string_value = str(folder.fixed_steps)
+        noise = taken(graphs.noise(config))
         models += [
             _python(noise, max_batch, config),
             _ensemble(fixed, [*conditioning, noise, sampler], max_batch),

@@ -10,7 +10,7 @@ from mubic_deploy.triton import parameters
 
 
 class TritonPythonModel:
-    """SEED in, S_T out. What else comes in says that it is time (see `graphs.noise`)."""
+    """SEED in, S_T out. On a CPU something of fusion's comes too, only so that this is later."""
 
     def initialize(self, args: dict[str, str]) -> None:
         self.config = parameters.config_from_string(
