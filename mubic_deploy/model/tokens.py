@@ -14,7 +14,7 @@ between layouts, no kernels of cuDNN's that are slow at small or depth-wise conv
 | keys and values; a stage's convolution and shortcut  | one product                                                 |
 | a query's products with each axis's position vectors | one with all of them, from which each pair takes its column |
 
-The result is the same to rounding. Before a compiler it is slower: windows are copies then."""
+The result is the same to rounding. Without a compiler windows are copies."""
 
 from __future__ import annotations
 
@@ -192,8 +192,9 @@ def depthwise_norm(
     from mubic_deploy.model import kernels  # Triton's, which machines without a GPU need not have
 
     scale, shift = (y.view(-1, norm.normalized_shape[0]) for y in (norm.weight, norm.bias))
+    residual = residual.contiguous() if residual is not None else None
     more = (norm.eps, first, list(grid), conv.stride[-1], start)
-    return kernels.depthwise_norm(x, conv.weight, conv.bias, residual, scale, shift, *more)
+    return kernels.depthwise_norm(x.contiguous(), conv.weight, conv.bias, residual, scale, shift, *more)
 
 
 class ChannelsFirst(nn.Module):
