@@ -38,7 +38,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import SAMPLER
 from mubic_deploy.parity import random_clip
 from mubic_deploy.triton.repository import require_repository, write_repository
-from mubic_deploy.triton.server import TritonServer
+from mubic_deploy.triton.server import TritonServer, own_command
 
 OUT = Path("out") / "tuned"
 SECONDS, QUICK_SECONDS = 10.0, 2.0  # of a trial
@@ -241,8 +241,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_repository(artifacts, arguments.out, **best.options())
     _show(found)
     say(f"{path}")
-    served = shlex.join(["tritonserver", "--model-repository", str(arguments.out)])
-    say(f"{arguments.out}: serve it with {served}, or with")
+    say(f"{arguments.out}: serve it with {shlex.join(own_command(arguments.out))}, or with")
     say(f"  {command}")
     return 0
 

@@ -83,12 +83,11 @@ def serve(arguments: Namespace) -> int:
 def repository(arguments: Namespace) -> int:
     """A model repository, for a server of one's own."""
     from mubic_deploy.triton.repository import GpuSettings, pool_bytes, write_gpu_repository, write_repository
-    from mubic_deploy.triton.server import SHM_BYTES
+    from mubic_deploy.triton.server import own_command
 
     options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
     given = {name: value for name, value in options.items() if value is not None}
-    served = ["tritonserver", "--disable-auto-complete-config", f"--model-repository={arguments.out}"]
-    served.append(f"--backend-config=python,shm-default-byte-size={SHM_BYTES}")
+    served = own_command(arguments.out)
     if arguments.engine == "tensorrt":
         from mubic_deploy.engines.tensorrt import Plans
 

@@ -266,6 +266,12 @@ def _package() -> Path:
     return package
 
 
+def own_command(repository: Path) -> list[str]:
+    """What starts a Triton of one's own on a repository; that of a GPU wants more."""
+    options = [f"--model-repository={repository}", f"--backend-config=python,shm-default-byte-size={SHM_BYTES}"]
+    return ["tritonserver", "--disable-auto-complete-config", *options]
+
+
 def _not_started(error: OSError) -> UserError:
     """A server wants some files of its own: a log, and the wheel's backends."""
     reason = error.args[0][0][2] if isinstance(error, CopyError) else error  # of copytree: the first file's
