@@ -120,7 +120,8 @@ def _waterfall(group: Group, timed: list[Row], name: str) -> Iterator[Chart]:
         seconds, gain = row.timing.median, row.values.get("gain")
         if gain is None and bars:
             gain = bars[-1].seconds / seconds
-        bars.append(Bar(row.side, seconds, *row.timing.interval, gain if bars else None))
+        ends = (seconds, seconds) if row.timing.few else row.timing.interval
+        bars.append(Bar(row.side, seconds, *ends, gain if bars else None))
     if len(bars) < 2 or group.varying:
         return
     steps = "; ".join(f"{b.name}: {text.seconds(b.seconds)}" + (f", {b.gain:.2f} x" if b.gain else "") for b in bars)

@@ -43,6 +43,7 @@ from mubic_deploy.model.precision import prepared
 from mubic_deploy.model.tokens import INDUCTOR
 from mubic_deploy.parity import CLIPS, compare
 
+LEAST_CAPABILITY = 8.0  # of a GPU, for PyTorch's flash kernel
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 
 
@@ -106,11 +107,16 @@ def build(
 ) -> Packages:
     """Packages of all graphs of `model` into `out`, which may hold earlier ones (they are replaced).
 
-    UserError without the device or a C++ compiler, for one as of `require_shared_runtime`, if `out` is something else
-    or cannot be written, or if a package does not compute what eager PyTorch does."""
+    UserError without the device or a C++ compiler, for one as of `require_shared_runtime`, for a GPU too old for FP16,
+    if `out` is something else or cannot be written, or if a package does not compute what eager PyTorch does."""
     device = torch.device(options.device)
     facts = aotinductor.facts(device)
     require_shared_runtime()
+    if options.chosen_precision == FLOAT16 and float(facts["compute_capability"]) < LEAST_CAPABILITY:
+        raise UserError(
+            f"{facts['name']} has compute capability {facts['compute_capability']}, and attention in FP16 wants "
+            f"{LEAST_CAPABILITY}: use --precision {FLOAT32}"
+        )
     if options.fixed_steps is not None:
         model.config.check_fixed_steps(options.fixed_steps)
     out = Path(out)
@@ -158,15 +164,17 @@ def _build_into(
     def checked(clips: int) -> None:
         progress("checking against eager PyTorch", len(graphs) + clips, total)
 
-    reference, candidate = eager.load_engines(model, fixed_steps=steps), aotinductor.load_engines(Packages.open(folder))
+    packages, reference = Packages.open(folder), eager.load_engines(model, fixed_steps=steps)
+    candidate = aotinductor.load_engines(packages)
     said = ("the compiled packages differ from eager PyTorch", options.remedy)
-    parity = compare(model.config, reference, candidate, progress=checked, precision=options.chosen_precision)
+    more: dict[str, Any] = {
+        "precision": options.chosen_precision,
+        "conditioner": aotinductor.load_conditioner(packages, candidate),  # as the pipeline runs them
+    }
+    parity = compare(model.config, reference, candidate, progress=checked, **more)
     parity.require(*said)
     # and whether the samples of the largest batch stay apart
-    largest = compare(
-        model.config, reference, candidate, 1, precision=options.chosen_precision, batch=options.max_batch
-    )
-    largest.require(*said)
+    compare(model.config, reference, candidate, 1, batch=options.max_batch, **more).require(*said)
     manifest["parity"] = parity.to_json()
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -106,10 +106,11 @@ def compare(
     progress: Callable[[int], None] = lambda done: None,
     precision: str = FLOAT32,
     batch: int = 1,
+    conditioner: Engine | None = None,
 ) -> Parity:
     """Each graph on the reference's own intermediate tensors, and the final map of the whole chain, for `clips` batches
     of random clips. precision: of the candidate. `progress` hears how many are done. The sampler is compared if the
-    candidate has one, and the chain with its loop."""
+    candidate has one, and the chain with its loop, and with the candidate's conditioner if it has one."""
     result = Parity(clips=clips, precision=precision)
     progress(0)
     for seed in range(clips):
@@ -137,7 +138,8 @@ def compare(
                 worst[tensor] = float(np.maximum(worst.get(tensor, 0.0), difference))
                 means[tensor] = means.get(tensor, 0.0) + float(mean) / clips
             tensors |= expected
-        pairs = [Pipeline(config, e).predict(clip["VIDEO"], clip["AUDIO"], seed)[0] for e in (reference, candidate)]
+        chains = (Pipeline(config, reference), Pipeline(config, candidate, conditioner=conditioner))
+        pairs = [chain.predict(clip["VIDEO"], clip["AUDIO"], seed)[0] for chain in chains]
         result.map_difference = float(np.maximum(result.map_difference, np.abs(pairs[0] - pairs[1]).max()))
         ccs = (1.0 if np.array_equal(a, b) else cc(a, b) for a, b in zip(*pairs, strict=True))  # flat maps have no CC
         result.map_cc = float(np.min([result.map_cc, *ccs]))

@@ -21,6 +21,10 @@ LOUDEST = 8  # times full scale: a mix may exceed it a little, samples of 16 bit
 ENGINES = (*cpu.ENGINES, "onnxruntime-cuda", *EAGER, "aotinductor", "tensorrt")
 
 
+class StepsError(UserError):
+    """What the model chose is no number of steps: its weights are at fault, or sound that nobody looked at."""
+
+
 class Predictor(Protocol):
     """Anything that turns clips into maps: the pipeline here, or a Triton server far away."""
 
@@ -84,11 +88,11 @@ def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, ste
 
 
 def chosen_steps(config: Config, steps: np.ndarray, adaptive: np.ndarray) -> np.ndarray:
-    """steps int32 [B, 1], 0 for adaptive, and ADAPTIVE_STEPS [B, 1] -> those of each clip, int32 [B, 1]. UserError if
+    """steps int32 [B, 1], 0 for adaptive, and ADAPTIVE_STEPS [B, 1] -> those of each clip, int32 [B, 1]. StepsError if
     ADAPTIVE_STEPS is taken and out of range, as it is made of features that are not finite."""
     used = np.where(steps > 0, steps, adaptive).astype(np.int32)
     if not ((used >= 1) & (used <= config.max_steps)).all():
-        raise UserError(f"ADAPTIVE_STEPS is out of range: it must be 1 to {config.max_steps}, or give STEPS")
+        raise StepsError(f"ADAPTIVE_STEPS is out of range: it must be 1 to {config.max_steps}, or give STEPS")
     return used
 
 

@@ -154,7 +154,9 @@ def test_adaptive_steps_are_fetched_by_host(calls) -> None:
     assert [model for model, *_ in calls] == ["host"] + 4 * ["denoiser"]
     assert calls[0][2] == ["ON_HOST"]
     assert answer.out[1].values.tolist() == [[3], [4]]
-    assert run([0], [13]).error.startswith("ADAPTIVE_STEPS is out of range")
+    error = run([0], [13]).error
+    assert error.startswith("ADAPTIVE_STEPS is out of range")
+    assert error.code == TritonError.INTERNAL  # no client chose it
 
 
 @pytest.mark.parametrize("name", ["SEED", "STEPS"])

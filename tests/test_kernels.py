@@ -25,6 +25,10 @@ CASES = [
     (1, (1, 8, 16), 8, (8, 0), 2, 2, 8, False, False),
     (0, (3, 2, 8), 1, (0, 0), 1, 1, 12, True, True),
     (0, (2, 3, 1), 1, (0, 0), 1, 1, 3, True, True),
+    # tiles of strided places, whole ones and others
+    (1, (1, 2, 18), 2, (0, 6), 1, 1, 6, False, False),
+    (1, (1, 1, 35), 4, (0, 0), 1, 1, 6, True, True),
+    (0, (1, 1, 70), 8, (0, 0), 2, 1, 5, True, False),
 ]
 BATCH = 2
 

@@ -36,20 +36,21 @@ def test_attention_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "head", "dtype", "flash"),
+    ("queries", "keys", "head", "dtype", "training", "flash"),
     [
-        (43_008, 192, 32, torch.float16, True),
-        (673, 2_689, 144, torch.float16, True),
-        (2_689, 673, 128, torch.float16, False),  # cuDNN's kernel is worth its start
-        (43_008, 192, 12, torch.float16, False),  # a head that no flash kernel takes as it is
-        (43_008, 192, 32, torch.float32, False),
+        (43_008, 192, 32, torch.float16, False, True),
+        (673, 2_689, 144, torch.float16, False, True),
+        (2_689, 673, 128, torch.float16, False, False),  # cuDNN's kernel is worth its start
+        (43_008, 192, 12, torch.float16, False, False),  # a head that no flash kernel takes as it is
+        (43_008, 192, 32, torch.float32, False, False),
+        (43_008, 192, 32, torch.float16, True, False),  # older GPUs train too
     ],
 )
 def test_a_short_attention_on_a_gpu_is_a_flash_kernels(
-    queries: int, keys: int, head: int, dtype: torch.dtype, flash: bool
+    queries: int, keys: int, head: int, dtype: torch.dtype, training: bool, flash: bool
 ):
     """Traced with tensors that only claim to be on a GPU."""
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.set_grad_enabled(training):
         q, k = (torch.empty(1, 2, n, head, dtype=dtype, device="cuda") for n in (queries, keys))
         traced = make_fx(lambda q, k: product(q, k, k))(q, k)
     called = {node.target for node in traced.graph.nodes}

@@ -198,7 +198,7 @@ def test_the_host_waits_for_the_upload_before_and_for_no_graph(gpu: Gpu) -> None
 
 @pytest.mark.usefixtures("mode")
 def test_uploads_go_through_pinned_memory_on_a_stream_of_their_own(gpu: Gpu) -> None:
-    """Each batch size and input has its own, once."""
+    """Once an input, until a batch is larger."""
     replayed = Replayed(step, torch.device("cpu"))
     with gpu.late(newest_first=False):
         for batch in (1, 2, 1, 2):
@@ -209,6 +209,27 @@ def test_uploads_go_through_pinned_memory_on_a_stream_of_their_own(gpu: Gpu) -> 
     assert len(streams) == 1
     assert gpu.default not in streams
     assert {stream for stream, x in gpu.copies if x.data_ptr() not in places} == {gpu.default}
+
+
+def test_a_place_may_lie_otherwise_than_what_the_host_gives(gpu: Gpu) -> None:
+    """The first call laid it out."""
+    replayed, _ = counted(lambda x: (x + 1,), torch.device("cpu"))
+    replayed(torch.zeros(1, 3, 4).transpose(1, 2))
+    x = torch.randn(1, 4, 3)
+    with gpu.late(newest_first=False):
+        (y,) = (kept(y) for y in replayed(host(x)))
+    torch.testing.assert_close(y, x + 1, rtol=0, atol=0)
+
+
+def test_batch_sizes_share_pinned_memory(gpu: Gpu) -> None:
+    """It is as large as the largest wants; a smaller batch's upload waits for that of the larger, which reads it."""
+    replayed, _ = counted(lambda x: (x + 1,), torch.device("cpu"))
+    batches = [torch.randn(n, 5) for n in (2, 4, 1, 3, 4)]
+    with gpu.late(newest_first=True):
+        got = [kept(y) for x in batches for y in replayed(host(x))]
+    for y, x in zip(got, batches, strict=True):
+        torch.testing.assert_close(y, x + 1, rtol=0, atol=0)
+    assert [len(x) for x in gpu.pinned] == [2, 4]
 
 
 def test_pinned_memory_is_written_in_other_modes_too() -> None:

@@ -100,8 +100,11 @@ def test_queue_timeout(toy_artifacts: Artifacts, tmp_path: Path) -> None:
         found = {n: (p.timeout_action, p.default_timeout_microseconds) for n, p in policies.items()}
         refusing = ["visual_encoder", "fusion", "sampler", *(["ddim"] if calls else [])]
         assert {n: value for n, value in found.items() if value[1]} == dict.fromkeys(refusing, (0, 2_500_000))
+        # after the sound: what is refused leaves nothing of its request at work
+        assert [given.name for given in models["visual_encoder"].input] == ["VIDEO", "A"]
     write_repository(toy_artifacts, tmp_path / "r")
     assert not read(tmp_path / "r", "fusion").dynamic_batching.HasField("default_queue_policy")
+    assert [given.name for given in read(tmp_path / "r", "visual_encoder").input] == ["VIDEO"]
 
 
 def test_same_settings_same_files(toy_artifacts: Artifacts, tmp_path: Path) -> None:

@@ -23,19 +23,13 @@ class Given(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """A batch size's graph, and where it reads and writes.
-
-    pinned    by the input's index, the host's side of a place that was filled from there
-    replayed  the event that the last replay is done
-    uploaded  the event that the last copies from `pinned` are done"""
+    """A batch size's graph, and where it reads and writes. replayed: the event that the last replay is done."""
 
     graph: torch.cuda.CUDAGraph
     places: list[Tensor]
     outputs: Sequence[Tensor]
     given: list[Given | None]
-    pinned: dict[int, Tensor]
     replayed: torch.cuda.Event
-    uploaded: torch.cuda.Event
 
 
 class Replayed:
@@ -54,10 +48,16 @@ class Replayed:
     def __init__(self, run: Run, device: torch.device | None = None) -> None:
         self.run, self.device = run, device
         self._captured: dict[int, Captured] = {}
+        self._pinned: dict[int, Tensor] = {}  # by the input's index, for the largest batch so far
 
     @functools.cached_property
     def _copies(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()
+
+    @functools.cached_property
+    def _uploaded(self) -> torch.cuda.Event:
+        """That the last copies from pinned memory are done."""
+        return torch.cuda.Event()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         batch = len(inputs[0])
@@ -81,19 +81,19 @@ class Replayed:
     def _upload(self, captured: Captured, inputs: dict[int, Tensor]) -> None:
         """Host tensors to their places, by index. The current stream waits for it, the host only for the upload before,
         which reads the same pinned memory."""
-        captured.uploaded.synchronize()
+        self._uploaded.synchronize()
         with torch.cuda.stream(self._copies):
             captured.replayed.wait()
             for index, x in inputs.items():
-                if index not in captured.pinned:
-                    captured.pinned[index] = pinned(x)
-                whole = (x, captured.pinned[index], captured.places[index])
+                if index not in self._pinned or len(self._pinned[index]) < len(x):
+                    self._pinned[index] = pinned(x)
+                whole = (x, self._pinned[index][: len(x)], captured.places[index])
                 parts = zip(*map(split, whole), strict=True) if whole[-1].is_contiguous() else [whole]
                 for source, staged, place in parts:
                     staged.copy_(source)
                     place.copy_(staged, non_blocking=True)
-            captured.uploaded.record()
-        captured.uploaded.wait()
+            self._uploaded.record()
+        self._uploaded.wait()
 
     def _capture(self, inputs: Sequence[Tensor]) -> Captured:
         # no inference tensors: they do not count their changes, and another graph's inputs these may be
@@ -110,7 +110,7 @@ class Replayed:
                 outputs = self.run(*places)
         replayed = torch.cuda.Event()
         replayed.record()  # or the first upload would not wait for the warm-ups
-        return Captured(graph, places, outputs, [None] * len(places), {}, replayed, torch.cuda.Event())
+        return Captured(graph, places, outputs, [None] * len(places), replayed)
 
 
 def pinned(x: Tensor) -> Tensor:

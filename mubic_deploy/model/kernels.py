@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-PLACES = 4  # side by side, of which a program makes the sums
+PLACES = 4  # side by side, of which a program makes the sums; the kernel is written for as many
 LANE = 4  # channels of a thread
 
 
@@ -21,6 +21,15 @@ LANE = 4  # channels of a thread
 def _column(row_ptr, w, there, W: tl.constexpr, ROW: tl.constexpr, inside):
     """Channels of one place in FP32, zeros beside the grid."""
     return tl.load(row_ptr + w * ROW, inside & (there & (w >= 0) & (w < W)), 0.0).to(tl.float32)
+
+
+@triton.jit
+def _summed(a, x0, x1, x2, k0, k1, k2):
+    """The products of a place with three columns, on top of `a`."""
+    a += x0 * k0
+    a += x1 * k1
+    a += x2 * k2
+    return a
 
 
 @triton.jit
@@ -99,41 +108,27 @@ def _depthwise_norm(
             x0 = _column(row_ptr, w, there, W, ROW, inside)
             x1 = _column(row_ptr, w + 1, there, W, ROW, inside)
             x2 = _column(row_ptr, w + 2, there, W, ROW, inside)
-            a0 += x0 * k0
-            a0 += x1 * k1
-            a0 += x2 * k2
+            a0 = _summed(a0, x0, x1, x2, k0, k1, k2)
             if STRIDE == 1:
                 x3 = _column(row_ptr, w + 3, there, W, ROW, inside)
                 x4 = _column(row_ptr, w + 4, there, W, ROW, inside)
                 x5 = _column(row_ptr, w + 5, there, W, ROW, inside)
-                a1 += x1 * k0
-                a1 += x2 * k1
-                a1 += x3 * k2
-                a2 += x2 * k0
-                a2 += x3 * k1
-                a2 += x4 * k2
-                a3 += x3 * k0
-                a3 += x4 * k1
-                a3 += x5 * k2
+                a1 = _summed(a1, x1, x2, x3, k0, k1, k2)
+                a2 = _summed(a2, x2, x3, x4, k0, k1, k2)
+                a3 = _summed(a3, x3, x4, x5, k0, k1, k2)
             else:
                 x0 = x2 if STRIDE == 2 else _column(row_ptr, w + STRIDE, there, W, ROW, inside)
                 x1 = _column(row_ptr, w + STRIDE + 1, there, W, ROW, inside)
                 x2 = _column(row_ptr, w + STRIDE + 2, there, W, ROW, inside)
-                a1 += x0 * k0
-                a1 += x1 * k1
-                a1 += x2 * k2
+                a1 = _summed(a1, x0, x1, x2, k0, k1, k2)
                 x0 = x2 if STRIDE == 2 else _column(row_ptr, w + 2 * STRIDE, there, W, ROW, inside)
                 x1 = _column(row_ptr, w + 2 * STRIDE + 1, there, W, ROW, inside)
                 x2 = _column(row_ptr, w + 2 * STRIDE + 2, there, W, ROW, inside)
-                a2 += x0 * k0
-                a2 += x1 * k1
-                a2 += x2 * k2
+                a2 = _summed(a2, x0, x1, x2, k0, k1, k2)
                 x0 = x2 if STRIDE == 2 else _column(row_ptr, w + 3 * STRIDE, there, W, ROW, inside)
                 x1 = _column(row_ptr, w + 3 * STRIDE + 1, there, W, ROW, inside)
                 x2 = _column(row_ptr, w + 3 * STRIDE + 2, there, W, ROW, inside)
-                a3 += x0 * k0
-                a3 += x1 * k1
-                a3 += x2 * k2
+                a3 = _summed(a3, x0, x1, x2, k0, k1, k2)
         at = (FIRST + row * WO + first) * (GROUPS * D) + column
         _normed(a0, residual_ptr, out_ptr, at, inside, scale, shift, eps, D, RESIDUAL)
         at += GROUPS * D

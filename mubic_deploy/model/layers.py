@@ -58,14 +58,16 @@ def product(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tens
         # the exporter's own attention takes the softmax in FP16; the scale goes to q, so that no sum overflows
         q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
         return (q @ k.transpose(-2, -1)).float().softmax(-1).half() @ v
-    if is_short(q, k, v):
+    if takes_flash(q, k, v):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch's own flash kernel takes it, and should."""
-    taken = q.is_cuda and q.dtype == torch.float16 and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+def takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a model in half precision should take PyTorch's own flash kernel, and can."""
+    if not q.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return False  # a CPU, or training, on whichever GPU
+    taken = q.dtype == k.dtype == v.dtype == torch.float16 and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
     return taken and (k.shape[-2] <= FEW_KEYS or q.shape[-2] <= FEW_QUERIES)
 
 

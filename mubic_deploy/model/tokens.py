@@ -161,6 +161,7 @@ class ShiftedSum(nn.Module):
     def __init__(self, *convs: nn.Conv3d, repeats: int = 1) -> None:
         super().__init__()
         self.kernel, self.stride = convs[0].kernel_size, convs[0].stride
+        assert self.stride == (1, self.stride[1], self.stride[1])  # as the GPU's kernel has it
         weight = torch.cat([conv.weight.detach().flatten(1).repeat(repeats, 1) for conv in convs])
         self.weight = nn.Parameter(weight.T.contiguous())  # [27, C], so that channels side by side are read together
         biases = [conv.bias.detach().repeat(repeats) for conv in convs if conv.bias is not None]
@@ -413,8 +414,8 @@ class TokenLocalContext(LocalContext):
         gated = self.glu(x)
         if has_kernels(x):
             t, h, w = x.shape[1:4]
-            tokens = (gated.flatten(1, 3), self.conv, self.norm1, (t, h, w), x.flatten(1, 3))
-            x = depthwise_norm(*tokens).view(x.shape)
+            given = (gated.flatten(1, 3), self.conv, self.norm1, (t, h, w), x.flatten(1, 3))
+            x = depthwise_norm(*given).view(x.shape)
         else:
             x = self.norm1(x + self.conv(gated))
         return self.norm2(x + self.ffn(x))

@@ -1,4 +1,5 @@
-"""Whether the models of a Triton server on this machine answer: `python3 -m mubic_deploy.triton.health HTTP_PORT`.
+"""Whether the models of the one Triton server on this machine answer: `python3 -m mubic_deploy.triton.health PORT`, of
+HTTP.
 
 Triton says that it is ready for as long as its own process runs, also when a model's process has died and requests
 fail. So this makes one inference, and counts the processes of the Python models: where a model has several, the request
@@ -84,7 +85,7 @@ def _ask(port: int, method: str, path: str, body: bytes | None = None, headers: 
 def main(port: str) -> int:
     try:
         check(int(port), Counter(model_processes().values()))
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         print(f"{type(error).__name__}: {error}")
         return 1
     return 0

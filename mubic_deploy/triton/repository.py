@@ -74,10 +74,9 @@ def write_repository(
     one run, >= 1; instances: processes a model, by name, 1 where none is given; queue_delay_us: microseconds that a
     request waits for company in the models whose requests are batched, 0 merges only what waits already;
     queue_timeout_s: seconds after which one that still waits in such a model is refused, but for those of PATIENT, None
-    for never; call_denoiser:
-    `ddim` calls the model `denoiser` at every step, as it does on a GPU, instead of running the graph itself, which is
-    faster there. Only with calls are requests batched for `ddim`: by itself it runs one after the other. streams:
-    limits of live streams.
+    for never; call_denoiser: `ddim` calls the model `denoiser` at every step, as it does on a GPU, instead of running
+    the graph itself, which is faster there. Only with calls are requests batched for `ddim`: by itself it runs one
+    after the other. streams: limits of live streams.
 
     The repository names the ONNX files by absolute path and SHA-256: it serves these artefacts where they are.
     UserError if a setting is out of range or `out` holds something else."""
@@ -86,14 +85,16 @@ def write_repository(
     models = {name: _settings(artifacts, name, engine, threads) for name in artifacts.signatures}
     _check(engine, max_batch, threads, instances, {*models, "ddim"})
     _check_queues(queue_delay_us, queue_timeout_s)
-    configs = [_graph_model(config, precision, name, settings) for name, settings in models.items()]
+    taken = functools.partial(_late, config, precision, queue_timeout_s is not None)
+    signatures = graphs.signatures(config, precision, sampler=True)
+    configs = [_graph_model(config, taken(signatures[name]), settings) for name, settings in models.items()]
     configs.append(_ddim(config, precision, None if call_denoiser else models["denoiser"]))
     for model in configs:
         model.max_batch_size = max_batch
         if model.name != "ddim" or call_denoiser:
             _batched(model, queue_delay_us, queue_timeout_s)
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
-    configs += [*_ensembles(artifacts, max_batch, functools.partial(_late, config)), _stream(config, streams)]
+    configs += [*_ensembles(artifacts, max_batch, taken), _stream(config, streams)]
     _write(configs, Path(out))
 
 
@@ -243,9 +244,8 @@ def _model(signature: Signature, config: Config, **extra: str) -> ModelConfig:
     return model
 
 
-def _graph_model(config: Config, precision: str, graph: str, settings: GraphSettings) -> ModelConfig:
+def _graph_model(config: Config, signature: Signature, settings: GraphSettings) -> ModelConfig:
     """A graph in an engine on the CPU, through the Python backend."""
-    signature = _late(config, graphs.signatures(config, precision, sampler=True)[graph])
     model = _model(signature, config, **settings.to_strings())
     model.backend = "python"
     return model
@@ -284,12 +284,16 @@ def _stream(config: Config, streams: StreamSettings) -> ModelConfig:
     return model
 
 
-def _late(config: Config, signature: Signature) -> Signature:
+def _late(config: Config, precision: str, refuses: bool, signature: Signature) -> Signature:
     """What a model takes on a CPU: fusion the sound too, to look at it, and the noise something of fusion's, to be
-    later. So a wrong request fails when nothing else of it runs: Triton (2.51) never ends an ensemble's request of
-    which one step fails while another one runs. On a GPU the sound comes to no model that could look at it, and what
-    is of fusion's would have to come to the host."""
-    more = {"fusion": [graphs.audio()] if config.has_audio else [], "noise": [graphs.ADAPTIVE_STEPS]}
+    later; and if it refuses what waited too long, the visual encoder something of the audio encoder's. So a request
+    fails when nothing else of it runs: Triton (2.51) never ends an ensemble's request of which one step fails while
+    another one runs. On a GPU the sound comes to no model that could look at it, what is of fusion's would have to
+    come to the host, and an engine takes nothing more."""
+    more = {"noise": [graphs.ADAPTIVE_STEPS]}
+    if config.has_audio:
+        more["fusion"] = [graphs.audio()]
+        more["visual_encoder"] = [graphs.audio_features(config, precision)] if refuses else []
     return replace(signature, inputs=(*signature.inputs, *more.get(signature.name, [])))
 
 

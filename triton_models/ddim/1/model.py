@@ -15,7 +15,7 @@ from mubic_deploy import graphs
 from mubic_deploy.diffusion import noise, schedule
 from mubic_deploy.engines import Engine
 from mubic_deploy.errors import UserError
-from mubic_deploy.pipeline import chosen_steps, sample
+from mubic_deploy.pipeline import StepsError, chosen_steps, sample
 from mubic_deploy.triton import parameters
 
 
@@ -43,11 +43,11 @@ class TritonPythonModel:
     async def respond(self, request: Any) -> Any:
         try:
             outputs = self.run_here(request, self.denoiser) if self.denoiser else await self.run_calls(request)
-        except UserError as error:
+        except (CallError, StepsError) as error:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+        except UserError as error:  # the client's
             wrong = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=wrong)
-        except CallError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         except Exception as error:  # as where the GPU has no room for an answer: the others in the batch go on
             pb_utils.Logger.log_error(traceback.format_exc())
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{type(error).__name__}: {error}"))
