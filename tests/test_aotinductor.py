@@ -96,6 +96,17 @@ def test_packages_of_another_machine_are_refused(packages: Packages, monkeypatch
         load_engines(altered(packages, device=gpu))
 
 
+def test_a_gpu_too_old_for_half_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: MUBiC) -> None:
+    facts = {"type": "cuda", "name": "Tesla T4", "compute_capability": "7.5"}
+    monkeypatch.setattr(aotinductor, "facts", lambda _: facts)
+    says = r"Tesla T4 has compute capability 7.5, and attention in FP16 wants 8.0: use --precision float32"
+    with pytest.raises(UserError, match=says):
+        packages_script.build(
+            tiny_model, checkpoint.Source("test", 0), tmp_path / "out", packages_script.Options("cuda")
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("cpuinfo", "found"),
     [

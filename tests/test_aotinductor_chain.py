@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from mubic_deploy import graphs
 from mubic_deploy.config import Config
-from mubic_deploy.engines import Array, DeviceArray, aotinductor
+from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine, aotinductor
 from mubic_deploy.engines.aotinductor import Packages, chained, load_conditioner, load_engines
 from mubic_deploy.engines.eager import load_engines as load_eager
 from mubic_deploy.engines.replay import WARM_UPS, Replayed, Run
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC, random_model
-from mubic_deploy.parity import random_clip
+from mubic_deploy.parity import compare, random_clip
 from mubic_deploy.pipeline import Pipeline
 
 DEAF = replace(TINY, variant="visual_only")
@@ -192,3 +192,20 @@ def test_the_audio_encoder_runs_beside_the_visual_one(gpu: Gpu, newest_first: bo
     if hears:
         assert len({run["audio"] for run in streams}) == 1  # of warm-ups and capture
         assert streams[0]["audio"] not in {run["visual"] for run in streams}
+
+
+def test_a_chain_that_computes_something_else_is_found(packages: Make, tiny_model: MUBiC) -> None:
+    """Though every graph by itself is right."""
+    made, _ = packages(tiny_model)
+    engines, reference = load_engines(made), load_eager(tiny_model)
+    conditioner = load_conditioner(made, engines)
+    assert conditioner is not None
+    assert compare(TINY, reference, engines, 1, conditioner=conditioner).ok
+
+    def wrong(arrays: Arrays) -> Arrays:
+        outputs = reference["fusion"]({**reference["audio_encoder"](arrays), **reference["visual_encoder"](arrays)})
+        return {**outputs, "CONTEXT1": np.zeros_like(np.asarray(outputs["CONTEXT1"]))}
+
+    found = compare(TINY, reference, engines, 1, conditioner=cast(Engine, wrong))
+    assert not found.ok
+    assert max(max(graph.values()) for graph in found.graphs.values()) < 1e-4

@@ -23,6 +23,7 @@ from mubic_deploy.engines import eager
 from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import random_model
+from mubic_deploy.pipeline import Pipeline
 
 pytest_plugins = ("half_fixtures", "tensorrt_fixtures")
 SMALL = replace(TINY, frames=8, height=32, width=48)  # FP16 is slow on a CPU
@@ -268,6 +269,7 @@ def test_what_packages_differ_by_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert gpu_child.unreplayed(engine).run == engine.__call__
     assert isinstance(engine.run, Replayed)  # type: ignore[attr-defined]
     monkeypatch.setattr(gpu_child, "unreplayed", lambda engine: same[engine.signature.name])
-    gpu_child.noted_comparison(run, SMALL, reference, other, 1, batch=2)
+    chain = Pipeline(SMALL, other).condition  # which replays too
+    gpu_child.noted_comparison(run, SMALL, reference, other, 1, batch=2, conditioner=chain)
     singly = run.results.notes["parity, AOTInductor, batch 2, without CUDA graphs"]
     assert (noted["ok"], singly["ok"]) == (False, True)
