@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -142,5 +141,4 @@ def test_a_module_of_kernels_is_the_same(found: dict[str, float], make: Callable
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent)]
     print(json.dumps(differences()))

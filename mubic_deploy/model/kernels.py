@@ -171,8 +171,7 @@ def depthwise_norm(
     block = triton.next_power_of_2(d)
     sizes: dict[str, Any] = {"FIRST": first, "T": t, "H": h, "W": w, "HO": rows, "WO": columns, "STRIDE": stride}
     sizes |= {"ROW": x.shape[2], "START": start, "GROUPS": groups, "SHARED": groups // norms, "D": d}
-    sizes |= {"D_BLOCK": block}
-    sizes |= {"BIAS": bias is not None, "RESIDUAL": residual is not None}
+    sizes |= {"D_BLOCK": block, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     tiles = first + t * rows * -(-columns // PLACES)
     wrap_triton(_depthwise_norm)[(tiles, groups, x.shape[0])](
         x,
