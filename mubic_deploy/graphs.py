@@ -144,6 +144,29 @@ def signatures(c: Config, precision: str = FLOAT32, sampler: bool = False) -> di
     return {g.name: g for g in graphs if c.has_audio or g.name != "audio_encoder"}
 
 
+def parts(c: Config, precision: str = FLOAT32, sampler: bool = False) -> dict[str, tuple[Signature, ...]]:
+    """What each graph of `signatures` may be computed in, part by part, so that others need not wait for all of it:
+    the visual encoder and the fusion by scale. Tensors between the parts are TOKENS1..3 [1 + t h w, C_i], a scale's,
+    the class token first."""
+    whole = signatures(c, precision, sampler)
+    features, cond, heard = visual_features(c, precision), conditioning(c, precision), whole["fusion"].inputs[4:]
+    sizes = zip(c.visual_channels[:3], c.grids, strict=False)
+    tokens = [Tensor(f"TOKENS{i}", precision, (1 + c.time * h * w, n)) for i, (n, (h, w)) in enumerate(sizes, 1)]
+    more = [(ENTROPY, ADAPTIVE_STEPS), (), (), cond[4:]]
+    made: dict[str, tuple[Signature, ...]] = {name: (signature,) for name, signature in whole.items()}
+    made["visual_encoder"] = tuple(
+        Signature(f"visual_encoder_{i}", (x,), (feature, *passed))
+        for i, x, feature, passed in zip(
+            range(1, 5), (video(c), *tokens), features, (*((x,) for x in tokens), ()), strict=True
+        )
+    )
+    made["fusion"] = tuple(
+        Signature(f"fusion_{i}", (feature, *heard), (context, *others))
+        for i, feature, context, others in zip(range(1, 5), features, cond[:4], more, strict=True)
+    )
+    return made
+
+
 def conditioner(c: Config, precision: str = FLOAT32) -> Signature:
     """Encoders and fusion as one: a clip in, COND, ENTROPY and ADAPTIVE_STEPS out."""
     return Signature("conditioner", media(c), (*conditioning(c, precision), ENTROPY, ADAPTIVE_STEPS))

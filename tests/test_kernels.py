@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ CASES = [
     (0, (1, 1, 70), 8, (0, 0), 2, 1, 5, True, False),
 ]
 BATCH = 2
+# grid, heads, strides of queries and of keys and values, size
+BOTH = [((2, 2, 5), 2, 1, 2, 6), ((3, 3, 9), 1, 2, 4, 5), ((1, 2, 17), 2, 4, 8, 4), ((2, 1, 3), 4, 1, 1, 3)]
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor, *more) -> Tensor:
@@ -69,6 +72,16 @@ def arguments(first, grid, stride, around, groups, norms, d, bias, residual) -> 
     ]
 
 
+def both(grid: tuple, heads: int, stride: int, other: int, d: int) -> tuple[list, list[Tensor]]:
+    """What `kernels.depthwise_norms` is given and should give."""
+    first, c = 1, heads * d
+    q = arguments(first, grid, stride, (0, 2 * c), heads, 1, d, False, False)
+    kv = arguments(first, grid, other, (c, 0), 2 * heads, 2, d, False, False)
+    pairs = [[q[i], kv[i]] for i in (1, 4, 5)]
+    given = [q[0], *pairs, 1e-6, first, list(grid), [stride, other], [0, c]]
+    return given, [reference(q[0], *part[1:]) for part in (q, kv)]
+
+
 def attention() -> tuple[torch.nn.Module, tuple]:
     """One whose queries and keys are pooled, and its inputs."""
     size, options = [2, 4, 6], {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True}
@@ -85,6 +98,21 @@ def local_context() -> tuple[torch.nn.Module, tuple]:
 
 
 MODULES = (attention, local_context)
+# whole tiles and others, of every stride
+TILED = [
+    (1, (2, 2, 8), 1, (0, 3), 2, 2, 3, False, False),
+    (1, (3, 3, 5), 2, (6, 0), 2, 1, 6, False, False),
+    (0, (1, 2, 5), 1, (0, 0), 1, 1, 5, True, True),
+    (1, (4, 4, 16), 4, (0, 0), 1, 1, 3, False, False),
+    (1, (2, 1, 33), 8, (0, 0), 2, 1, 4, True, False),
+]
+
+
+def tiles() -> dict[str, Any]:
+    from mubic_deploy.model.kernels import Tile
+
+    sizes = [(1, 4, 2), (2, 4, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 4), (1, 4, 1)]
+    return {str(tile): tile for tile in (Tile(*size) for size in sizes)}
 
 
 def differences() -> dict[str, float]:
@@ -98,6 +126,18 @@ def differences() -> dict[str, float]:
         got, expected = kernels.depthwise_norm(*given), reference(*given)
         assert got.shape == expected.shape
         out[f"case {i}"] = float((got - expected).abs().max())
+    for i, sizes in enumerate(BOTH):
+        given, wanted = both(*sizes)
+        for j, (a, b) in enumerate(zip(kernels.depthwise_norms(*given), wanted, strict=True)):
+            assert a.shape == b.shape
+            out[f"both {i} {j}"] = float((a - b).abs().max())
+    for i, (name, tile) in enumerate(tiles().items()):
+        out[name] = 0.0
+        for case in (TILED[i % len(TILED)], TILED[(i + 2) % len(TILED)]):
+            given = arguments(*case)
+            given = [x[:1] if isinstance(x, Tensor) and x.dim() == 3 else x for x in given]
+            got = kernels.launched(*given, tile=tile)
+            out[name] = max(out[name], float((got - reference(*given)).abs().max()))
     half = [x.half() if isinstance(x, Tensor) else x for x in arguments(*CASES[0])]
     got = kernels.depthwise_norm(*half)
     assert got.dtype == torch.float16
@@ -129,6 +169,17 @@ def found() -> dict[str, float]:
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_a_depthwise_convolution_and_its_norm(found: dict[str, float], case: int) -> None:
     assert found[f"case {case}"] < 1e-5
+
+
+@pytest.mark.parametrize("case", range(len(BOTH)))
+def test_queries_and_keys_in_one_launch(found: dict[str, float], case: int) -> None:
+    assert max(found[f"both {case} {i}"] for i in (0, 1)) < 1e-5
+
+
+def test_all_tiles_give_the_same(found: dict[str, float]) -> None:
+    of_tiles = {name: found[name] for name in found if name.startswith("Tile")}
+    assert len(of_tiles) == 7
+    assert {name: x for name, x in of_tiles.items() if not x < 1e-5} == {}
 
 
 def test_half_precision_is_summed_in_full(found: dict[str, float]) -> None:

@@ -170,3 +170,26 @@ class Fusion(nn.Module):
     def laid_out(context: Tensor) -> Tensor:
         """[B, T, h, w, C] -> [B, C, T, h, w]."""
         return channels_first(context).contiguous()
+
+    def parts(self) -> list[FusionScale]:
+        """Together they are the fusion, of the same modules."""
+        return [FusionScale(self, index) for index in range(4)]
+
+
+class FusionScale(nn.Module):
+    """One scale of a fusion, which no other scale waits for: V_i (and A) -> CONTEXT_i; after the first ENTROPY and
+    ADAPTIVE_STEPS, after the last KEYS4 and VALUES4."""
+
+    def __init__(self, fusion: Fusion, index: int) -> None:
+        super().__init__()
+        self.block, self.context = fusion.blocks[index], fusion.contexts[index]
+        self.adaptive = fusion.adaptive if index == 0 else None
+        self.keys4 = fusion.keys4 if index == 3 else None
+        self.laid_out = fusion.laid_out
+
+    def forward(self, v: Tensor, a: Tensor | None = None) -> tuple[Tensor, ...]:
+        fused = self.block(v, a)
+        context = self.context(fused)
+        chosen = self.adaptive(fused) if self.adaptive is not None else ()
+        keys = self.keys4(context) if self.keys4 is not None else ()
+        return (self.laid_out(context), *chosen, *keys)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NO_RELU, LAST, BEFORE = 0, 1, 2  # where a convolution with a residual has its ReLU: after that is added, or before
+
 
 def channels_last(x: Tensor) -> Tensor:
     """[B, C, T, h, w] -> [B, T, h, w, C]."""

@@ -37,6 +37,11 @@ class MUBiC(nn.Module):
             return Sampler(self.denoiser, self.config.check_fixed_steps(fixed_steps)).train(self.training)
         return self.get_submodule(name)
 
+    def parts(self, name: str, fixed_steps: int | None = None) -> list[nn.Module]:
+        """The modules of a graph's `graphs.parts`."""
+        module = self.graph(name, fixed_steps)
+        return list(module.parts()) if isinstance(module, VisualEncoder | Fusion) else [module]
+
 
 def random_model(config: Config, seed: int = 0, folded: bool = True) -> MUBiC:
     """A model with seeded random weights, in eval mode; the same weights with either attention. The global random

@@ -7,6 +7,8 @@ between layouts, no kernels of cuDNN's that are slow at small or depth-wise conv
 | ---------------------------------------------------- | ----------------------------------------------------------- |
 | a dense convolution                                  | windows, gathered, times a matrix                           |
 | a depth-wise convolution and its LayerNorm           | a kernel of its own on a GPU, else 27 shifted products      |
+| LayerNorm, GELU, residuals of the visual encoder     | part of its products, whose kernels are our own on a GPU    |
+| modulation, ReLU, residuals of the denoiser          | part of its convolutions, the same                          |
 | STC's depth-wise convolution                         | products over windows, summed                               |
 | a transposed convolution (kernel = stride)           | a matrix whose columns are the places of a window           |
 | linear maps that follow each other                   | one (FFN after FFN; upsampling, projection and mixing)      |
@@ -26,14 +28,15 @@ from typing import TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.video.mvit import Pool
+from torchvision.models.video.mvit import MultiscaleBlock, Pool
 
 from mubic_deploy.model.audio import AudioEncoder
 from mubic_deploy.model.denoiser import Context, Decoder, NoiseEncoder, NoiseStage, TemporalConv
 from mubic_deploy.model.fusion import MMI, AudioUpsample, CrossAttention, Fusion, LocalContext
-from mubic_deploy.model.layers import FFN, STC, Keys, channels_first, product
+from mubic_deploy.model.layers import BEFORE, FFN, LAST, NO_RELU, STC, Keys, channels_first, product
 from mubic_deploy.model.visual import (
     FoldedAttention,
+    Grid,
     VisualEncoder,
     one_hot_positions,
     relative_index,
@@ -44,7 +47,6 @@ from mubic_deploy.model.visual import (
 # LayerNorm of 24 channels must not: a thread would read a row alone
 INDUCTOR = {"unroll_reductions_threshold": 24}
 MULTIPLE = 8  # FP16 values in 16 bytes, which the fast kernels of products and attention want a row to be made of
-Grid = tuple[int, int, int]
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
@@ -129,6 +131,34 @@ class WindowProduct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.windows(x)).movedim(-1, 1)
 
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether `followed` runs on x: in FP32 it would be slow, or not FP32."""
+        return has_kernels(x) and self.linear.weight.dtype == torch.float16
+
+    def followed(
+        self,
+        x: Tensor,
+        modulation: Tensor | None = None,
+        residual: Tensor | None = None,
+        start: int = 0,
+        relu: int = NO_RELU,
+    ) -> Tensor:
+        """On a GPU, with what follows it: [B, *grid, row] -> [B, *grid', D]. See `windows.window_product`."""
+        from mubic_deploy.model import windows  # as in `depthwise_norm`
+
+        beside = [y if y is None else y.contiguous() for y in (modulation, residual)]
+        sizes = (list(self.kernel), list(self.stride), self.padding, start, relu)
+        return windows.window_product(x.contiguous(), self.linear.weight, self.linear.bias, *beside, *sizes)
+
+
+class WindowReLU(WindowProduct):
+    """As `WindowProduct`, and ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.has_kernel(x):
+            return self.followed(x.movedim(1, -1), relu=LAST).movedim(-1, 1)
+        return F.relu(super().forward(x))
+
 
 class WindowSum(WindowProduct):
     """As `WindowProduct`, to one channel: a sum, which needs no product's kernel."""
@@ -196,6 +226,66 @@ def depthwise_norm(
     residual = residual.contiguous() if residual is not None else None
     more = (norm.eps, first, list(grid), conv.stride[-1], start)
     return kernels.depthwise_norm(x.contiguous(), conv.weight, conv.bias, residual, scale, shift, *more)
+
+
+def has_product(x: Tensor, linear: nn.Linear) -> bool:
+    """Whether `linear` of x is one of `mubic_deploy.model.products`, which in FP32 would be slow, or not FP32."""
+    if not has_kernels(x) or x.dtype != torch.float16:
+        return False
+    from mubic_deploy.model import products  # as in `depthwise_norm`
+
+    return products.pays(*linear.weight.shape)
+
+
+class NormedLinear(nn.Linear):
+    """Linear maps of what one LayerNorm leaves, as one map, with the norm's scale and shift in its weights."""
+
+    sums: Tensor
+
+    def __init__(self, norm: nn.LayerNorm, *maps: nn.Linear) -> None:
+        weight, bias = (torch.cat([getattr(x, name).detach().double() for x in maps]) for name in ("weight", "bias"))
+        scale, shift = norm.weight.detach().double(), norm.bias.detach().double()
+        super().__init__(weight.shape[1], weight.shape[0], device="meta")
+        self.weight = nn.Parameter((weight * scale).float())
+        self.bias = nn.Parameter((bias + weight @ shift).float())
+        self.eps = norm.eps
+        # of the weights as a half-precision model has them, the only one that asks
+        self.register_buffer("sums", self.weight.detach().half().float().sum(1), persistent=False)
+
+    def forward(self, x: Tensor, moments: Tensor | None = None, gelu: bool = False) -> Tensor:
+        """moments: of x, as `added` returns them. gelu: GELU of the result."""
+        if has_product(x, self):
+            from mubic_deploy.model import products
+
+            given = (x.contiguous(), self.weight, self.bias, None, self.sums, moments, self.eps, gelu)
+            return products.product(*given)
+        x = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.weight.dtype)
+        y = super().forward(x)
+        return F.gelu(y) if gelu else y
+
+
+def added(residual: Tensor, linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """residual + linear(x), and its rows' moments where there is a kernel that gives them."""
+    if has_product(x, linear):
+        from mubic_deploy.model import products
+
+        given = (x.contiguous(), linear.weight, linear.bias, residual.contiguous())
+        return products.product_moments(*given, None, None, 0.0, False)
+    return residual + linear(x), None
+
+
+def depthwise_norms(x: Tensor, pools: tuple[HeadsPool, HeadsPool], grid: Grid) -> tuple[Tensor, Tensor]:
+    """What two pools make of a product of both on a GPU: see `kernels.depthwise_norms`."""
+    from mubic_deploy.model import kernels
+
+    weights = [pool.conv.weight for pool in pools]
+    scales, shifts = ([getattr(pool.norm, name)[:, 0] for pool in pools] for name in ("weight", "bias"))
+    strides, starts = [pool.conv.stride[-1] for pool in pools], [pool.start for pool in pools]
+    assert pools[0].norm.eps == pools[1].norm.eps
+    assert pools[0].conv.bias is pools[1].conv.bias is None
+    more = (pools[0].norm.eps, 1, list(grid), strides, starts)
+    q, kv = kernels.depthwise_norms(x.contiguous(), weights, scales, shifts, *more)
+    return q.unflatten(-1, pools[0].sizes), kv.unflatten(-1, pools[1].sizes)
 
 
 class ChannelsFirst(nn.Module):
@@ -283,7 +373,8 @@ class JointNorm(nn.LayerNorm):
 
 class HeadsPool(nn.Module):
     """torchvision's `Pool`s of all heads of queries, or of keys and values together, from one product with all three:
-    [B, 1 + t h w, row] and (t, h, w) -> [B, 1 + t' h' w', pools, heads, d] and (t', h', w').
+    [B, 1 + t h w, row] and (t, h, w) -> [B, 1 + t' h' w', pools, heads, d]. On a GPU a kernel does so for two of them,
+    see `depthwise_norms`.
 
     start: of the row's channels, the first that is theirs."""
 
@@ -293,16 +384,16 @@ class HeadsPool(nn.Module):
         self.norm = JointNorm(*(pool.norm_act[0] for pool in pools))
         self.sizes, self.start = (len(pools), heads, *self.norm.normalized_shape), start
 
-    def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
+    def pooled(self, thw: Grid) -> Grid:
+        """What it leaves of a grid."""
         t, h, w = thw
         stride = self.conv.stride[-1]
-        pooled = (t, -(-h // stride), -(-w // stride))
-        if has_kernels(x):
-            y = depthwise_norm(x, self.conv, self.norm, thw, first=1, start=self.start)
-            return y.unflatten(-1, self.sizes), pooled
+        return t, -(-h // stride), -(-w // stride)
+
+    def forward(self, x: Tensor, thw: Grid) -> Tensor:
         x = x[..., self.start : self.start + math.prod(self.sizes)]
         x = torch.cat([x[:, :1], self.conv(x[:, 1:].unflatten(1, thw)).flatten(1, 3)], 1)
-        return self.norm(x.unflatten(-1, self.sizes)), pooled
+        return self.norm(x.unflatten(-1, self.sizes))
 
 
 class TokenAttention(FoldedAttention):
@@ -345,9 +436,14 @@ class TokenAttention(FoldedAttention):
         return padded(self.head_dim + sum(k_thw)) - self.head_dim
 
     def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
-        qkv = self.qkv(x)
-        q, q_thw = self.heads_q(qkv, thw)
-        kv, k_thw = self.heads_kv(qkv, thw)
+        out, q_thw = self.attended(self.qkv(x), thw)
+        return self.project(out), q_thw
+
+    def attended(self, qkv: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
+        """All between the first product and the last. qkv [B, 1 + t h w, 3 C and more] -> [B, 1 + t' h' w', C]."""
+        pools = (self.heads_q, self.heads_kv)
+        q_thw, k_thw = (pool.pooled(thw) for pool in pools)
+        q, kv = depthwise_norms(qkv, pools, thw) if has_kernels(qkv) else (pool(qkv, thw) for pool in pools)
         q = q[:, :, 0]
 
         (relative, columns), indicators = self.positions(q_thw, k_thw)
@@ -361,7 +457,7 @@ class TokenAttention(FoldedAttention):
         out = product(q_wide, k_wide, v_wide, scale=1.0)[..., :d].transpose(1, 2)
 
         # residual pooling (eq. 3.11), not for the class token
-        return self.project((out + F.pad(q[:, 1:], (0, 0, 0, 0, 1, 0))).flatten(2)), q_thw
+        return (out + F.pad(q[:, 1:], (0, 0, 0, 0, 1, 0))).flatten(2), q_thw
 
 
 class TokenMaxPool(nn.Module):
@@ -380,16 +476,46 @@ class TokenMaxPool(nn.Module):
         return torch.cat([x[:, :1], out.flatten(1, 3)], 1), (t, h, w)
 
 
+class TokenBlock(MultiscaleBlock):
+    """torchvision's block as four products and the attention: LayerNorms share the weights of the products behind them.
+    GELU and the attention's residual are part of those before. A projected residual comes from the first product.
+
+    Dropout and stochastic depth are the training's."""
+
+    def set_up(self) -> None:
+        """Takes norms and MLP apart. In place."""
+        assert self.proj_after_attn
+        attention, also = cast(TokenAttention, self.attn), [] if self.project is None else [self.project]
+        self.joint = NormedLinear(self.norm1, attention.qkv, *cast(list[nn.Linear], also))
+        self.last = typed(attention.project, nn.Linear)[0]
+        first, self.second = typed(self.mlp, nn.Linear)
+        self.first = NormedLinear(self.norm2, first)
+        self.projects = self.project is not None
+        del attention.qkv, attention.project, self.norm1, self.norm2, self.mlp, self.project, self.stochastic_depth
+
+    def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
+        attention = cast(TokenAttention, self.attn)
+        joint = self.joint(x)
+        skip = joint[..., 3 * attention.output_dim :] if self.projects else x
+        if self.pool_skip is not None:
+            skip, _ = cast(TokenMaxPool, self.pool_skip)(skip, thw)
+        out, thw = attention.attended(joint, thw)
+        x, moments = added(skip, self.last, out)
+        return x + self.second(self.first(x, moments=moments, gelu=True)), thw
+
+
 def visual_tokens(encoder: VisualEncoder) -> None:
     """In place."""
     encoder.conv_proj = WindowProduct(encoder.conv_proj, once=True)  # type: ignore[assignment]
     for block in encoder.blocks:
         attention = block.attn
+        if isinstance(block.pool_skip, Pool) and isinstance(block.pool_skip.pool, nn.MaxPool3d):
+            block.pool_skip = TokenMaxPool(block.pool_skip.pool)
         if isinstance(attention, FoldedAttention):
             attention.__class__ = TokenAttention
             attention.set_up()
-        if isinstance(block.pool_skip, Pool) and isinstance(block.pool_skip.pool, nn.MaxPool3d):
-            block.pool_skip = TokenMaxPool(block.pool_skip.pool)
+            block.__class__ = TokenBlock
+            cast(TokenBlock, block).set_up()
 
 
 # ---- audio encoder
@@ -462,11 +588,26 @@ class TokenNoiseStage(NoiseStage):
         both.weight.data = torch.cat([first.weight.detach(), F.pad(shortcut.weight.detach(), (1, 1, 1, 1))])
         both.bias.data = torch.cat([first.bias.detach(), shortcut.bias.detach()])
         self.both = WindowProduct(both)
-        self.conv2 = WindowProduct(stage.conv2)  # type: ignore[assignment]
+        self.conv2: WindowProduct = WindowProduct(stage.conv2)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        if self.both.has_kernel(x):
+            y = self.both.followed(x.movedim(1, -1), modulation)
+            return self.conv2.followed(y, residual=y, start=y.shape[-1] // 2, relu=LAST).movedim(-1, 1)
         y, x = self.both(x).chunk(2, 1)
         return F.relu(x + self.conv2(self.modulated(y, modulation)))
+
+
+class TokenTemporalConv(TemporalConv):
+    """Its ReLU and residual are part of its product on a GPU."""
+
+    conv: WindowProduct  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv.has_kernel(x):
+            x = kept(x.contiguous())  # which is asked for twice
+            return self.conv.followed(x, residual=x, relu=BEFORE)
+        return super().forward(x)
 
 
 class TokenContext(Context):
@@ -512,7 +653,7 @@ def decoder_tokens(decoder: Decoder) -> None:
     decoder.contexts = nn.ModuleList(TokenContext(context) for context in typed(decoder.contexts, Context))
     if decoder.diffusion:
         decoder.keys = nn.ModuleList(TokenKeys(keys) for keys in typed(decoder.keys, Keys))
-    decoder.collapse = WindowProduct(decoder.collapse)  # type: ignore[assignment]
+    decoder.collapse = WindowReLU(decoder.collapse)  # type: ignore[assignment]
     decoder.head = WindowSum(decoder.head)  # type: ignore[assignment]
 
 
@@ -542,6 +683,7 @@ def tokens(model: nn.Module) -> None:
             case STC():
                 compression_tokens(module)
             case TemporalConv():
+                module.__class__ = TokenTemporalConv
                 module.conv = WindowProduct(module.conv)  # type: ignore[assignment]
             case NoiseEncoder():
                 module.stages = nn.ModuleList(TokenNoiseStage(stage) for stage in typed(module.stages, NoiseStage))

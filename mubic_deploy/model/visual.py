@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from mubic_deploy.config import Config
 from mubic_deploy.model.layers import product
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of the Kinetics-400 weights
+Grid = tuple[int, int, int]
 STRIDE_KV = (8, 4, 2, 1)  # keys and values are pooled to the coarsest grid at every scale
 
 
@@ -210,15 +214,60 @@ class VisualEncoder(nn.Module):
             block.attn = FoldedAttention(size, *channels, setting.num_heads, *kernels, norm_layer=norm, **options)
         return block
 
+    def scale(self, index: int) -> list[nn.Module]:
+        """The blocks of a scale."""
+        ends = list(itertools.accumulate(self.config.visual_depths, initial=0))
+        return list(self.blocks[ends[index] : ends[index + 1]])
+
+    def parts(self) -> list[VisualScale]:
+        """One after the other they are the encoder, of the same modules."""
+        return [VisualScale(self, index) for index in range(4)]
+
     def forward(self, VIDEO: Tensor) -> tuple[Tensor, ...]:
-        x = VIDEO.float()  # before all else: TensorRT takes uint8 only to convert it
-        x = self.conv_proj(x.permute(0, 4, 1, 2, 3).div(255).sub(PIXEL_MEAN).div(PIXEL_STD))
-        thw = (x.shape[2], x.shape[3], x.shape[4])
-        x = self.pos_encoding(x.flatten(2).transpose(1, 2))
+        x, thw = embedded(VIDEO, self.conv_proj, self.pos_encoding)
         features = []
-        lasts = [sum(self.config.visual_depths[: i + 1]) - 1 for i in range(4)]
-        for index, block in enumerate(self.blocks):
-            x, thw = block(x, thw)
-            if index in lasts:
-                features.append(x[:, 1:].transpose(1, 2).unflatten(2, thw))
+        for index in range(4):
+            x, thw = self.through(self.scale(index), x, thw)
+            features.append(feature(x, thw))
         return tuple(features)
+
+    @staticmethod
+    def through(blocks: Iterable[nn.Module], x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
+        """Tokens after some blocks, and their grid."""
+        for block in blocks:
+            x, thw = block(x, thw)
+        return x, thw
+
+
+class VisualScale(nn.Module):
+    """One scale of a visual encoder: VIDEO, or [B, 1 + t h w, C], the tokens of the scale before -> V_i and, but for
+    the last scale, its tokens."""
+
+    def __init__(self, encoder: VisualEncoder, index: int) -> None:
+        super().__init__()
+        c = encoder.config
+        self.first, self.last = index == 0, index == 3
+        self.thw = (c.time, *c.grids[max(index - 1, 0)])  # of what comes in
+        self.blocks, self.through = nn.ModuleList(encoder.scale(index)), encoder.through
+        if self.first:
+            self.conv_proj, self.pos_encoding = encoder.conv_proj, encoder.pos_encoding
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        thw = self.thw
+        if self.first:
+            x, thw = embedded(x, self.conv_proj, self.pos_encoding)
+        x, thw = self.through(self.blocks, x, thw)
+        return (feature(x, thw),) if self.last else (feature(x, thw), x)
+
+
+def embedded(video: Tensor, conv_proj: nn.Module, pos_encoding: nn.Module) -> tuple[Tensor, Grid]:
+    """VIDEO -> tokens [B, 1 + t h w, C], the class token first, and their grid."""
+    x = video.float()  # before all else: TensorRT takes uint8 only to convert it
+    x = conv_proj(x.permute(0, 4, 1, 2, 3).div(255).sub(PIXEL_MEAN).div(PIXEL_STD))
+    thw = (x.shape[2], x.shape[3], x.shape[4])
+    return pos_encoding(x.flatten(2).transpose(1, 2)), thw
+
+
+def feature(x: Tensor, thw: Grid) -> Tensor:
+    """Tokens -> [B, C, t, h, w], without the class token."""
+    return x[:, 1:].transpose(1, 2).unflatten(2, thw)
