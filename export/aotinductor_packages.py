@@ -20,12 +20,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._inductor import aoti_compile_and_package
+from torch._inductor import aot_compile
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.package import package_aoti
 
 from mubic_deploy.artifacts import describe, sha256
 from mubic_deploy.checkpoint import Source
@@ -157,7 +158,9 @@ def _build_into(
     for done, (name, signature) in enumerate(graphs.items()):
         progress(f"compiling {name}", done, total)
         path = folder / f"{name}.pt2"
-        compile_graph(compiled.graph(name, steps), signature, path, options)
+        parts = parts_of(compiled, name, options)
+        files: dict[str, Any] = {part.name: compile_part(module, part, options) for part, module in parts}
+        package_aoti(str(path), files)
         manifest["packages"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -213,8 +216,17 @@ def contiguous_convolutions(model: MUBiC) -> MUBiC:
     return model
 
 
-def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, options: Options) -> None:
-    """One package, only the batch dynamic. UserError if the compiler fails, or as of `barriers`."""
+def parts_of(model: MUBiC, graph: str, options: Options) -> list[tuple[Signature, nn.Module]]:
+    """What the package of a graph holds, see `aotinductor.contents`."""
+    steps = options.fixed_steps
+    signatures = aotinductor.contents(options.device, model.config, options.chosen_precision, steps is not None)[graph]
+    modules = model.parts(graph, steps) if len(signatures) > 1 else [model.graph(graph, steps)]
+    return list(zip(signatures, modules, strict=True))
+
+
+def compile_part(module: nn.Module, signature: Signature, options: Options) -> list[str]:
+    """The files of one part of a package, only the batch dynamic. UserError if the compiler fails, or as of
+    `barriers`."""
     inputs, shapes = traced_with(signature, options.max_batch, options.device)
     inputs = tuple(aotinductor.laid_out(x, TOKENS in options.rewrites) for x in inputs)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a machine without CUDA it says so
@@ -223,7 +235,9 @@ def compile_graph(module: torch.nn.Module, signature: Signature, path: Path, opt
         with warnings.catch_warnings(), torch.no_grad(), waits:
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=options.inductor)
+            settings = options.inductor | {"aot_inductor.package": True}
+            files = aot_compile(program.module(check_guards=False), *program.example_inputs, options=settings)
+            return cast("list[str]", files)
     except torch._inductor.exc.InductorError as error:
         if is_short(error):
             raise short_of_memory(f"compiling {signature.name}", error) from None

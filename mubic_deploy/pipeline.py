@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ from mubic_deploy.engines import Arrays, Engine, HostArrays, cpu
 from mubic_deploy.errors import UserError
 
 EAGER = ("eager", "eager-cuda")
+Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+ALLOCATE: Allocate = np.empty
 LOUDEST = 8  # times full scale: a mix may exceed it a little, samples of 16 bits that were not scaled by far
 ENGINES = (*cpu.ENGINES, "onnxruntime-cuda", *EAGER, "aotinductor", "tensorrt")
 
@@ -96,6 +98,12 @@ def chosen_steps(config: Config, steps: np.ndarray, adaptive: np.ndarray) -> np.
     return used
 
 
+def stacked(predictor: Predictor, frames: Sequence[np.ndarray]) -> np.ndarray:
+    """Clips' frames as one batch, where `predictor` takes it from fastest."""
+    allocate = predictor.allocate if isinstance(predictor, Pipeline) else ALLOCATE
+    return np.stack(frames, out=allocate((len(frames), *frames[0].shape), frames[0].dtype))
+
+
 class Pipeline:
     """Clips in, saliency maps out.
 
@@ -103,7 +111,8 @@ class Pipeline:
     max_batch    clips that they take at once, if there is a limit
     fixed_steps  of the sampler, if there is one among them: it takes the loop's place where a batch asks for so many
     source       of the weights, as `checkpoint.Source.to_json` says it
-    conditioner  encoders and fusion as one, if there is such an engine: it takes their place"""
+    conditioner  encoders and fusion as one, if there is such an engine: it takes their place
+    allocate     makes arrays from which the engines take clips fastest: of a shape and a dtype, not initialised"""
 
     def __init__(
         self,
@@ -113,6 +122,7 @@ class Pipeline:
         fixed_steps: int | None = None,
         source: Mapping[str, Any] = MappingProxyType({}),
         conditioner: Engine | None = None,
+        allocate: Allocate = ALLOCATE,
     ) -> None:
         self.config = config
         self.default_steps = config.default_steps
@@ -121,6 +131,7 @@ class Pipeline:
         self.fixed_steps = fixed_steps
         self.source = source
         self.conditioner = conditioner
+        self.allocate = allocate
 
     @classmethod
     def open(
@@ -145,29 +156,33 @@ class Pipeline:
         to draw."""
         folder: Folder
         engines: Mapping[str, Engine]
-        conditioner = None
+        conditioner, allocate = None, ALLOCATE
         if Path(source).is_dir():
             weights_seed(source, seed)
         if engine in EAGER:
             from mubic_deploy import checkpoint
             from mubic_deploy.engines import eager
 
-            device = eager.gpu() if engine == "eager-cuda" else "cpu"
+            device: Any = "cpu"
+            if engine == "eager-cuda":
+                device, allocate = eager.gpu(), eager.pinned_array
             model, weights = checkpoint.load(str(source), variant, seed)
             with eager.enough_memory("the model"):
                 model.to(device)
-            return cls(model.config, eager.load_engines(model), source=weights.to_json())
+            return cls(model.config, eager.load_engines(model), source=weights.to_json(), allocate=allocate)
         if engine == "tensorrt":
             from mubic_deploy.engines import tensorrt
 
             folder = plans = tensorrt.Plans.open(Path(source), variant)
             engines, max_batch = tensorrt.load_engines(plans, cuda_graphs), plans.max_batch
         elif engine == "aotinductor":
-            from mubic_deploy.engines import aotinductor
+            from mubic_deploy.engines import aotinductor, eager
 
             folder = packages = aotinductor.Packages.open(Path(source), variant)
             engines = compiled = aotinductor.load_engines(packages, cuda_graphs)
             conditioner, max_batch = aotinductor.load_conditioner(packages, compiled), packages.max_batch
+            if packages.device.type == "cuda":
+                allocate = eager.pinned_array
         elif engine in ENGINES:
             from mubic_deploy import exported
 
@@ -184,7 +199,7 @@ class Pipeline:
                 engines = onnxruntime.load_cuda_engines(artifacts, cuda_graphs)
         else:
             raise UserError(f"unknown engine {engine!r}: use {', '.join(ENGINES)}")
-        return cls(folder.config, engines, max_batch, folder.fixed_steps, folder.source, conditioner)
+        return cls(folder.config, engines, max_batch, folder.fixed_steps, folder.source, conditioner, allocate)
 
     def predict(
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
@@ -195,7 +210,9 @@ class Pipeline:
 
         The same clip and seed give the same map in every engine. A batch that is larger than the engines take goes in
         parts. Threads may share a pipeline on a CPU; on a GPU one thread calls it at a time. UserError for a wrong
-        shape, dtype, seed or step, or sound that is not finite."""
+        shape, dtype, seed or step, or sound that is not finite.
+
+        A GPU's PyTorch takes frames from what `allocate` made without copying them first."""
         arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)
         size = self.max_batch or len(video)
         results = []

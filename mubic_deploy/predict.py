@@ -24,7 +24,7 @@ from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
 from mubic_deploy.media.sheet import ContactSheet
 from mubic_deploy.media.source import Source, is_file, reason
-from mubic_deploy.pipeline import Predictor
+from mubic_deploy.pipeline import Predictor, stacked
 
 Target = str | os.PathLike[str]
 Progress = Callable[[int, int | None], None]
@@ -157,7 +157,7 @@ def _run(
 
     def predicted() -> Iterator[Frame | FilmMap]:
         clips = [item for item in held if isinstance(item, Clip)]
-        video, audio = np.stack([clip.video for clip in clips]), np.stack([clip.audio for clip in clips])
+        video, audio = stacked(predictor, [clip.video for clip in clips]), np.stack([clip.audio for clip in clips])
         results = zip(*predictor.predict(video, audio, seed, steps), strict=True)
         for item in held:
             if isinstance(item, Frame):

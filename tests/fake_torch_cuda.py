@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mubic_deploy.engines import replay
+
 COPY = torch.ops.aten.copy_.default
 
 
@@ -57,8 +59,8 @@ class Item:
 
 
 class Stream:
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu, self.work = gpu, deque[Item]()
+    def __init__(self, gpu: Gpu, priority: int = 0) -> None:
+        self.gpu, self.work, self.priority = gpu, deque[Item](), priority
         gpu.streams.append(self)
 
     def wait_stream(self, other: Stream) -> None:
@@ -149,7 +151,8 @@ class Late(TorchDispatchMode):
 class Gpu:
     """capture  what was captured so far, by stream; empty outside of a capture
     pinned   all pinned memory
-    copies   of asynchronous copies inside `late` the stream and the source"""
+    copies   of asynchronous copies inside `late` the stream and the source
+    pools    of memory, of each graph that was captured"""
 
     def __init__(self) -> None:
         self.streams: list[Stream] = []
@@ -157,6 +160,7 @@ class Gpu:
         self.capture: dict[Stream, list[Item]] = {}
         self.pinned: list[Tensor] = []
         self.copies: list[tuple[Stream, Tensor]] = []
+        self.pools: list[object] = []
         self._late = self._newest_first = False
 
     def put(self, stream: Stream, item: Item) -> None:
@@ -198,9 +202,10 @@ class Gpu:
         self.current = before
 
     @contextlib.contextmanager
-    def graph(self, graph: Graph) -> Iterator[None]:
+    def graph(self, graph: Graph, pool: object, stream: Stream) -> Iterator[None]:
         self.finish()
-        origin = Stream(self)
+        self.pools.append(pool)
+        origin = stream
         self.capture = {origin: []}
         with self.on(origin), Recorder(self):
             yield
@@ -220,13 +225,15 @@ class Gpu:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
     for name, value in {
-        "Stream": lambda: Stream(gpu),
+        "Stream": lambda priority=0: Stream(gpu, priority),
         "Event": lambda: Event(gpu),
         "current_stream": lambda: gpu.current,
         "stream": gpu.on,
         "CUDAGraph": lambda: Graph(gpu),
         "graph": gpu.graph,
+        "graph_pool_handle": object,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "empty_like", gpu.empty_like)
+    monkeypatch.setattr(replay, "is_pinned", lambda x: any(x.data_ptr() == y.data_ptr() for y in gpu.pinned))
     return gpu

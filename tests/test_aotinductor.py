@@ -16,6 +16,7 @@ from mubic_deploy import checkpoint
 from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import Packages, load_engines
 from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import signatures
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.model.visual import FoldedAttention
 from mubic_deploy.parity import compare, random_clip
@@ -148,10 +149,11 @@ def test_wrong_options_and_a_package_that_differs(
     with pytest.raises(UserError, match="letters exists and holds no earlier packages"):
         build(tiny_model, source, tmp_path / "letters")
 
-    def another(module, signature, path, options):  # the packages of other weights
-        path.write_bytes(packages.file(signature.name).read_bytes())
+    def another(path, files):  # the packages of other weights
+        Path(path).write_bytes(packages.file(Path(path).stem).read_bytes())
 
-    monkeypatch.setattr(packages_script, "compile_graph", another)
+    monkeypatch.setattr(packages_script, "compile_part", lambda *_: [])
+    monkeypatch.setattr(packages_script, "package_aoti", another)
     changed = MUBiC(TINY)
     with pytest.raises(UserError, match=r"differ from eager PyTorch: .* of .*; compile with another version"):
         build(changed, source, tmp_path / "p", packages_script.Options(max_batch=4))
@@ -182,17 +184,15 @@ def test_what_to_leave_out_of_packages_that_differ(options: dict[str, Any], says
     ],
 )
 def test_a_compiler_that_fails_is_said(
-    tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, says: str
+    tiny_model: MUBiC, monkeypatch: pytest.MonkeyPatch, cause: Exception, says: str
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise torch._inductor.exc.InductorError(cause, None)
 
-    monkeypatch.setattr(packages_script, "aoti_compile_and_package", fails)
-    signature = next(iter(packages_script.signatures(TINY).values()))
+    monkeypatch.setattr(packages_script, "aot_compile", fails)
+    given = (tiny_model.graph("visual_encoder"), signatures(TINY)["visual_encoder"], packages_script.Options())
     with pytest.raises(UserError, match=says):
-        packages_script.compile_graph(
-            tiny_model.graph("visual_encoder"), signature, tmp_path / "v.pt2", packages_script.Options()
-        )
+        packages_script.compile_part(*given)
 
 
 def test_a_compiler_that_would_link_a_second_runtime_is_refused(

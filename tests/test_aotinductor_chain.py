@@ -1,5 +1,5 @@
-"""Encoders and fusion as one CUDA graph, with a double of torch.cuda, and in the packages' place the model's own
-modules: of what happens in a package the double sees nothing."""
+"""Encoders and fusion as one chain of CUDA graphs, with a double of torch.cuda, and in the packages' place the model's
+own modules: of what happens in a package the double sees nothing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from fake_torch_cuda import Gpu, Stream, host
+from fake_torch_cuda import Gpu, host
 from half_fixtures import TINY
 from torch import Tensor
 
 from mubic_deploy import graphs
 from mubic_deploy.config import Config
 from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine, aotinductor
-from mubic_deploy.engines.aotinductor import Packages, chained, load_conditioner, load_engines
+from mubic_deploy.engines.aotinductor import Packages, load_conditioner, load_engines
 from mubic_deploy.engines.eager import load_engines as load_eager
-from mubic_deploy.engines.replay import WARM_UPS, Replayed, Run
+from mubic_deploy.engines.lanes import Part
 from mubic_deploy.errors import UserError
+from mubic_deploy.graphs import Signature
 from mubic_deploy.model.mubic import MUBiC, random_model
 from mubic_deploy.parity import compare, random_clip
 from mubic_deploy.pipeline import Pipeline
@@ -42,10 +43,13 @@ def packages(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Callable[[MUBiC], tup
     loaded: list[str] = []
 
     def packages(model: MUBiC) -> tuple[Packages, list[str]]:
-        def load(path: Path, device: torch.device, channels_last: bool) -> Run:
+        def load(path: Path, part: Signature, device: torch.device, channels_last: bool) -> Part:
             assert not channels_last
-            loaded.append(path.stem)
-            return model.eval().graph(path.stem)
+            loaded.append(part.name)
+            if part.name == path.stem:
+                return Part(part, model.eval().graph(part.name))
+            modules = zip(graphs.parts(model.config)[path.stem], model.eval().parts(path.stem), strict=True)
+            return Part(part, next(module for signature, module in modules if signature.name == part.name))
 
         monkeypatch.setattr(aotinductor, "loaded", load)
         manifest: dict[str, Any] = {
@@ -95,7 +99,8 @@ def test_a_pipeline_computes_what_eager_pytorch_does(
 def test_a_package_is_loaded_once(packages: Make, monkeypatch: pytest.MonkeyPatch, tiny_model: MUBiC) -> None:
     made, loaded = packages(tiny_model)
     opened(made, monkeypatch)
-    assert loaded == ["visual_encoder", "audio_encoder", "fusion", "denoiser"]
+    scales = [[f"{graph}_{i}" for i in range(1, 5)] for graph in ("visual_encoder", "fusion")]
+    assert loaded == [*scales[0], "audio_encoder", *scales[1], "denoiser"]
 
 
 def test_it_gives_what_the_engines_give_one_by_one(packages: Make, tiny_model: MUBiC) -> None:
@@ -144,54 +149,11 @@ def test_memory_that_is_short_is_said(packages: Make, monkeypatch: pytest.Monkey
     def fails(*_: Tensor) -> Sequence[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    engines["fusion"].package = fails
+    engines["fusion"].parts = [Part(part.signature, fails) for part in engines["fusion"].parts]
     conditioner = load_conditioner(made, engines)
     assert conditioner is not None
     with pytest.raises(UserError, match=r"^the GPU has not enough memory for conditioner \(CUDA out of memory.\)"):
         conditioner(random_clip(TINY, 0))
-
-
-class Parts:
-    """Toy packages that note on which stream they run."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-        self.ran: list[tuple[str, Stream]] = []
-
-    def visual(self, video: Tensor) -> Sequence[Tensor]:
-        self.ran.append(("visual", self.gpu.current))
-        return (2 * video).transpose(1, 2), video + 1
-
-    def audio(self, audio: Tensor) -> Sequence[Tensor]:
-        self.ran.append(("audio", self.gpu.current))
-        return ((audio - 1).transpose(1, 2),)
-
-    def fusion(self, *features: Tensor) -> Sequence[Tensor]:
-        self.ran.append(("fusion", self.gpu.current))
-        return sum(x.sum((1, 2)) for x in features), features[0] * 3  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("newest_first", [False, True])
-@pytest.mark.parametrize("hears", [False, True])
-def test_the_audio_encoder_runs_beside_the_visual_one(gpu: Gpu, newest_first: bool, hears: bool) -> None:
-    """The fusion waits for both, however late either is; nothing is left of the clip before."""
-    parts = Parts(gpu)
-    replayed = Replayed(chained(parts.visual, parts.audio if hears else None, parts.fusion), torch.device("cpu"))
-    clips = [[host(torch.randn(1, 3, 4)) for _ in range(1 + hears)] for _ in range(3)]
-    got = []
-    with torch.inference_mode(), gpu.late(newest_first):
-        for clip in clips:
-            got.append([torch.empty_like(x).copy_(x, non_blocking=True) for x in replayed(*clip)])
-    for clip, outputs in zip(clips, got, strict=True):
-        seen = parts.visual(clip[0])
-        heard = parts.audio(clip[1]) if hears else ()
-        for x, expected in zip(outputs, parts.fusion(*seen, *heard), strict=True):
-            torch.testing.assert_close(x, expected + 0, rtol=0, atol=0)
-    streams = [dict(parts.ran[i : i + 2 + hears]) for i in range(0, (WARM_UPS + 1) * (2 + hears), 2 + hears)]
-    assert all(run["visual"] is run["fusion"] is not gpu.default for run in streams)
-    if hears:
-        assert len({run["audio"] for run in streams}) == 1  # of warm-ups and capture
-        assert streams[0]["audio"] not in {run["visual"] for run in streams}
 
 
 def test_a_chain_that_computes_something_else_is_found(packages: Make, tiny_model: MUBiC) -> None:

@@ -188,10 +188,10 @@ def test_what_compiles_gets_the_optimisations_that_paid() -> None:
 
 PACKAGES = """
 import os, sys, time
-graph = sys.argv[3]
-print("at", graph, os.getpid(), flush=True)
-time.sleep(600 if graph == "sampler" else 0)
-sys.exit(graph == "fusion")
+part = sys.argv[3]
+print("at", part, os.getpid(), flush=True)
+time.sleep(600 if part == "sampler" else 0)
+sys.exit(part == "fusion")
 """
 
 
@@ -200,11 +200,11 @@ def test_packages_are_compiled_meanwhile_and_the_samplers_is_not_waited_for(
 ) -> None:
     run = script(tmp_path).run
     monkeypatch.setattr(gpu_child, "PROCESS", (sys.executable, "-c", PACKAGES))
-    compiling = threading.Thread(target=gpu_child.compile_packages, args=(run, tmp_path))
+    compiling = threading.Thread(target=gpu_child.compile_parts, args=(run, tmp_path))
     compiling.start()
     began = time.monotonic()
-    failed = gpu_child.compiled_packages(run, tmp_path, 2)
-    said = {graph: lines[0].split()[:2] for graph, lines in failed.items()}
+    failed = gpu_child.compiled_parts(run, tmp_path, 2)
+    said = {part: lines[0].split()[:2] for part, lines in failed.items()}
     assert said == {"fusion": ["at", "fusion"], "sampler": ["at", "sampler"]}
     assert 2 <= time.monotonic() - began < 20
     os.kill(int(failed["sampler"][0].split()[2]), signal.SIGKILL)
@@ -213,7 +213,7 @@ def test_packages_are_compiled_meanwhile_and_the_samplers_is_not_waited_for(
 
 
 def test_nothing_is_compiled_after_the_last_section(tmp_path: Path) -> None:
-    """By the real processes: the one that starts them all, and those of the graphs, which import PyTorch first."""
+    """By the real processes: the one that starts them all, and those of the parts, which import PyTorch first."""
     run, log = script(tmp_path).run, tmp_path / "fusion.log"
     with gpu_child.compiling(run, tmp_path):
         until = time.monotonic() + 60
@@ -226,7 +226,7 @@ def test_nothing_is_compiled_after_the_last_section(tmp_path: Path) -> None:
 
 def test_a_package_that_cannot_be_compiled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = script(tmp_path).run
-    monkeypatch.setattr(gpu_child, "compiled_packages", lambda *_: {"fusion": ["Error: no g++"]})
+    monkeypatch.setattr(gpu_child, "compiled_parts", lambda *_: {"fusion": ["Error: no g++"]})
     with pytest.raises(UserError, match="fusion could not be compiled"):
         gpu_child.aotinductor(run, tmp_path, 60)
     compiled_by = run.results.notes.pop("compiler, AOTInductor")

@@ -60,16 +60,16 @@ def test_aotinductor(monkeypatch: pytest.MonkeyPatch, when: str, cause: RuntimeE
     monkeypatch.setattr(aotinductor, "to_torch", lambda array, device: torch.from_numpy(array))
 
     def load(*arguments: object) -> SimpleNamespace:
-        assert arguments == ("fusion.pt2", "model", True, 1, -1)  # in one thread, or it cannot be captured
+        assert arguments == ("fusion.pt2", "fusion", True, 1, -1)  # in one thread, or it cannot be captured
         if when == "loaded":
             raise cause
         return SimpleNamespace(boxed_run=raising(cause))
 
     monkeypatch.setattr(aotinductor, "AOTIModelPackageLoader", load)
     with pytest.raises(UserError) as error:
-        aotinductor.AOTInductorEngine(
-            aotinductor.loaded(Path("fusion.pt2"), GPU), SIGNATURE, GPU, 4, cuda_graphs=False
-        )(INPUTS)
+        aotinductor.AOTInductorEngine(aotinductor.loaded(Path("fusion.pt2"), SIGNATURE, GPU).run, SIGNATURE, GPU, 4)(
+            INPUTS
+        )
     what = "fusion.pt2" if when == "loaded" else "fusion"
     if cause is OF_A_PACKAGE:
         assert said(error).startswith(f"{what} failed on the GPU (create_func_(")
@@ -82,7 +82,7 @@ def test_other_errors_of_a_package_are_not_about_memory(monkeypatch: pytest.Monk
     for device, cause in ((GPU, RuntimeError("a bug")), (torch.device("cpu"), OF_A_PACKAGE)):
         monkeypatch.setattr(aotinductor, "AOTIModelPackageLoader", raising(cause))
         with pytest.raises(RuntimeError) as error:
-            aotinductor.loaded(Path("fusion.pt2"), device)
+            aotinductor.loaded(Path("fusion.pt2"), SIGNATURE, device)
         assert error.value is cause
 
 

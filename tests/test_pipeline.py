@@ -14,7 +14,7 @@ from mubic_deploy.config import DEMO
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
-from mubic_deploy.pipeline import Pipeline, request, sample
+from mubic_deploy.pipeline import Pipeline, request, sample, stacked
 
 KNOWN = (
     (6.44, 5.14, 5.03, 5.19, 4.94, 4.93, 4.80, 7.47),
@@ -156,3 +156,17 @@ def test_a_quota_is_how_many_threads_a_graph_gets(demo_artifacts: Artifacts, mon
     monkeypatch.setattr(cpu, "quota", lambda: 1)
     engine = cpu.load_engine("openvino", demo_artifacts.file("fusion"), demo_artifacts.signatures["fusion"])
     assert engine._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1  # type: ignore[attr-defined]
+
+
+def test_frames_are_put_where_the_engines_take_them_from() -> None:
+    made: list[np.ndarray] = []
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        made.append(np.empty(shape, dtype))
+        return made[-1]
+
+    frames = [np.full((2, 3), i, np.uint8) for i in range(3)]
+    video = stacked(Pipeline(DEMO, {}, allocate=allocate), frames)
+    assert video is made[0]
+    np.testing.assert_array_equal(video, np.stack(frames))
+    np.testing.assert_array_equal(stacked(Pipeline(DEMO, {}), frames), video)

@@ -22,7 +22,7 @@ class Copies(TorchDispatchMode):
 
     def __init__(self, replayed: Replayed) -> None:
         super().__init__()
-        self.places = {x.data_ptr() for captured in replayed._captured.values() for x in captured.places}
+        self.places = {x.data_ptr() for captured in replayed._captured.values() for x in captured.places.tensors}
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -246,3 +246,22 @@ def test_a_place_that_the_host_filled_is_filled_again() -> None:
     on_gpu, s_t = torch.randn(1, 5), torch.randn(1, 5)
     for cond in (on_gpu, host(-on_gpu), on_gpu):
         torch.testing.assert_close(replayed(cond, s_t)[0], step(cond + 0, s_t)[0])
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_what_is_pinned_is_read_where_it_is(gpu: Gpu, newest_first: bool) -> None:
+    """After the graph before has read its place, and before the next one does."""
+    replayed, _ = counted(step, torch.device("cpu"))
+    given = [[host(torch.randn(1, 5)) for _ in range(2)] for _ in range(3)]
+    replayed(*given[0])
+    own = len(gpu.pinned)
+    gpu.pinned += [x for inputs in given for x in inputs]
+    with gpu.late(newest_first):
+        got = [[kept(y) for y in replayed(*inputs)] for inputs in given]
+    for inputs, outputs in zip(given, got, strict=True):
+        for y, expected in zip(outputs, step(*(x + 0 for x in inputs)), strict=True):
+            torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    assert len(gpu.pinned) == own + 6  # nothing more was pinned
+    sources = [x.data_ptr() for stream, x in gpu.copies if stream is not gpu.default]
+    assert sources == [x.data_ptr() for inputs in given for x in inputs]

@@ -11,12 +11,14 @@ import pytest
 import torch
 from half_fixtures import TINY
 from torch import Tensor, nn
+from torch._inductor.package import package_aoti
 from torchvision.models.video.mvit import Pool
 
 from mubic_deploy.config import ON_GPU, TOKENS, VARIANTS
 from mubic_deploy.engines import eager
 from mubic_deploy.engines.aotinductor import laid_out, loaded
-from mubic_deploy.graphs import signatures
+from mubic_deploy.engines.lanes import in_turn
+from mubic_deploy.graphs import parts, signatures
 from mubic_deploy.model.denoiser import Context, NoiseStage
 from mubic_deploy.model.layers import STC, Keys
 from mubic_deploy.model.mubic import MUBiC, empty_inputs
@@ -234,13 +236,16 @@ def test_no_convolution_is_left_but_that_of_the_spectrum(tiny_model: MUBiC, name
 
 @pytest.mark.parametrize("name", ["visual_encoder", "fusion"])
 def test_what_inductor_compiles_is_the_same(tiny_model: MUBiC, name: str, tmp_path: Path) -> None:
-    """For this CPU, with the settings of a GPU's packages, at other batches than it was traced with."""
+    """For this CPU, with the settings and in the parts of a GPU's packages, at other batches than it was traced
+    with."""
     options = packages_script.Options(max_batch=4, optimisations=ON_GPU)
     assert options.inductor["unroll_reductions_threshold"] == 24
-    signature = signatures(TINY)[name]
-    module = prepared(tiny_model, "float32", ON_GPU).graph(name)
-    packages_script.compile_graph(module, signature, tmp_path / "graph.pt2", options)
-    package = loaded(tmp_path / "graph.pt2", torch.device("cpu"), channels_last=True)
+    signature, made_of = signatures(TINY)[name], parts(TINY)[name]
+    modules = zip(made_of, prepared(tiny_model, "float32", ON_GPU).parts(name), strict=True)
+    files = {part.name: packages_script.compile_part(module, part, options) for part, module in modules}
+    package_aoti(str(tmp_path / "graph.pt2"), files)
+    held = [loaded(tmp_path / "graph.pt2", part, torch.device("cpu"), channels_last=True) for part in made_of]
+    package = in_turn(held, signature)
     for batch in (1, 3):
         inputs = [
             torch.randn(x.shape) if x.is_floating_point() else torch.randint(0, 256, x.shape, dtype=x.dtype)

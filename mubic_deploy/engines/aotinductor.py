@@ -16,16 +16,17 @@ from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader
 
 from mubic_deploy.artifacts import SEED, Folder, Layout, Needs
-from mubic_deploy.config import TOKENS
+from mubic_deploy.config import TOKENS, Config
 from mubic_deploy.engines import Arrays, Engine
 from mubic_deploy.engines.eager import from_torch, require_gpu, to_torch
+from mubic_deploy.engines.lanes import Lanes, Part, Step, in_turn
 from mubic_deploy.engines.memory import REMEDY, first_line, is_short, short_of_memory
 from mubic_deploy.engines.replay import Replayed, Run
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import Signature, conditioner
+from mubic_deploy.graphs import SAMPLER, Signature, conditioner, parts, signatures
 
 MANIFEST = "packages.json"
-FORMAT = 3
+FORMAT = 4
 AGAIN = "compile it here with mubic-deploy compile"
 # how those flags of x86 begin that are instruction sets; the others are the kernel's and a hypervisor's
 INSTRUCTIONS = re.compile("sse|pni|ssse|avx|fma|f16c|bmi|abm|popcnt|movbe|amx|gfni|vaes|vpcl")
@@ -56,6 +57,11 @@ class Packages(Folder):
         """Whether features lie so: see `laid_out`."""
         return TOKENS in self.manifest["optimisations"]
 
+    @property
+    def parts(self) -> dict[str, tuple[Signature, ...]]:
+        """What each package holds."""
+        return contents(self.device.type, self.config, self.precision, SAMPLER in self.signatures)
+
     def require(self) -> None:
         """UserError if the packages were compiled for another PyTorch or another machine than these."""
         theirs = self.manifest["torch"]
@@ -71,6 +77,13 @@ class Packages(Folder):
                 f"{self.path} was compiled for {built['name']} (compute capability {built['compute_capability']}), "
                 f"this is {here['name']} ({here['compute_capability']}): {AGAIN}"
             )
+
+
+def contents(device: str, config: Config, precision: str, sampler: bool) -> dict[str, tuple[Signature, ...]]:
+    """What each package holds: for a GPU `graphs.parts`; for a CPU, where nothing runs beside them, the whole graph."""
+    if device == "cuda":
+        return parts(config, precision, sampler)
+    return {name: (signature,) for name, signature in signatures(config, precision, sampler).items()}
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -94,14 +107,15 @@ def instructions(cpuinfo: str) -> list[str]:
 
 
 class AOTInductorEngine:
-    """A package, or several as one. On a GPU with `cuda_graphs` its kernels are captured for each batch size and
-    replayed."""
+    """A package, or several as one.
+
+    parts  that it was loaded from, if it is one
+    run    what computes it; where its kernels are captured for each batch size and replayed, from the host as well"""
 
     def __init__(
-        self, package: Run, signature: Signature, device: torch.device, max_batch: int, cuda_graphs: bool
+        self, run: Run, signature: Signature, device: torch.device, max_batch: int, parts: Sequence[Part] = ()
     ) -> None:
-        self.package, self.signature, self.device, self.max_batch = package, signature, device, max_batch
-        self.run = Replayed(package, device) if device.type == "cuda" and cuda_graphs else package
+        self.run, self.signature, self.device, self.max_batch, self.parts = run, signature, device, max_batch, parts
 
     def __call__(self, inputs: Arrays) -> Arrays:
         arrays = [t.check(inputs[t.name]) for t in self.signature.inputs]
@@ -114,7 +128,7 @@ class AOTInductorEngine:
                 f"--max-batch {batch}"
             )
         # a graph has a way of its own from the host
-        device = torch.device("cpu") if isinstance(self.run, Replayed) else self.device
+        device = torch.device("cpu") if isinstance(self.run, Replayed | Lanes) else self.device
         with torch.inference_mode(), on_gpu(self.signature.name, self.device):
             outputs = self.run(*(to_torch(array, device) for array in arrays))
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
@@ -128,40 +142,19 @@ def laid_out(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous()
 
 
-def loaded(path: Path, device: torch.device, channels_last: bool = False) -> Run:
-    """What a package computes: its inputs in, its outputs out. channels_last: see `laid_out`.
+def loaded(path: Path, signature: Signature, device: torch.device, channels_last: bool = False) -> Part:
+    """A part of a package, which has it by its signature's name. channels_last: see `laid_out`.
 
     By PyTorch's own loader, because `aoti_load_package` first finds out about the machine what `Packages.require` knows
     already: with a C++ compiler, which a machine that serves need not have, and for seconds."""
     with on_gpu(str(path), device):
         # single-threaded: the runner's bookkeeping for several threads cannot be captured
-        package = AOTIModelPackageLoader(str(path), "model", device.type == "cuda", 1, -1)
+        package = AOTIModelPackageLoader(str(path), signature.name, device.type == "cuda", 1, -1)
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
         return package.boxed_run([laid_out(x, channels_last) for x in inputs])
 
-    return run
-
-
-def chained(visual_encoder: Run, audio_encoder: Run | None, fusion: Run) -> Run:
-    """Packages on a GPU as one: VIDEO, and AUDIO if there is an encoder for it, in; what the fusion computes out.
-
-    The audio encoder runs beside the visual one, which at small batches leaves the GPU half empty. Its stream is the
-    same in every call: a warm-up has set up on it what a capture finds."""
-    if audio_encoder is None:
-        return lambda video: fusion(*visual_encoder(video))
-    hears, beside = audio_encoder, torch.cuda.Stream()
-
-    def run(video: Tensor, audio: Tensor) -> Sequence[Tensor]:
-        stream = torch.cuda.current_stream()
-        beside.wait_stream(stream)
-        with torch.cuda.stream(beside):
-            heard = hears(audio)  # kept until the fusion was called: its memory is the other stream's to use again
-        seen = visual_encoder(video)
-        stream.wait_stream(beside)
-        return fusion(*seen, *heard)
-
-    return run
+    return Part(signature, run)
 
 
 @contextlib.contextmanager
@@ -186,25 +179,31 @@ def on_gpu(what: str, device: torch.device) -> Iterator[None]:
 def load_engines(packages: Packages, cuda_graphs: bool = True) -> dict[str, AOTInductorEngine]:
     """An engine for each package. UserError if they are not for this machine."""
     packages.require()
-    device = packages.device
-    runs = {name: loaded(packages.file(name), device, packages.channels_last) for name in packages.signatures}
-    return {
-        name: AOTInductorEngine(runs[name], signature, device, packages.max_batch, cuda_graphs)
-        for name, signature in packages.signatures.items()
-    }
+    device, engines = packages.device, {}
+    for name, whole in packages.signatures.items():
+        held = [loaded(packages.file(name), part, device, packages.channels_last) for part in packages.parts[name]]
+        run = in_turn(held, whole)
+        if device.type == "cuda" and cuda_graphs:
+            run = Replayed(run, device)
+        engines[name] = AOTInductorEngine(run, whole, device, packages.max_batch, held)
+    return engines
 
 
 def load_conditioner(packages: Packages, engines: Mapping[str, AOTInductorEngine]) -> Engine | None:
-    """Encoders and fusion of `load_engines` as one engine, over the same packages: one CUDA graph, in which nothing is
-    copied from one to the next. None where they have no CUDA graphs."""
-    fusion = engines["fusion"]
-    if not isinstance(fusion.run, Replayed):
+    """Encoders and fusion of `load_engines` as one engine, over the same packages, in which nothing is copied from one
+    to the next. None where they have no CUDA graphs."""
+    device, whole = packages.device, conditioner(packages.config, packages.precision)
+    if not isinstance(engines["fusion"].run, Replayed):
         return None
-    audio_encoder = engines["audio_encoder"].package if packages.config.has_audio else None
-    return AOTInductorEngine(
-        chained(engines["visual_encoder"].package, audio_encoder, fusion.package),
-        conditioner(packages.config, packages.precision),
-        fusion.device,
-        fusion.max_batch,
-        cuda_graphs=True,
-    )
+    seen, fused = engines["visual_encoder"].parts, engines["fusion"].parts
+    heard = engines["audio_encoder"].parts if packages.config.has_audio else ()
+    return AOTInductorEngine(Lanes(steps(seen, heard, fused), whole, device), whole, device, packages.max_batch)
+
+
+def steps(seen: Sequence[Part], heard: Sequence[Part], fused: Sequence[Part]) -> list[Step]:
+    """The visual encoder scale by scale, with the audio encoder and each scale's fusion beside it as soon as they can
+    start. Nothing runs beside the last scale's fusion."""
+    out = [Step(seen[0]), *(Step(part, beside=True) for part in heard)]
+    for scale, fusion in zip(seen[1:], fused, strict=False):
+        out += [Step(scale), Step(fusion, beside=True)]
+    return [*out, Step(fused[-1])]

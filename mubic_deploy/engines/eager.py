@@ -76,6 +76,12 @@ def to_torch(array: Array, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
+def pinned_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Not initialised, in memory that a GPU copies from by itself. It goes back to PyTorch's when the array is gone."""
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+
+
 def from_torch(x: torch.Tensor) -> Array:
     """The same tensor as engines return it: NumPy's on a CPU, else where it is."""
     if x.device.type == "cpu":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,13 +23,75 @@ class Given(NamedTuple):
     version: int
 
 
+class Uploads:
+    """The ways of inputs from the host, told apart by their index: each through pinned memory of its own, on a stream
+    beside whatever the GPU is doing.
+
+    One thread brings them there: PyTorch's others would have to be woken, which took 0.3 ms for the noise of one clip
+    on a host of 16 cores, and then keep cores busy for a while."""
+
+    def __init__(self) -> None:
+        self._pinned: dict[int, Tensor] = {}  # for the largest batch so far
+        self._done: dict[int, torch.cuda.Event] = {}
+
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def __call__(self, index: int, x: Tensor, place: Tensor, free: torch.cuda.Event) -> torch.cuda.Event:
+        """Copies x, on the host and contiguous, to a place on the GPU once that is free: the event that it is there.
+
+        The host waits for nothing but the upload before of that index, which reads the same pinned memory. What is
+        pinned itself is read where it is."""
+        done = self._done.setdefault(index, torch.cuda.Event())
+        there = is_pinned(x)
+        if not there:
+            done.synchronize()
+            if index not in self._pinned or len(self._pinned[index]) < len(x):
+                self._pinned[index] = pinned(x)
+        with torch.cuda.stream(self._stream):
+            free.wait()
+            if there:
+                place.copy_(x, non_blocking=True)
+            else:
+                whole = (x, self._pinned[index][: len(x)], place)
+                parts = zip(*map(split, whole), strict=True) if place.is_contiguous() else [whole]
+                for source, staged, part in parts:
+                    np.copyto(staged.numpy(), source.numpy())
+                    part.copy_(staged, non_blocking=True)
+            done.record()
+        return done
+
+
+class Places:
+    """Where graphs of one batch size read their inputs."""
+
+    def __init__(self, inputs: Sequence[Tensor], device: torch.device | None, uploads: Uploads) -> None:
+        self.uploads = uploads
+        # no inference tensors: they do not count their changes, and another graph's inputs these may be
+        with torch.inference_mode(False), torch.no_grad():
+            self.tensors = [torch.empty_like(x, device=device).copy_(x) for x in inputs]
+        self._given: list[Given | None] = [None] * len(inputs)  # what was copied to each last
+
+    def fill(self, index: int, x: Tensor, free: torch.cuda.Event) -> None:
+        """Brings an input to its place, unless it is the very tensor of the call before and was not changed since, as
+        the conditioning is in a loop. The current stream copies it, or waits until it is up. free: that the graphs have
+        read the place."""
+        place = self.tensors[index]
+        if x.device != place.device:
+            self._given[index] = None
+            self.uploads(index, x, place, free).wait()
+        elif not same(self._given[index], x):
+            place.copy_(x, non_blocking=True)
+            self._given[index] = noted(x)
+
+
 class Captured(NamedTuple):
     """A batch size's graph, and where it reads and writes. replayed: the event that the last replay is done."""
 
     graph: torch.cuda.CUDAGraph
-    places: list[Tensor]
+    places: Places
     outputs: Sequence[Tensor]
-    given: list[Given | None]
     replayed: torch.cuda.Event
 
 
@@ -36,87 +99,69 @@ class Replayed:
     """`run` over tensors on a GPU, captured for each batch size at its first call and replayed from then on.
 
     What it returns is valid until the next call of that batch size: the memory is the graph's own and is written again.
-    Inputs are copied to the graph's places, but for one that is the very tensor of the call before and was not changed
-    since, as the conditioning is in a loop. So every call returns tensors of its own, over the same memory: one that
-    was replayed is another tensor to whoever gets it next, itself included.
+    Inputs are copied to places of the graph's own, see `Places.fill`. So every call returns tensors of its own, over
+    the same memory: one that was replayed is another tensor to whoever gets it next, itself included.
 
-    Inputs may be on the host as well, contiguous: they go through pinned memory on a stream of their own, beside
-    whatever the GPU is doing, and may be changed once the call returned.
+    Inputs may be on the host as well, contiguous: see `Uploads`. They may be changed once the call returned, but in
+    pinned memory only when what was computed of them has been fetched.
 
     device: where `run` runs; by default, where the inputs of a batch size's first call are"""
 
     def __init__(self, run: Run, device: torch.device | None = None) -> None:
         self.run, self.device = run, device
+        self._uploads = Uploads()
         self._captured: dict[int, Captured] = {}
-        self._pinned: dict[int, Tensor] = {}  # by the input's index, for the largest batch so far
-
-    @functools.cached_property
-    def _copies(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()
-
-    @functools.cached_property
-    def _uploaded(self) -> torch.cuda.Event:
-        """That the last copies from pinned memory are done."""
-        return torch.cuda.Event()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         batch = len(inputs[0])
         if batch not in self._captured:
-            self._captured[batch] = self._capture(inputs)
-        captured = self._captured[batch]
-        from_host = {}
-        for index, (place, x) in enumerate(zip(captured.places, inputs, strict=True)):
-            if x.device != place.device:
-                from_host[index] = x
-                captured.given[index] = None
-            elif not same(captured.given[index], x):
-                place.copy_(x, non_blocking=True)
-                captured.given[index] = noted(x)
-        if from_host:
-            self._upload(captured, from_host)
-        captured.graph.replay()
-        captured.replayed.record()
-        return [x.detach() for x in captured.outputs]
+            places = Places(inputs, self.device, self._uploads)
+            graph, outputs = captured(self.run, places.tensors, torch.cuda.Stream())
+            self._captured[batch] = Captured(graph, places, outputs, recorded())
+        now = self._captured[batch]
+        for index, x in enumerate(inputs):
+            now.places.fill(index, x, now.replayed)
+        now.graph.replay()
+        now.replayed.record()
+        return [x.detach() for x in now.outputs]
 
-    def _upload(self, captured: Captured, inputs: dict[int, Tensor]) -> None:
-        """Host tensors to their places, by index. The current stream waits for it, the host only for the upload before,
-        which reads the same pinned memory."""
-        self._uploaded.synchronize()
-        with torch.cuda.stream(self._copies):
-            captured.replayed.wait()
-            for index, x in inputs.items():
-                if index not in self._pinned or len(self._pinned[index]) < len(x):
-                    self._pinned[index] = pinned(x)
-                whole = (x, self._pinned[index][: len(x)], captured.places[index])
-                parts = zip(*map(split, whole), strict=True) if whole[-1].is_contiguous() else [whole]
-                for source, staged, place in parts:
-                    staged.copy_(source)
-                    place.copy_(staged, non_blocking=True)
-            self._uploaded.record()
-        self._uploaded.wait()
 
-    def _capture(self, inputs: Sequence[Tensor]) -> Captured:
-        # no inference tensors: they do not count their changes, and another graph's inputs these may be
-        with torch.inference_mode(False), torch.no_grad():
-            places = [torch.empty_like(x, device=self.device).copy_(x) for x in inputs]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    self.run(*places)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = self.run(*places)
-        replayed = torch.cuda.Event()
-        replayed.record()  # or the first upload would not wait for the warm-ups
-        return Captured(graph, places, outputs, [None] * len(places), replayed)
+def captured(
+    run: Run, places: Sequence[Tensor], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    """The graph of `run` over `places`, and the outputs that it writes.
+
+    It is warmed up and captured on one stream: what cuBLAS sets up for a stream is of no other graph then. pool: of
+    memory, as `graph_pool_handle` gives one, which graphs may share that never run at the same time."""
+    with torch.inference_mode(False), torch.no_grad():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run(*places)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            outputs = run(*places)
+    return graph, outputs
+
+
+def recorded() -> torch.cuda.Event:
+    """An event at the end of what the current stream has to do. Of a graph that was not replayed yet it says that the
+    warm-ups are done."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def pinned(x: Tensor) -> Tensor:
     """Memory like a host tensor's that a GPU copies from by itself."""
     with torch.inference_mode(False):  # it is written in other modes too
         return torch.empty_like(x, pin_memory=True)
+
+
+def is_pinned(x: Tensor) -> bool:
+    """Whether a GPU copies from a host tensor by itself."""
+    return x.is_pinned()
 
 
 def split(x: Tensor) -> Iterable[Tensor]:
