@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -37,9 +36,10 @@ from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import DEFAULT_STEPS, OPTIMISATIONS, TOKENS, Config
 from mubic_deploy.engines import Engine
+from mubic_deploy.engines import aotinductor as aotinductor_engine
 from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import FLOAT16, SAMPLER, Signature, signatures
+from mubic_deploy.graphs import FLOAT16, FLOAT32, SAMPLER, Signature, signatures
 from mubic_deploy.model.inductor import barriers
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.parity import Parity, compare
@@ -49,7 +49,8 @@ from mubic_deploy.sources import load_script, source_dir
 AOTINDUCTOR, TENSORRT, ONNXRUNTIME = "AOTInductor", "TensorRT", "ONNX Runtime CUDA"
 TENSORRT_BATCHES = "TensorRT for batches"  # with kernels chosen for the largest
 PROCESS = (sys.executable, "-m", "bench.gpu_child")
-PACKAGE, PACKAGES = "package", "packages"  # no sections: the compiler of one graph of AOTInductor's, and of all
+COMPILED_PART, COMPILED_PARTS = "part", "parts"  # no sections: the compiler of one part of a package, and of all
+LONGEST = "visual_encoder_3"  # has as many kernels as most others together, and is waited for
 SETTINGS = "settings.json"
 NICE = 10
 Engines = dict[str, Engine]
@@ -108,33 +109,43 @@ def package_options(script: ModuleType, run: Run, fixed_steps: int | None) -> An
     return script.Options(run.device, max_batch=max(BATCHES), fixed_steps=fixed_steps)
 
 
-def package(run: Run, folder: Path, graph: str) -> None:
-    """Compiles one graph into `folder`."""
+def compile_part(run: Run, folder: Path, name: str) -> None:
+    """Compiles one part of the packages, and leaves the list of its files in `folder`."""
     script = packages_script()
     options = package_options(script, run, DEFAULT_STEPS)
     model = prepared(weights(run.config, True, run.device), options.chosen_precision, options.rewrites)
-    signature = signatures(run.config, options.chosen_precision, sampler=True)[graph]
-    module = script.contiguous_convolutions(model).graph(graph, DEFAULT_STEPS)
-    script.compile_graph(module, signature, folder / f"{graph}.pt2", options)
+    model = script.contiguous_convolutions(model)
+    for graph in signatures(run.config, sampler=True):
+        for signature, module in script.parts_of(model, graph, options):
+            if signature.name == name:
+                # of headers that one process precompiles, another may find but a part
+                with torch._inductor.config.patch({"aot_inductor.precompile_headers": False}):
+                    files = script.compile_part(module, signature, options)
+                write_whole(folder / f"{name}.files", json.dumps(files))
 
 
-def compile_packages(run: Run, folder: Path) -> None:
-    """All graphs at once, each in a process, since one keeps but one core busy. As each ends its last lines are left
+def part_names(run: Run) -> list[str]:
+    """Those that take the longest first."""
+    held = aotinductor_engine.contents(run.device, run.config, FLOAT32, sampler=True)
+    names = [part.name for each in held.values() for part in each]
+    return sorted(names, key=lambda name: name not in (LONGEST, SAMPLER))
+
+
+def compile_parts(run: Run, folder: Path) -> None:
+    """All parts at once, each in a process, since one keeps but one core busy. As each ends its last lines are left
     in `folder`, none if it was compiled."""
-    graphs = signatures(run.config, sampler=True)
     cores, at_work = len(os.sched_getaffinity(0)), {}
-    for graph in graphs:
-        # the visual encoder has as many kernels as most others together, and is waited for
-        threads = max(1, cores // (4 if graph == "visual_encoder" else 8))  # some cores stay free, for what is timed
+    for name in part_names(run):
+        threads = max(1, cores // 4) if name == LONGEST else max(1, cores // 8)
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-        command = [*PROCESS, PACKAGE, str(folder), graph]
-        with (folder / f"{graph}.log").open("wb") as log:
-            at_work[graph] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        command = [*PROCESS, COMPILED_PART, str(folder), name]
+        with (folder / f"{name}.log").open("wb") as log:
+            at_work[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     while at_work:
-        for graph in [name for name, process in at_work.items() if process.poll() is not None]:
-            failed = at_work.pop(graph).returncode != 0
-            said = (tail(folder / f"{graph}.log") or ["it said nothing"]) if failed else []
-            write_whole(folder / f"{graph}.ended", json.dumps(said))
+        for name in [name for name, process in at_work.items() if process.poll() is not None]:
+            failed = at_work.pop(name).returncode != 0
+            said = (tail(folder / f"{name}.log") or ["it said nothing"]) if failed else []
+            write_whole(folder / f"{name}.ended", json.dumps(said))
         time.sleep(0.1)
 
 
@@ -142,25 +153,25 @@ def compile_packages(run: Run, folder: Path) -> None:
 def compiling(run: Run, folder: Path) -> Iterator[None]:
     """The packages are compiled meanwhile, by processes that give way to others."""
     write_settings(run, folder)
-    process = subprocess.Popen([*PROCESS, PACKAGES, str(folder), "0"], cwd=ROOT, process_group=0)
+    process = subprocess.Popen([*PROCESS, COMPILED_PARTS, str(folder), "0"], cwd=ROOT, process_group=0)
     try:
         yield
     finally:
         limited.kill(process)
 
 
-def compiled_packages(run: Run, folder: Path, limit_s: float) -> dict[str, list[str]]:
+def compiled_parts(run: Run, folder: Path, limit_s: float) -> dict[str, list[str]]:
     """Waits for them. The last lines of those that failed, and of the sampler if it took longer than limit_s, by the
-    graph's name."""
+    part's name."""
     until = time.monotonic() + limit_s
-    waited_for = set(signatures(run.config, sampler=True))
+    waited_for = set(part_names(run))
     while waited_for and not (waited_for == {SAMPLER} and time.monotonic() > until):
-        waited_for -= {graph for graph in waited_for if (folder / f"{graph}.ended").exists()}
+        waited_for -= {name for name in waited_for if (folder / f"{name}.ended").exists()}
         time.sleep(0.1)
-    failed = {graph: tail(folder / f"{graph}.log") or ["it said nothing"] for graph in waited_for}
-    ended = (graph for graph in signatures(run.config, sampler=True) if graph not in waited_for)
-    said = {graph: json.loads((folder / f"{graph}.ended").read_text()) for graph in ended}
-    return failed | {graph: lines for graph, lines in said.items() if lines}
+    failed = {name: tail(folder / f"{name}.log") or ["it said nothing"] for name in waited_for}
+    ended = (name for name in part_names(run) if name not in waited_for)
+    said = {name: json.loads((folder / f"{name}.ended").read_text()) for name in ended}
+    return failed | {name: lines for name, lines in said.items() if lines}
 
 
 def compiler() -> str:
@@ -176,18 +187,18 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     """The packages that `mubic-deploy compile --device cuda` makes, but compiled side by side."""
     run.results.notes[f"compiler, {AOTINDUCTOR}"] = compiler()
     run.write()
-    failed = compiled_packages(run, folder, PATIENCE * limit_s)
-    run.results.notes |= {f"log, {AOTINDUCTOR}, {graph}": lines for graph, lines in failed.items()}
+    failed = compiled_parts(run, folder, PATIENCE * limit_s)
+    run.results.notes |= {f"log, {AOTINDUCTOR}, {name}": lines for name, lines in failed.items()}
     if set(failed) - {SAMPLER}:
         raise UserError(f"{', '.join(failed)} could not be compiled")
     if failed:
         run.results.left_out[f"{AOTINDUCTOR}, {SAMPLER}"] = "was not compiled in time, so the loop is measured"
     script = packages_script()
 
-    def take(_module: nn.Module, _signature: Signature, path: Path, _options: Any) -> None:
-        shutil.move(folder / path.name, path)
+    def take(_module: nn.Module, signature: Signature, _options: Any) -> list[str]:
+        return json.loads((folder / f"{signature.name}.files").read_text())
 
-    vars(script)["compile_graph"] = take
+    vars(script)["compile_part"] = take
     vars(script)["compare"] = functools.partial(noted_comparison, run)
     options = package_options(script, run, None if failed else DEFAULT_STEPS)
     packages = script.build(weights(run.config, True, run.device), Source("random", 0), folder / "packages", options)
@@ -310,12 +321,12 @@ def main(arguments: Sequence[str]) -> None:
     section, folder = arguments[0], Path(arguments[1])
     run = read_settings(folder, section)
     with switches(REFERENCE):
-        if section == PACKAGE:
-            package(run, folder, arguments[2])
+        if section == COMPILED_PART:
+            compile_part(run, folder, arguments[2])
             return
-        if section == PACKAGES:
+        if section == COMPILED_PARTS:
             os.nice(NICE)
-            compile_packages(run, folder)
+            compile_parts(run, folder)
             return
         with run.named(section):
             SECTIONS[section](run, folder, float(arguments[2]))

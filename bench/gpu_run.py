@@ -22,7 +22,7 @@ from bench.sides import CLIPS, WholeGraph, moved_bytes
 from bench.stages import REFERENCE, Graphed, Stage, build, model_of
 from mubic_deploy.config import DEFAULT_STEPS, Config
 from mubic_deploy.diffusion import noise
-from mubic_deploy.engines import Arrays, eager
+from mubic_deploy.engines import Arrays, HostArrays, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import SAMPLER, signatures
 from mubic_deploy.metrics import cc
@@ -37,6 +37,7 @@ PROFILED = 5  # calls
 KERNELS = 30  # of a table
 TRACED = 12  # lines of a traceback
 WHOLE = "whole"  # the rows that goals look at
+UNPINNED = "from plain memory"  # the same of a clip that no GPU copies from by itself
 
 
 class Run:
@@ -52,7 +53,12 @@ class Run:
         # a CPU is there to see that it runs
         settings = {"size": config.name, "device": device, "steps": DEFAULT_STEPS, "quick": device == "cpu"}
         self.results = Results("gpu", settings)
-        self.clips = [random_clip(config, seed) for seed in range(CLIPS)]
+        self.clips = [self.clip(seed) for seed in range(CLIPS)]
+
+    def clip(self, seed: int, batch: int = 1) -> HostArrays:
+        """VIDEO and AUDIO, which a GPU copies from by itself, as those of `predict`."""
+        clip = random_clip(self.config, seed, batch)
+        return {name: pinned(array) for name, array in clip.items()} if self.device == "cuda" else clip
 
     def write(self) -> None:
         self.results.finish()
@@ -147,6 +153,10 @@ class Run:
         """All of an engine. of_torch: whether it takes PyTorch's tensors on the device."""
         self.predictors(WHOLE, {name: pipeline}, self.rule)
         self.write()
+        if self.device == "cuda":
+            plain = {name: np.array(array) for name, array in self.clips[0].items()}
+            side = {name: lambda i: pipeline.predict(plain["VIDEO"], plain["AUDIO"], i)}
+            self.results.add(UNPINNED, timing.measure(side, self.look), batch=1, steps=DEFAULT_STEPS)
         self.steps(name, pipeline)
         self.batches(name, pipeline, of_torch)
 
@@ -166,7 +176,7 @@ class Run:
         rule = replace(self.rule, repeats=10, seconds=0.7, short_s=min(self.rule.short_s, 0.3), warm_up_s=1.0)
         for batch in BATCHES:
             with self.named(f"{name}, batch {batch}"):  # where memory is short
-                clip = random_clip(self.config, 0, batch)
+                clip = self.clip(0, batch)
                 side = functools.partial(predictor.predict, clip["VIDEO"], clip["AUDIO"])
                 (timed,) = timing.measure({name: side}, rule).values()
                 row = Row("batch", name, {"batch": batch}, timed, {"clips_per_s": batch / timed.median})
@@ -228,6 +238,12 @@ class Run:
             for key, (t, n) in largest
         ]
         self.write()
+
+
+def pinned(array: np.ndarray) -> np.ndarray:
+    out = eager.pinned_array(array.shape, array.dtype)
+    out[...] = array
+    return out
 
 
 def resident(predictor: Predictor, clip: Mapping[str, np.ndarray], device: str) -> timing.Side | None:
