@@ -70,10 +70,11 @@ WATERFALL = {  # each is the one before and one thing more
     "sampler": (sixth := replace(fifth, sampler=True)),
     "one CUDA graph": replace(sixth, one=True, graphs=False),
 }
-# each technique by itself, against the first of its precision
+# each technique by itself, against the first of its precision; but `tokens`, which is for a compiler: before one its
+# kernels, which are compiled one after the other, take minutes to be there
 ALONE = {
     "FP16, CUDA graphs": (plain := replace(HALF, graphs=True)),
-    **{name: replace(plain, optimisations=(name,)) for name in REWRITES},
+    **{name: replace(plain, optimisations=(name,)) for name in REWRITES if name != TOKENS},
     "cudnn.benchmark": replace(plain, benchmark=True),
     "FP32, CUDA graphs": (strict := replace(REFERENCE, graphs=True)),
     "BatchNorm folded, FP32": replace(strict, norms=True),
