@@ -122,6 +122,8 @@ def compile_part(run: Run, folder: Path, name: str) -> None:
                 with torch._inductor.config.patch({"aot_inductor.precompile_headers": False}):
                     files = script.compile_part(module, signature, options)
                 write_whole(folder / f"{name}.files", json.dumps(files))
+                return
+    raise UserError(f"there is no part {name}")
 
 
 def part_names(run: Run) -> list[str]:

@@ -27,8 +27,8 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import SAMPLER, signatures
 from mubic_deploy.metrics import cc
 from mubic_deploy.model.mubic import Cost, cost
-from mubic_deploy.parity import random_clip
-from mubic_deploy.pipeline import Pipeline, Predictor
+from mubic_deploy.parity import allocated, random_clip
+from mubic_deploy.pipeline import ALLOCATE, Pipeline, Predictor
 
 RULE = timing.Rule(repeats=100, seconds=2.0, short_s=1.0, warm_up_s=5.0)
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -58,7 +58,8 @@ class Run:
     def clip(self, seed: int, batch: int = 1) -> HostArrays:
         """VIDEO and AUDIO, which a GPU copies from by itself, as those of `predict`."""
         clip = random_clip(self.config, seed, batch)
-        return {name: pinned(array) for name, array in clip.items()} if self.device == "cuda" else clip
+        allocate = eager.pinned_array if self.device == "cuda" else ALLOCATE
+        return {name: allocated(allocate, array) for name, array in clip.items()}
 
     def write(self) -> None:
         self.results.finish()
@@ -238,12 +239,6 @@ class Run:
             for key, (t, n) in largest
         ]
         self.write()
-
-
-def pinned(array: np.ndarray) -> np.ndarray:
-    out = eager.pinned_array(array.shape, array.dtype)
-    out[...] = array
-    return out
 
 
 def resident(predictor: Predictor, clip: Mapping[str, np.ndarray], device: str) -> timing.Side | None:

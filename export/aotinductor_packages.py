@@ -174,6 +174,8 @@ def _build_into(
         "precision": options.chosen_precision,
         "conditioner": aotinductor.load_conditioner(packages, candidate),  # as the pipeline runs them
     }
+    if device.type == "cuda":
+        more["allocate"] = eager.pinned_array
     parity = compare(model.config, reference, candidate, progress=checked, **more)
     parity.require(*said)
     # and whether the samples of the largest batch stay apart
@@ -243,7 +245,8 @@ def compile_part(module: nn.Module, signature: Signature, options: Options) -> l
             raise short_of_memory(f"compiling {signature.name}", error) from None
         reason = first_line(error)
         raise UserError(
-            f"{signature.name} cannot be compiled ({reason}): see that a C++ compiler (g++) is installed"
+            f"{signature.name} cannot be compiled ({reason}): see that a C++ compiler (g++) is installed, or "
+            f"{options.remedy}"
         ) from None
 
 

@@ -14,9 +14,10 @@ from mubic_deploy.engines import Array, Engine, HostArrays
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.metrics import cc
-from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.pipeline import ALLOCATE, Allocate, Pipeline
 
 CLIPS = 3
+CONDITIONER = "conditioner"  # in place of a graph: an engine of several, against these one by one
 # of graphs that no check has let pass
 EXPORTED = "the exported graphs differ from eager PyTorch"
 ANOTHER_EXPORT = "export them with the versions of requirements.txt, which are known to agree"
@@ -65,6 +66,21 @@ class Parity:
         allowed = self.tolerance
         return bool(worst <= allowed.graph and self.map_difference <= allowed.map and self.map_cc >= allowed.cc)
 
+    def note(self, name: str, expected: HostArrays, got: HostArrays) -> None:
+        """The differences of one of `clips` calls of a graph."""
+        worst, means = self.graphs.setdefault(name, {}), self.means.setdefault(name, {})
+        for tensor, array in expected.items():
+            apart = np.abs(array.astype(np.float64) - got[tensor])
+            if array.dtype.kind == "i":
+                # ADAPTIVE_STEPS is rounded: the entropy behind it may lie between two numbers of steps
+                apart = np.maximum(0.0, apart - 1)
+            difference, mean = apart.max(), apart.mean()
+            if self.tolerance.relative:
+                scale = np.maximum(1.0, np.abs(array).max())
+                difference, mean = difference / scale, mean / scale
+            worst[tensor] = float(np.maximum(worst.get(tensor, 0.0), difference))
+            means[tensor] = means.get(tensor, 0.0) + float(mean) / self.clips
+
     def to_json(self) -> dict[str, Any]:
         return {
             "clips": self.clips,
@@ -98,6 +114,13 @@ def random_clip(config: Config, seed: int, batch: int = 1) -> HostArrays:
     }
 
 
+def allocated(allocate: Allocate, array: np.ndarray) -> np.ndarray:
+    """A copy of an array, in what `allocate` makes."""
+    out = allocate(array.shape, array.dtype)
+    out[...] = array
+    return out
+
+
 def compare(
     config: Config,
     reference: Mapping[str, Engine],
@@ -107,14 +130,16 @@ def compare(
     precision: str = FLOAT32,
     batch: int = 1,
     conditioner: Engine | None = None,
+    allocate: Allocate = ALLOCATE,
 ) -> Parity:
     """Each graph on the reference's own intermediate tensors, and the final map of the whole chain, for `clips` batches
     of random clips. precision: of the candidate. `progress` hears how many are done. The sampler is compared if the
-    candidate has one, and the chain with its loop, and with the candidate's conditioner if it has one."""
+    candidate has one, and the chain with its loop; with the candidate's conditioner if it has one, which is compared
+    with the graphs that it stands for. allocate: see `Pipeline`, of the clips that the chain gets."""
     result = Parity(clips=clips, precision=precision)
     progress(0)
     for seed in range(clips):
-        clip = random_clip(config, seed, batch)
+        clip = {name: allocated(allocate, array) for name, array in random_clip(config, seed, batch).items()}
         tensors: dict[str, Array] = {**clip}
         rng = np.random.default_rng(seed)
         tensors["S_T"] = rng.standard_normal((batch, 1, *config.map_size), np.float32)
@@ -125,19 +150,12 @@ def compare(
             given = {t.name: np.asarray(tensors[t.name]).astype(t.dtype) for t in signature.inputs}
             expected = {key: np.asarray(array) for key, array in reference[name](tensors).items()}
             got = {key: np.asarray(array) for key, array in candidate[name](given).items()}
-            worst, means = result.graphs.setdefault(name, {}), result.means.setdefault(name, {})
-            for tensor in signature.output_names:
-                apart = np.abs(expected[tensor].astype(np.float64) - got[tensor])
-                if expected[tensor].dtype.kind == "i":
-                    # ADAPTIVE_STEPS is rounded: the entropy behind it may lie between two numbers of steps
-                    apart = np.maximum(0.0, apart - 1)
-                difference, mean = apart.max(), apart.mean()
-                if result.tolerance.relative:
-                    scale = np.maximum(1.0, np.abs(expected[tensor]).max())
-                    difference, mean = difference / scale, mean / scale
-                worst[tensor] = float(np.maximum(worst.get(tensor, 0.0), difference))
-                means[tensor] = means.get(tensor, 0.0) + float(mean) / clips
+            result.note(name, expected, got)
             tensors |= expected
+        if conditioner is not None:
+            singly = {k: np.array(x) for k, x in Pipeline(config, candidate).condition(clip).items()}
+            conditioner(random_clip(config, seed + clips, batch))  # which the next one must not overtake
+            result.note(CONDITIONER, singly, {k: np.asarray(x) for k, x in conditioner(clip).items()})
         chains = (Pipeline(config, reference), Pipeline(config, candidate, conditioner=conditioner))
         pairs = [chain.predict(clip["VIDEO"], clip["AUDIO"], seed)[0] for chain in chains]
         result.map_difference = float(np.maximum(result.map_difference, np.abs(pairs[0] - pairs[1]).max()))

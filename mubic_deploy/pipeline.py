@@ -98,10 +98,10 @@ def chosen_steps(config: Config, steps: np.ndarray, adaptive: np.ndarray) -> np.
     return used
 
 
-def stacked(predictor: Predictor, frames: Sequence[np.ndarray]) -> np.ndarray:
-    """Clips' frames as one batch, where `predictor` takes it from fastest."""
+def stacked(predictor: Predictor, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Clips' frames or sounds as one batch, where `predictor` takes it from fastest."""
     allocate = predictor.allocate if isinstance(predictor, Pipeline) else ALLOCATE
-    return np.stack(frames, out=allocate((len(frames), *frames[0].shape), frames[0].dtype))
+    return np.stack(arrays, out=allocate((len(arrays), *arrays[0].shape), arrays[0].dtype))
 
 
 class Pipeline:
@@ -112,7 +112,8 @@ class Pipeline:
     fixed_steps  of the sampler, if there is one among them: it takes the loop's place where a batch asks for so many
     source       of the weights, as `checkpoint.Source.to_json` says it
     conditioner  encoders and fusion as one, if there is such an engine: it takes their place
-    allocate     makes arrays from which the engines take clips fastest: of a shape and a dtype, not initialised"""
+    allocate     makes arrays from which the engines take clips fastest: of a shape and a dtype, not initialised. They
+                 are read where they are: to be kept, and left as they are, until a result has been fetched"""
 
     def __init__(
         self,
@@ -151,9 +152,9 @@ class Pipeline:
         tensorrt                                 a folder of plans
 
         variant: of random weights, or that the source must be of. seed: of the random weights of a checkpoint
-        (default 0). cuda_graphs: whether a GPU replays a batch size's kernels as one launch. UserError for a source or
-        an engine that is none, of another variant, or that this machine cannot run; for a seed where there is nothing
-        to draw."""
+        (default 0). cuda_graphs: whether a GPU replays a batch size's kernels as one launch a graph, or a part of it.
+        UserError for a source or an engine that is none, of another variant, or that this machine cannot run; for a
+        seed where there is nothing to draw."""
         folder: Folder
         engines: Mapping[str, Engine]
         conditioner, allocate = None, ALLOCATE
@@ -212,7 +213,7 @@ class Pipeline:
         parts. Threads may share a pipeline on a CPU; on a GPU one thread calls it at a time. UserError for a wrong
         shape, dtype, seed or step, or sound that is not finite.
 
-        A GPU's PyTorch takes frames from what `allocate` made without copying them first."""
+        On a GPU clips go up fastest from what `allocate` made."""
         arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)
         size = self.max_batch or len(video)
         results = []
@@ -224,7 +225,8 @@ class Pipeline:
         return tuple(np.concatenate([part[name] for part in results]) for name in ("SALIENCY", "STEPS_USED"))
 
     def condition(self, arrays: Arrays) -> Arrays:
-        """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip."""
+        """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip. A GPU may be at
+        work still when it returns: see `allocate` and `DeviceArray`."""
         if self.conditioner is not None:
             return self.conditioner(arrays)
         features: Arrays = {}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol
 
 import av
-import numpy as np
 
 from mubic_deploy.config import Config, check_fit
 from mubic_deploy.errors import UserError
@@ -157,7 +156,7 @@ def _run(
 
     def predicted() -> Iterator[Frame | FilmMap]:
         clips = [item for item in held if isinstance(item, Clip)]
-        video, audio = stacked(predictor, [clip.video for clip in clips]), np.stack([clip.audio for clip in clips])
+        video, audio = (stacked(predictor, arrays) for arrays in zip(*((c.video, c.audio) for c in clips), strict=True))
         results = zip(*predictor.predict(video, audio, seed, steps), strict=True)
         for item in held:
             if isinstance(item, Frame):

@@ -7,6 +7,7 @@ for each other first the oldest one's or first the newest one's: so results are 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -117,9 +118,11 @@ class Recorder(TorchDispatchMode):
     def __init__(self, gpu: Gpu) -> None:
         super().__init__()
         self.gpu = gpu
+        self.last: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
+        self.last = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
 
         def again() -> None:
             for place, x in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs or {})), strict=True):
@@ -161,6 +164,7 @@ class Gpu:
         self.pinned: list[Tensor] = []
         self.copies: list[tuple[Stream, Tensor]] = []
         self.pools: list[object] = []
+        self.kept: dict[object, list[weakref.ref[Tensor]]] = {}  # by pool, what its graphs computed last
         self._late = self._newest_first = False
 
     def put(self, stream: Stream, item: Item) -> None:
@@ -205,11 +209,15 @@ class Gpu:
     def graph(self, graph: Graph, pool: object, stream: Stream) -> Iterator[None]:
         self.finish()
         self.pools.append(pool)
+        # else the memory of what was captured there before could be given away
+        assert all(x() is not None for x in self.kept.get(pool, [])), "what another graph of the pool made is gone"
         origin = stream
         self.capture = {origin: []}
-        with self.on(origin), Recorder(self):
+        with self.on(origin), Recorder(self) as recorder:
             yield
         graph.work, self.capture = self.capture, {}
+        if pool is not None:
+            self.kept.setdefault(pool, []).extend(weakref.ref(x) for x in recorder.last)
         waited_for = [item.after.reach for item in graph.work[origin] if item.after is not None]
         last = [items[-1].do for stream, items in graph.work.items() if stream is not origin]
         assert all(do in waited_for for do in last), "a stream of the capture was not joined"

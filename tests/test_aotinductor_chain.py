@@ -1,4 +1,4 @@
-"""Encoders and fusion as one chain of CUDA graphs, with a double of torch.cuda, and in the packages' place the model's
+"""Encoders and fusion in parts, a CUDA graph each, with a double of torch.cuda, and in the packages' place the model's
 own modules: of what happens in a package the double sees nothing."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mubic_deploy import graphs
 from mubic_deploy.config import Config
-from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine, aotinductor
+from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine, aotinductor, eager
 from mubic_deploy.engines.aotinductor import Packages, load_conditioner, load_engines
 from mubic_deploy.engines.eager import load_engines as load_eager
 from mubic_deploy.engines.lanes import Part
@@ -83,6 +83,7 @@ def test_a_pipeline_computes_what_eager_pytorch_does(
     model = random_model(config)
     pipeline = opened(packages(model)[0], monkeypatch)
     assert pipeline.conditioner is not None
+    assert pipeline.allocate is eager.pinned_array
     reference = Pipeline(config, load_eager(model))
     for seed, batch in ((0, 1), (1, 3), (2, 1)):  # 3 in two parts
         clip = random_clip(config, seed, batch)
@@ -127,7 +128,9 @@ def test_without_cuda_graphs_there_is_no_chain(
     made, _ = packages(tiny_model)
     assert opened(made, monkeypatch, cuda_graphs=False).conditioner is None
     made.manifest["device"]["type"] = "cpu"
-    assert opened(made, monkeypatch).conditioner is None
+    pipeline = opened(made, monkeypatch)
+    assert pipeline.conditioner is None
+    assert pipeline.allocate is np.empty
 
 
 def test_arrays_that_do_not_fit_are_refused(packages: Make, tiny_model: MUBiC) -> None:
@@ -170,4 +173,6 @@ def test_a_chain_that_computes_something_else_is_found(packages: Make, tiny_mode
 
     found = compare(TINY, reference, engines, 1, conditioner=cast(Engine, wrong))
     assert not found.ok
-    assert max(max(graph.values()) for graph in found.graphs.values()) < 1e-4
+    of_chain = found.graphs.pop("conditioner")
+    assert of_chain.pop("CONTEXT1") > 0.1
+    assert max(max(graph.values()) for graph in [*found.graphs.values(), of_chain]) < 1e-4

@@ -14,7 +14,7 @@ from torch._inductor import graph as inductor_graph
 from mubic_deploy.config import ON_GPU, get_config
 from mubic_deploy.engines.aotinductor import laid_out
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import FLOAT16, Signature, Tensor, signatures
+from mubic_deploy.graphs import FLOAT16, Signature, Tensor, parts
 from mubic_deploy.model import tokens
 from mubic_deploy.model.inductor import BARRIER, barriers
 from mubic_deploy.model.mubic import empty_inputs, random_model, traced_with
@@ -30,8 +30,9 @@ class GeneratedError(Exception):
     """Ends the compiler once the code is there."""
 
 
-def kernels(function: Callable, *inputs: torch.Tensor, **settings: Any) -> list[str]:
-    """The Triton kernels that Inductor makes of a function: on a CPU it can generate them too, though not run them."""
+def kernels(function: Callable, *inputs: torch.Tensor, dynamic_batch: bool = False, **settings: Any) -> list[str]:
+    """The Triton kernels that Inductor makes of a function: on a CPU it can generate them too, though not run them.
+    dynamic_batch: what is marked so in the inputs stays open."""
     found = []
 
     def generated(graph: inductor_graph.GraphLowering) -> None:
@@ -45,7 +46,7 @@ def kernels(function: Callable, *inputs: torch.Tensor, **settings: Any) -> list[
         patch.setattr("torch.utils._triton.triton_hash_with_backend", lambda: "none is here")
         torch._dynamo.reset()
         with pytest.raises(torch._inductor.exc.InductorError, match="GeneratedError"):
-            torch.compile(function, options=options, dynamic=False)(*inputs)
+            torch.compile(function, options=options, dynamic=None if dynamic_batch else False)(*inputs)
     return KERNEL.findall(found[0])
 
 
@@ -191,9 +192,27 @@ def test_at_full_size_nothing_is_read_back(graph: str) -> None:
     one block of each kind: the others are as those."""
     config = replace(get_config("full"), visual_depths=(1, 2, 2, 2))
     model = prepared(random_model(config), FLOAT16, ON_GPU)
-    inputs = [laid_out(x, True) for x in empty_inputs(signatures(config, FLOAT16)[graph], 1)]
-    found = kernels(model.graph(graph), *inputs, **INDUCTOR)
+    found = []
+    for part, module in zip(parts(config, FLOAT16)[graph], model.parts(graph), strict=True):
+        found += kernels(module, *(laid_out(x, True) for x in empty_inputs(part, 1)), **dict[str, Any](INDUCTOR))
     assert len(found) > 10
     own = [kernel for kernel in found if "def _depthwise_norm" in kernel]
     assert len(own) == {"visual_encoder": 7, "fusion": 4}.get(graph, 0)
+    assert any("def _product" in kernel for kernel in found) == (graph == "visual_encoder")
+    assert any("def _window_product" in kernel for kernel in found) == (graph == "denoiser")
     assert [read_back(kernel) for kernel in found if read_back(kernel)] == []
+
+
+@pytest.mark.usefixtures("hopper")
+def test_an_open_batch_is_the_kernels_too() -> None:
+    """Whose programs, and the parts that they sum in, depend on it."""
+    config = get_config("full")
+    encoder = prepared(random_model(config), FLOAT16, ON_GPU).denoiser.noise_encoder
+    widths = [(1, 2 * width) for width in config.noise_channels]
+    given = [torch.zeros(size, dtype=torch.float16) for size in widths]
+    x = torch.zeros(3, 1, *config.map_size)
+    torch._dynamo.mark_dynamic(x, 0)
+    found = kernels(lambda x: encoder(x, given), x, dynamic_batch=True, **dict[str, Any](INDUCTOR))
+    own = [kernel for kernel in found if "def _window_product" in kernel or "def _parts_added" in kernel]
+    assert len(own) == 8 + 3  # of the last three, in parts
+    assert len(found) < 16

@@ -64,11 +64,15 @@ def kept(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("on_host", [(True, True), (False, True), (True, False), (False, False)])
-def test_each_step_waits_for_what_it_takes(gpu: Gpu, newest_first: bool, on_host: tuple[bool, bool]) -> None:
+def test_each_step_waits_for_what_it_takes(
+    gpu: Gpu, newest_first: bool, on_host: tuple[bool, bool], pinned: bool
+) -> None:
     """However late the others are; nothing is read of the clip before, nor of the one behind."""
     lanes = Lanes(Toys().steps, WHOLE, CPU)
     clips = [[torch.randn(batch, 5) for _ in range(2)] for batch in (1, 1, 2, 1, 2, 2)]
+    gpu.pinned += [x for clip in clips for x in clip] * pinned
     got = []
     with torch.inference_mode(), gpu.late(newest_first):
         for clip in clips:

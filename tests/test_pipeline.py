@@ -11,7 +11,7 @@ import torch
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO
-from mubic_deploy.engines import cpu
+from mubic_deploy.engines import cpu, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline, request, sample, stacked
@@ -170,3 +170,13 @@ def test_frames_are_put_where_the_engines_take_them_from() -> None:
     assert video is made[0]
     np.testing.assert_array_equal(video, np.stack(frames))
     np.testing.assert_array_equal(stacked(Pipeline(DEMO, {}), frames), video)
+
+
+def test_where_no_memory_can_be_pinned_it_is_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object, pin_memory: bool, **__: object) -> None:
+        assert pin_memory
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", short)
+    array = eager.pinned_array((2, 3), np.dtype(np.uint8))
+    assert (array.shape, array.dtype) == ((2, 3), np.uint8)

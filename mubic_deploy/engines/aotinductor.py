@@ -190,8 +190,8 @@ def load_engines(packages: Packages, cuda_graphs: bool = True) -> dict[str, AOTI
 
 
 def load_conditioner(packages: Packages, engines: Mapping[str, AOTInductorEngine]) -> Engine | None:
-    """Encoders and fusion of `load_engines` as one engine, over the same packages, in which nothing is copied from one
-    to the next. None where they have no CUDA graphs."""
+    """Encoders and fusion of `load_engines` as one engine, over the same packages, each of which takes what the ones
+    before made where it lies. None where they have no CUDA graphs."""
     device, whole = packages.device, conditioner(packages.config, packages.precision)
     if not isinstance(engines["fusion"].run, Replayed):
         return None

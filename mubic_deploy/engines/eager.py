@@ -77,9 +77,13 @@ def to_torch(array: Array, device: torch.device) -> torch.Tensor:
 
 
 def pinned_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Not initialised, in memory that a GPU copies from by itself. It goes back to PyTorch's when the array is gone."""
+    """Not initialised, in memory that a GPU copies from by itself, which goes back to PyTorch's when the array is gone;
+    in other memory, which only takes longer, where a machine has no more of that."""
     kind = torch.from_numpy(np.empty(0, dtype)).dtype
-    return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+    try:
+        return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+    except RuntimeError:
+        return np.empty(shape, dtype)
 
 
 def from_torch(x: torch.Tensor) -> Array:

@@ -99,8 +99,9 @@ class Replayed:
     """`run` over tensors on a GPU, captured for each batch size at its first call and replayed from then on.
 
     What it returns is valid until the next call of that batch size: the memory is the graph's own and is written again.
-    Inputs are copied to places of the graph's own, see `Places.fill`. So every call returns tensors of its own, over
-    the same memory: one that was replayed is another tensor to whoever gets it next, itself included.
+    Inputs are copied to places of the graph's own, but not the tensor of the call before (`Places.fill`). So every call
+    returns tensors of its own, over the same memory: one that was replayed is another tensor to whoever gets it next,
+    itself included.
 
     Inputs may be on the host as well, contiguous: see `Uploads`. They may be changed once the call returned, but in
     pinned memory only when what was computed of them has been fetched.

@@ -152,7 +152,7 @@ class WindowProduct(nn.Module):
 
 
 class WindowReLU(WindowProduct):
-    """As `WindowProduct`, and ReLU."""
+    """As `WindowProduct`, and ReLU, which may follow once more."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_kernel(x):
@@ -215,17 +215,14 @@ def depthwise_norm(
     conv: ShiftedSum,
     norm: nn.LayerNorm,
     grid: Grid,
-    residual: Tensor | None = None,
-    first: int = 0,
-    start: int = 0,
+    residual: Tensor,
 ) -> Tensor:
     """`conv` and `norm` of tokens on a GPU: see `kernels.depthwise_norm`."""
     from mubic_deploy.model import kernels  # Triton's, which machines without a GPU need not have
 
     scale, shift = (y.view(-1, norm.normalized_shape[0]) for y in (norm.weight, norm.bias))
-    residual = residual.contiguous() if residual is not None else None
-    more = (norm.eps, first, list(grid), conv.stride[-1], start)
-    return kernels.depthwise_norm(x.contiguous(), conv.weight, conv.bias, residual, scale, shift, *more)
+    given = (x.contiguous(), conv.weight, conv.bias, residual.contiguous(), scale, shift, norm.eps)
+    return kernels.depthwise_norm(*given, 0, list(grid), conv.stride[-1], 0)
 
 
 def has_product(x: Tensor, linear: nn.Linear) -> bool:
@@ -434,10 +431,6 @@ class TokenAttention(FoldedAttention):
     def _wide(self, k_thw: Grid) -> int:
         """Columns of a query behind its own."""
         return padded(self.head_dim + sum(k_thw)) - self.head_dim
-
-    def forward(self, x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
-        out, q_thw = self.attended(self.qkv(x), thw)
-        return self.project(out), q_thw
 
     def attended(self, qkv: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
         """All between the first product and the last. qkv [B, 1 + t h w, 3 C and more] -> [B, 1 + t' h' w', C]."""

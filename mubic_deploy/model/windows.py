@@ -209,7 +209,7 @@ def _window_product(
             tap = at // C
             dt, dh, dw = (tap // (KH * KW))[None, :], (tap // KW % KH)[None, :], (tap % KW)[None, :]
             inside = (at < K)[None, :]
-            there = inside & ((rows < M) & (t >= -PT))[:, None]
+            there = inside & (rows < M)[:, None]
             if KT > 1:
                 there = there & (t[:, None] + dt >= 0) & (t[:, None] + dt < T)
             if KH > 1:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mubic_deploy import metrics
 from mubic_deploy.errors import UserError
-from mubic_deploy.pipeline import Predictor
+from mubic_deploy.pipeline import Predictor, stacked
 from mubic_deploy.training.clips import Clips, GroundTruth
 from mubic_deploy.training.layout import Video, labelled, read_density, read_fixations
 from mubic_deploy.training.settings import NEGATIVES, OTHERS
@@ -70,7 +70,7 @@ def evaluate(
     for first in range(0, len(chosen), batch):
         part = chosen[first : first + batch]
         items = [clips[i] for i in part]
-        video, audio = (np.stack([item[name].numpy() for item in items]) for name in ("VIDEO", "AUDIO"))
+        video, audio = (stacked(predictor, [item[name].numpy() for item in items]) for name in ("VIDEO", "AUDIO"))
         began = time.perf_counter()
         maps, used = predictor.predict(video, audio, seed, steps)
         result.seconds += time.perf_counter() - began
