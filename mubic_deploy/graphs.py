@@ -148,22 +148,19 @@ def parts(c: Config, precision: str = FLOAT32, sampler: bool = False) -> dict[st
     """What each graph of `signatures` may be computed in, part by part, so that others need not wait for all of it:
     the visual encoder and the fusion by scale. Tensors between the parts are TOKENS1..3 [1 + t h w, C_i], a scale's,
     the class token first."""
-    whole = signatures(c, precision, sampler)
-    features, cond, heard = visual_features(c, precision), conditioning(c, precision), whole["fusion"].inputs[4:]
-    sizes = zip(c.visual_channels[:3], c.grids, strict=False)
+    made: dict[str, tuple[Signature, ...]]
+    made = {name: (signature,) for name, signature in signatures(c, precision, sampler).items()}
+    features, cond = visual_features(c, precision), conditioning(c, precision)
+    sizes = zip(c.visual_channels[:3], c.grids[:3], strict=True)
     tokens = [Tensor(f"TOKENS{i}", precision, (1 + c.time * h * w, n)) for i, (n, (h, w)) in enumerate(sizes, 1)]
-    more = [(ENTROPY, ADAPTIVE_STEPS), (), (), cond[4:]]
-    made: dict[str, tuple[Signature, ...]] = {name: (signature,) for name, signature in whole.items()}
+    heard = (audio_features(c, precision),) if c.has_audio else ()
+    taken, handed_on = (video(c), *tokens), [*((x,) for x in tokens), ()]
+    more = [(ENTROPY, ADAPTIVE_STEPS), (), (), cond[4:]]  # of a scale's fusion beside its context
+    scales = range(4)
     made["visual_encoder"] = tuple(
-        Signature(f"visual_encoder_{i}", (x,), (feature, *passed))
-        for i, x, feature, passed in zip(
-            range(1, 5), (video(c), *tokens), features, (*((x,) for x in tokens), ()), strict=True
-        )
+        Signature(f"visual_encoder_{i + 1}", (taken[i],), (features[i], *handed_on[i])) for i in scales
     )
-    made["fusion"] = tuple(
-        Signature(f"fusion_{i}", (feature, *heard), (context, *others))
-        for i, feature, context, others in zip(range(1, 5), features, cond[:4], more, strict=True)
-    )
+    made["fusion"] = tuple(Signature(f"fusion_{i + 1}", (features[i], *heard), (cond[i], *more[i])) for i in scales)
     return made
 
 

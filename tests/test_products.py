@@ -4,15 +4,13 @@ process of its own."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import interpreted
 from torch import Tensor
 
 from mubic_deploy.config import DEMO, ON_GPU
@@ -118,10 +116,7 @@ def encoder_differences() -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, float]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpreted(__file__)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

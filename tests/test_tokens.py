@@ -21,7 +21,7 @@ from mubic_deploy.engines.lanes import in_turn
 from mubic_deploy.graphs import parts, signatures
 from mubic_deploy.model.denoiser import Context, NoiseStage
 from mubic_deploy.model.layers import STC, Keys
-from mubic_deploy.model.mubic import MUBiC, empty_inputs
+from mubic_deploy.model.mubic import MUBiC, empty_inputs, random_model
 from mubic_deploy.model.optimise import optimised
 from mubic_deploy.model.precision import prepared
 from mubic_deploy.model.tokens import (
@@ -269,3 +269,21 @@ def test_what_no_step_changes_is_computed_once(tiny_model: MUBiC) -> None:
     assert {users[f"denoiser.decoder.contexts.{i}.mix.weight"] for i in range(3)} == {1}
     assert {users[f"denoiser.decoder.contexts.{i}.places.linear.weight"] for i in range(3)} == {3}
     assert not [name for name in users if "step_embedding" in name and users[name]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_parts_of_a_graph_are_the_graph(variant: str) -> None:
+    """One after the other, to the last bit, and as their signatures say."""
+    config = replace(TINY, variant=variant)
+    model = prepared(random_model(config), "float32", ON_GPU)
+    for name, whole in signatures(config).items():
+        inputs = [torch.randn_like(x) if x.is_floating_point() else x for x in empty_inputs(whole, 2)]
+        tensors = dict(zip(whole.input_names, inputs, strict=True))
+        with torch.no_grad():
+            expected = model.graph(name)(*inputs)
+            for part, module in zip(parts(config)[name], model.parts(name), strict=True):
+                outputs = module(*(tensors[given] for given in part.input_names))
+                tensors |= zip(part.output_names, outputs, strict=True)
+                assert [(*x.shape[1:],) for x in outputs] == [t.shape for t in part.outputs]
+        for tensor, x in zip(whole.output_names, expected, strict=True):
+            torch.testing.assert_close(tensors[tensor], x, rtol=0, atol=0, equal_nan=True)

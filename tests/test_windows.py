@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import interpreted
 from torch import Tensor, nn
 
 from mubic_deploy.model import tokens
@@ -181,10 +179,7 @@ def differences() -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, float]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpreted(__file__)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

@@ -227,16 +227,9 @@ class VisualEncoder(nn.Module):
         x, thw = embedded(VIDEO, self.conv_proj, self.pos_encoding)
         features = []
         for index in range(4):
-            x, thw = self.through(self.scale(index), x, thw)
+            x, thw = through(self.scale(index), x, thw)
             features.append(feature(x, thw))
         return tuple(features)
-
-    @staticmethod
-    def through(blocks: Iterable[nn.Module], x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
-        """Tokens after some blocks, and their grid."""
-        for block in blocks:
-            x, thw = block(x, thw)
-        return x, thw
 
 
 class VisualScale(nn.Module):
@@ -248,7 +241,7 @@ class VisualScale(nn.Module):
         c = encoder.config
         self.first, self.last = index == 0, index == 3
         self.thw = (c.time, *c.grids[max(index - 1, 0)])  # of what comes in
-        self.blocks, self.through = nn.ModuleList(encoder.scale(index)), encoder.through
+        self.blocks = nn.ModuleList(encoder.scale(index))
         if self.first:
             self.conv_proj, self.pos_encoding = encoder.conv_proj, encoder.pos_encoding
 
@@ -256,7 +249,7 @@ class VisualScale(nn.Module):
         thw = self.thw
         if self.first:
             x, thw = embedded(x, self.conv_proj, self.pos_encoding)
-        x, thw = self.through(self.blocks, x, thw)
+        x, thw = through(self.blocks, x, thw)
         return (feature(x, thw),) if self.last else (feature(x, thw), x)
 
 
@@ -266,6 +259,13 @@ def embedded(video: Tensor, conv_proj: nn.Module, pos_encoding: nn.Module) -> tu
     x = conv_proj(x.permute(0, 4, 1, 2, 3).div(255).sub(PIXEL_MEAN).div(PIXEL_STD))
     thw = (x.shape[2], x.shape[3], x.shape[4])
     return pos_encoding(x.flatten(2).transpose(1, 2)), thw
+
+
+def through(blocks: Iterable[nn.Module], x: Tensor, thw: Grid) -> tuple[Tensor, Grid]:
+    """Tokens after some blocks, and their grid."""
+    for block in blocks:
+        x, thw = block(x, thw)
+    return x, thw
 
 
 def feature(x: Tensor, thw: Grid) -> Tensor:
