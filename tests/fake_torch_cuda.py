@@ -60,8 +60,8 @@ class Item:
 
 
 class Stream:
-    def __init__(self, gpu: Gpu, priority: int = 0) -> None:
-        self.gpu, self.work, self.priority = gpu, deque[Item](), priority
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self.work = gpu, deque[Item]()
         gpu.streams.append(self)
 
     def wait_stream(self, other: Stream) -> None:
@@ -233,7 +233,7 @@ class Gpu:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
     for name, value in {
-        "Stream": lambda priority=0: Stream(gpu, priority),
+        "Stream": lambda: Stream(gpu),
         "Event": lambda: Event(gpu),
         "current_stream": lambda: gpu.current,
         "stream": gpu.on,

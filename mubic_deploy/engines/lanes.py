@@ -16,8 +16,6 @@ from torch import Tensor
 from mubic_deploy.engines.replay import Places, Run, Uploads, captured, recorded
 from mubic_deploy.graphs import Signature
 
-AHEAD, BESIDE = -1, 0  # priorities of streams: the lower is served first
-
 
 class Part(NamedTuple):
     """Something that computes a signature's outputs from its inputs."""
@@ -63,8 +61,8 @@ class Lanes:
 
     def __init__(self, steps: Sequence[Step], whole: Signature, device: torch.device) -> None:
         self.steps, self.whole, self.device = steps, whole, device
-        ahead = torch.cuda.Stream(priority=AHEAD)
-        self._streams = [torch.cuda.Stream(priority=BESIDE) if step.beside else ahead for step in steps]
+        ahead = torch.cuda.Stream()
+        self._streams = [torch.cuda.Stream() if step.beside else ahead for step in steps]
         self._uploads = Uploads()
         self._placed: dict[int, Placed] = {}
         # for each step: those before it on other streams whose outputs it takes; the inputs that it alone reads
