@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import re
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import gpu_child, limited, results, timing
+from bench import gpu_child, limited, results, text, timing
 from bench.goals import outcomes
 from bench.gpu_run import RULE, WHOLE, Run
 from bench.results import FOLDER, LOOKS, Results
@@ -167,12 +166,19 @@ def measure(
     out: Path = FOLDER,
     skipped: Collection[str] = (),
     whole_search: bool = False,
+    traces: Path | None = None,
 ) -> tuple[str, Results]:
-    """Every section but those skipped; the name of the file, and what is in it. UserError as `Script.measure`'s."""
+    """Every section but those skipped; the name of the file, and what is in it. traces: folder for the profiler's.
+    UserError as `Script.measure`'s, and for a folder that cannot be made."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
-    path = out / f"gpu_{config.name}_{'_'.join(re.findall('[a-z0-9]+', name.lower()))}.json"
+    path = out / f"gpu_{config.name}_{text.slug(name)}.json"
+    if traces is not None:
+        try:
+            traces.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{traces} cannot be made ({error.strerror}): choose another --traces") from None
     with switches(REFERENCE):
-        run = Run(config, device, rule, path.with_name(f"{path.name}.unfinished"))
+        run = Run(config, device, rule, path.with_name(f"{path.name}.unfinished"), traces)
         Script(run, path, minutes, skipped).measure(sections(run, whole_search))
     return path.name, run.results
 
@@ -214,13 +220,19 @@ def main() -> int:
     parser.add_argument(
         "--whole-search", action="store_true", help="all that torch.compile's max-autotune searches: 7 minutes more"
     )
+    parser.add_argument(
+        "--traces", type=Path, metavar="DIR", help="leave the profiler's traces there too, for Perfetto or Chrome"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no NVIDIA GPU here: run this on a machine with one")
     config, chosen = get_config(arguments.size), arguments.skip
     out = arguments.out or (LOOKS if arguments.device == "cpu" or chosen else FOLDER)
-    whole = arguments.whole_search
-    summary(*measure(config, arguments.device, arguments.minutes, out=out, skipped=chosen, whole_search=whole))
+    whole, traces = arguments.whole_search, arguments.traces
+    found = measure(
+        config, arguments.device, arguments.minutes, out=out, skipped=chosen, whole_search=whole, traces=traces
+    )
+    summary(*found)
     return 0
 
 

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from bench.gpu_run import BATCHES, WHOLE, Run
 from bench.limited import ROOT, tail
 from bench.results import Results
 from bench.stages import COMPILED, REFERENCE, switches, weights
+from bench.text import slug
 from mubic_deploy import exported
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.checkpoint import Source
@@ -58,7 +58,7 @@ PATIENCE = 0.6  # of the time, for the sampler's package: without it the loop is
 
 
 def results_file(folder: Path, section: str) -> Path:
-    return folder / f"{'_'.join(re.findall('[a-z0-9]+', section.lower()))}.json"
+    return folder / f"{slug(section)}.json"
 
 
 def paying(found: Results) -> list[str]:
@@ -77,6 +77,7 @@ def write_settings(run: Run, folder: Path) -> None:
         "device": run.device,
         "rule": asdict(run.rule),
         "limits": run.results.limits,
+        "traces": None if run.traces is None else str(run.traces.absolute()),
     }
     write_whole(folder / SETTINGS, json.dumps(settings))
 
@@ -91,7 +92,8 @@ def write_whole(path: Path, text: str) -> None:
 def read_settings(folder: Path, section: str) -> Run:
     settings = json.loads((folder / SETTINGS).read_text())
     config, rule = Config.from_json(settings["config"]), timing.Rule(**settings["rule"])
-    run = Run(config, settings["device"], rule, results_file(folder, section))
+    traces = None if settings["traces"] is None else Path(settings["traces"])
+    run = Run(config, settings["device"], rule, results_file(folder, section), traces)
     run.results.limits = settings["limits"]
     run.results.settings["optimisations"] = settings["optimisations"]
     return run
@@ -207,6 +209,8 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     pipeline = Pipeline.open(packages.path, "aotinductor")
     run.engine(AOTINDUCTOR, pipeline)
     run.kernels(AOTINDUCTOR, pipeline)
+    run.kernels(f"{AOTINDUCTOR}, batch {max(BATCHES)}", pipeline, max(BATCHES))
+    run.parts(AOTINDUCTOR, pipeline.engines)
 
 
 def noted_comparison(

@@ -6,14 +6,13 @@ import contextlib
 import functools
 import itertools
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from bench import machine, text, timing
 from bench.limited import EndedError
@@ -23,6 +22,7 @@ from bench.stages import REFERENCE, Graphed, Stage, build, model_of
 from mubic_deploy.config import DEFAULT_STEPS, Config
 from mubic_deploy.diffusion import noise
 from mubic_deploy.engines import Arrays, HostArrays, eager
+from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import SAMPLER, signatures
 from mubic_deploy.metrics import cc
@@ -32,22 +32,25 @@ from mubic_deploy.pipeline import ALLOCATE, Pipeline, Predictor
 
 RULE = timing.Rule(repeats=100, seconds=2.0, short_s=1.0, warm_up_s=5.0)
 BATCHES = (1, 2, 4, 8, 16, 32)
+AHEAD = 4  # largest batches at once: the next one goes up while one is computed
 STEPS = (4, 8, 12)
 PROFILED = 5  # calls
 KERNELS = 30  # of a table
 TRACED = 12  # lines of a traceback
 WHOLE = "whole"  # the rows that goals look at
+PARTS = "parts"
 UNPINNED = "from plain memory"  # the same of a clip that no GPU copies from by itself
 
 
 class Run:
     """A run of the benchmark, or the part of one that a process of its own does.
 
-    file  where all that there is is written after each thing that was measured
-    rule  of the whole inference; `look` for what is compared only"""
+    file    where all that there is is written after each thing that was measured
+    rule    of the whole inference; `look` for what is compared only
+    traces  folder for the profiler's, if they are wanted"""
 
-    def __init__(self, config: Config, device: str, rule: timing.Rule, file: Path) -> None:
-        self.config, self.device, self.rule, self.file = config, device, rule, file
+    def __init__(self, config: Config, device: str, rule: timing.Rule, file: Path, traces: Path | None = None) -> None:
+        self.config, self.device, self.rule, self.file, self.traces = config, device, rule, file, traces
         self.look = replace(rule, repeats=rule.repeats // 2, seconds=rule.seconds / 2, short_s=rule.short_s / 2)
         self.clock = timing.cuda_events if device == "cuda" else timing.wall
         # a CPU is there to see that it runs
@@ -77,9 +80,14 @@ class Run:
             elif not isinstance(error, UserError):
                 self.results.notes[f"traceback, {name}"] = traceback.format_exc().splitlines()[-TRACED:]
 
-    def side(self, predictor: Predictor, steps: int | None = None) -> timing.Side:
+    def side(
+        self, predictor: Predictor, steps: int | None = None, clips: Sequence[HostArrays] | None = None
+    ) -> timing.Side:
+        """clips: that take turns, by default `self.clips`."""
+        turns = clips or self.clips
+
         def predict(i: int) -> None:
-            clip = self.clips[i % len(self.clips)]
+            clip = turns[i % len(turns)]
             predictor.predict(clip["VIDEO"], clip["AUDIO"], i, steps)
 
         return predict
@@ -161,6 +169,21 @@ class Run:
         self.steps(name, pipeline)
         self.batches(name, pipeline, of_torch)
 
+    def parts(self, name: str, engines: Mapping[str, Any]) -> None:
+        """Each part of each package by itself, of one clip and of the largest batch, on the device's own clock, with
+        the tensors of a real chain. engines: AOTInductor's."""
+        for batch in (1, max(BATCHES)):
+            with self.named(f"{PARTS} of {name}, batch {batch}"), torch.no_grad():
+                given = chain(self.config, self.clip(0, batch))
+                tensors = {key: torch.from_numpy(array).to(self.device) for key, array in given.items()}
+                for part in (part for engine in engines.values() for part in engine.parts):
+                    inputs = [tensors[key] for key in part.signature.input_names]
+                    tensors |= zip(part.signature.output_names, part.run(*inputs), strict=True)
+                    run = Replayed(part.run) if self.device == "cuda" else part.run
+                    side = {part.signature.name: functools.partial(_run, run, inputs)}
+                    self.results.add(PARTS, timing.measure(side, self.look, self.clock), batch=batch)
+        self.write()
+
     def steps(self, name: str, pipeline: Pipeline) -> None:
         """What a step more costs: the loop at 8 steps against 4, without the sampler."""
         loop = Pipeline(self.config, pipeline.engines, pipeline.max_batch, conditioner=pipeline.conditioner)
@@ -173,15 +196,18 @@ class Run:
 
     def batches(self, name: str, predictor: Predictor, of_torch: bool = True) -> None:
         """Clips a second over the batch, as a user gets them; beside it the GPU's own time, with the clips and their
-        noise there already, and which share of the peak that is."""
+        noise there already, and which share of the peak that is. Of an engine that takes no more at once, AHEAD of its
+        largest batches too."""
         rule = replace(self.rule, repeats=10, seconds=0.7, short_s=min(self.rule.short_s, 0.3), warm_up_s=1.0)
-        for batch in BATCHES:
+        most = predictor.max_batch if isinstance(predictor, Pipeline) else None
+        for batch in (*BATCHES, AHEAD * most) if most else BATCHES:
             with self.named(f"{name}, batch {batch}"):  # where memory is short
                 clip = self.clip(0, batch)
                 side = functools.partial(predictor.predict, clip["VIDEO"], clip["AUDIO"])
                 (timed,) = timing.measure({name: side}, rule).values()
                 row = Row("batch", name, {"batch": batch}, timed, {"clips_per_s": batch / timed.median})
-                call = resident(predictor, clip, self.device) if of_torch else None
+                at_once = most is None or batch <= most
+                call = resident(predictor, clip, self.device) if of_torch and at_once else None
                 if call is not None:
                     (on_gpu,) = timing.measure({name: call}, rule, self.clock).values()
                     row.values["on_gpu_s"] = on_gpu.median
@@ -196,13 +222,10 @@ class Run:
         model = model_of(stage, self.config, self.device)
         engines = eager.load_engines(model, stage.precision)
         pipeline = Pipeline(self.config, engines)
-        tensors: dict[str, Any] = dict(self.clips[0])
+        tensors: dict[str, Any] = chain(self.config, self.clips[0])
         tensors |= engines["visual_encoder"](tensors)
         tensors |= engines["audio_encoder"](tensors) if self.config.has_audio else {}
         tensors |= pipeline.condition(self.clips[0])
-        tensors |= {"S_T": np.random.default_rng(0).standard_normal((1, 1, *self.config.map_size), np.float32)}
-        tensors |= {"STEP": np.full((1, 1), 499, np.int32), "ALPHA_NOW": np.full((1, 1), 0.5, np.float32)}
-        tensors["ALPHA_NEXT"] = np.full((1, 1), 0.8, np.float32)
         for name, signature in signatures(self.config, stage.precision).items():
             module = Graphed(model.graph(name)) if self.device == "cuda" else model.graph(name)
             # clones, because of tensors made in inference mode it is not known whether they changed since the last call
@@ -217,28 +240,39 @@ class Run:
             self.results.rows.append(Row(name, "PyTorch FP16, optimised", {"batch": 1}, timed, values))
         self.write()
 
-    def kernels(self, name: str, predictor: Predictor) -> None:
+    def kernels(self, name: str, predictor: Predictor, batch: int = 1) -> None:
         """Which kernels take the time: the table that says what to do next."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
-        predict = self.side(predictor)
+        clips = self.clips if batch == 1 else [self.clip(0, batch)]
+        predict = self.side(predictor, clips=clips)
         for i in range(3):
             predict(i)
         on_gpu = self.device == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
             for i in range(PROFILED):
                 predict(i)
+        if self.traces is not None:
+            profiled.export_chrome_trace(str(self.traces / f"{text.slug(name)}.json.gz"))
         # the calls of CUDA's that launched them may count their time once more
         rows = [r for r in profiled.key_averages() if not on_gpu or r.device_type == DeviceType.CUDA]
         times = {r.key: (r.self_device_time_total if on_gpu else r.self_cpu_time_total, r.count) for r in rows}
         total = sum(t for t, _ in times.values()) or 1
         largest = sorted(times.items(), key=lambda item: -item[1][0])[:KERNELS]
         self.results.notes[f"kernels, {name}"] = [
-            {"kernel": key, "ms_a_clip": t / PROFILED / 1000, "share": t / total, "calls": n / PROFILED}
+            {"kernel": key, "ms_a_clip": t / PROFILED / 1000 / batch, "share": t / total, "calls": n / PROFILED}
             for key, (t, n) in largest
         ]
         self.write()
+
+
+def chain(config: Config, clip: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All that a chain of graphs is given of clips: these, their noise, and a step in the middle of the loop."""
+    batch = len(clip["VIDEO"])
+    step = {"STEP": np.int32(499), "ALPHA_NOW": np.float32(0.5), "ALPHA_NEXT": np.float32(0.8)}
+    constants = {name: np.full((batch, 1), value) for name, value in step.items()}
+    return {**clip, "S_T": noise(np.arange(batch), config.map_size), **constants}
 
 
 def resident(predictor: Predictor, clip: Mapping[str, np.ndarray], device: str) -> timing.Side | None:
@@ -246,7 +280,7 @@ def resident(predictor: Predictor, clip: Mapping[str, np.ndarray], device: str) 
     where a loop steps from the host."""
     arrays: Arrays = {
         name: eager.from_torch(torch.from_numpy(array).to(device))
-        for name, array in {**clip, "S_T": noise(np.arange(len(clip["VIDEO"])), predictor.config.map_size)}.items()
+        for name, array in chain(predictor.config, clip).items()
     }
     if isinstance(predictor, WholeGraph):
         return lambda _: predictor.engine(arrays)
@@ -256,5 +290,5 @@ def resident(predictor: Predictor, clip: Mapping[str, np.ndarray], device: str) 
     return lambda _: sampler({**arrays, **predictor.condition(arrays)})
 
 
-def _run(module: nn.Module, inputs: list[torch.Tensor], index: int) -> None:
+def _run(module: Callable[..., object], inputs: list[torch.Tensor], index: int) -> None:
     module(*inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from mubic_deploy.errors import UserError
@@ -40,6 +41,11 @@ def reason(error: Exception) -> str:
     """Why something failed, in a line: a UserError says it, of others the type and the first line they have."""
     said = " ".join(str(error).strip().splitlines()[:1])
     return said if isinstance(error, UserError) and said else ": ".join(filter(None, (type(error).__name__, said)))
+
+
+def slug(name: str) -> str:
+    """A name as a part of a file's."""
+    return "_".join(re.findall("[a-z0-9]+", name.lower()))
 
 
 def tick(written: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,10 +13,11 @@ from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts, Folder
 from mubic_deploy.config import DEMO_CHECKPOINT, Config, weights_seed
 from mubic_deploy.diffusion import noise, schedule
-from mubic_deploy.engines import Arrays, Engine, HostArrays, cpu
+from mubic_deploy.engines import Array, Arrays, Engine, HostArrays, cpu, fetching
 from mubic_deploy.errors import UserError
 
 EAGER = ("eager", "eager-cuda")
+Item = TypeVar("Item")
 Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 ALLOCATE: Allocate = np.empty
 LOUDEST = 8  # times full scale: a mix may exceed it a little, samples of 16 bits that were not scaled by far
@@ -78,6 +79,14 @@ def check_sound(audio: np.ndarray) -> None:
 def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> HostArrays:
     """The DDIM loop. cond: COND and ADAPTIVE_STEPS [B, 1]; seed int64 [B, 1]; steps int32 [B, 1], 0 for adaptive
     -> SALIENCY float32 [B, h, w] and STEPS_USED int32 [B, 1]. UserError as of `chosen_steps`."""
+    s_0, used = loop(config, denoiser, cond, seed, steps)
+    return {"SALIENCY": np.asarray(s_0)[:, 0], "STEPS_USED": used}
+
+
+def loop(
+    config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray
+) -> tuple[Array, np.ndarray]:
+    """As `sample`, but the map is S_0 [B, 1, h, w] where the denoiser left it."""
     inputs = {t.name: cond[t.name] for t in graphs.conditioning(config)}
     inputs["S_T"] = noise(seed[:, 0], config.map_size)
     used = steps
@@ -86,7 +95,7 @@ def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, ste
     for step, alpha_now, alpha_next in zip(*schedule(used[:, 0]), strict=True):
         outputs = denoiser({**inputs, "STEP": step, "ALPHA_NOW": alpha_now, "ALPHA_NEXT": alpha_next})
         inputs["S_T"] = outputs["S_NEXT"]
-    return {"SALIENCY": np.asarray(outputs["S_0"])[:, 0], "STEPS_USED": used}
+    return outputs["S_0"], used
 
 
 def chosen_steps(config: Config, steps: np.ndarray, adaptive: np.ndarray) -> np.ndarray:
@@ -102,6 +111,16 @@ def stacked(predictor: Predictor, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Clips' frames or sounds as one batch, where `predictor` takes it from fastest."""
     allocate = predictor.allocate if isinstance(predictor, Pipeline) else ALLOCATE
     return np.stack(arrays, out=allocate((len(arrays), *arrays[0].shape), arrays[0].dtype))
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same, each when the next one was made."""
+    iterator = iter(items)
+    for held in iterator:
+        for item in iterator:
+            yield held
+            held = item
+        yield held
 
 
 class Pipeline:
@@ -210,19 +229,24 @@ class Pipeline:
         -> saliency float32 [B, h, w] in [0, 1] for the middle frame, and the steps used, int32 [B, 1].
 
         The same clip and seed give the same map in every engine. A batch that is larger than the engines take goes in
-        parts. Threads may share a pipeline on a CPU; on a GPU one thread calls it at a time. UserError for a wrong
-        shape, dtype, seed or step, or sound that is not finite.
+        parts; AOTInductor's on a GPU gets the next while it computes one. Threads may share a pipeline on a CPU; on a
+        GPU one thread calls it at a time. UserError for a wrong shape, dtype, seed or step, or sound that is not
+        finite.
 
         On a GPU clips go up fastest from what `allocate` made."""
         arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)
         size = self.max_batch or len(video)
-        results = []
-        for first in range(0, len(video), size):
-            part = {name: array[first : first + size] for name, array in arrays.items()}
-            results.append(self._sampled(self.condition(part), part["SEED"], part["STEPS"]))
-        if len(results) == 1:
-            return results[0]["SALIENCY"], results[0]["STEPS_USED"]
-        return tuple(np.concatenate([part[name] for part in results]) for name in ("SALIENCY", "STEPS_USED"))
+        if len(video) <= size:
+            saliency, used = self._sampled(arrays)
+            return np.asarray(saliency).reshape(-1, *self.config.map_size), used
+        places = [slice(first, first + size) for first in range(0, len(video), size)]
+        results = (self._sampled({name: array[place] for name, array in arrays.items()}) for place in places)
+        maps = np.empty((len(video), *self.config.map_size), np.float32)
+        steps_used = np.empty((len(video), 1), np.int32)
+        for place, (fetch, used) in zip(places, one_ahead((fetching(s), used) for s, used in results), strict=True):
+            maps[place] = fetch().reshape(-1, *self.config.map_size)
+            steps_used[place] = used
+        return maps, steps_used
 
     def condition(self, arrays: Arrays) -> Arrays:
         """Encoders and fusion: VIDEO and AUDIO -> COND, ENTROPY and ADAPTIVE_STEPS. Runs once a clip. A GPU may be at
@@ -234,9 +258,10 @@ class Pipeline:
             features = self.engines["audio_encoder"](arrays)
         return self.engines["fusion"]({**features, **self.engines["visual_encoder"](arrays)})
 
-    def _sampled(self, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> HostArrays:
-        """See `sample`."""
+    def _sampled(self, arrays: HostArrays) -> tuple[Array, np.ndarray]:
+        """A batch's maps, as the engines leave them: float32 [B, h, w] or [B, 1, h, w]; and the steps used."""
+        cond, seed, steps = self.condition(arrays), arrays["SEED"], arrays["STEPS"]
         if self.fixed_steps is None or (steps != self.fixed_steps).any():
-            return sample(self.config, self.engines["denoiser"], cond, seed, steps)
+            return loop(self.config, self.engines["denoiser"], cond, seed, steps)
         outputs = self.engines[graphs.SAMPLER]({**cond, "S_T": noise(seed[:, 0], self.config.map_size)})
-        return {"SALIENCY": np.asarray(outputs["SALIENCY"]), "STEPS_USED": steps}
+        return outputs["SALIENCY"], steps

@@ -142,8 +142,8 @@ class Late(TorchDispatchMode):
         self.gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asynchronous = (kwargs or {}).get("non_blocking") or args[2:] == (True,)
-        if func is not COPY or not asynchronous or self.gpu.capture:
+        asynchronous = func is COPY and ((kwargs or {}).get("non_blocking") or args[2:] == (True,))
+        if not asynchronous or self.gpu.capture:
             return func(*args, **kwargs or {})
         place, x = args[:2]
         self.gpu.copies.append((self.gpu.current, x))

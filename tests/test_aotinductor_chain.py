@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mubic_deploy import graphs
 from mubic_deploy.config import Config
-from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine, aotinductor, eager
+from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine, Fetch, aotinductor, eager
 from mubic_deploy.engines.aotinductor import Packages, load_conditioner, load_engines
 from mubic_deploy.engines.eager import load_engines as load_eager
 from mubic_deploy.engines.lanes import Part
@@ -95,6 +95,34 @@ def test_a_pipeline_computes_what_eager_pytorch_does(
     assert [x.shape for x in gpu.pinned[: len(shapes)]] == [(1, *shape) for shape in shapes]  # what the first clip took
     runs = [engine.run for engine in pipeline.engines.values()]  # type: ignore[attr-defined]
     assert [len(run._captured) for run in runs] == [0] * (len(runs) - 1) + [2]  # the denoiser's, of two batch sizes
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_the_next_part_of_a_batch_is_computed_while_one_is_fetched(
+    packages: Make, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tiny_model: MUBiC, newest_first: bool
+) -> None:
+    """However late the GPU is: what is fetched was not written again by the next part."""
+    did: list[str] = []
+
+    def on_gpu(x: Tensor) -> DeviceArray:
+        def begin() -> Fetch:
+            did.append("begun")
+            fetch = eager.begun(x)
+            return lambda: did.append("fetched") or fetch()  # type: ignore[func-returns-value]
+
+        return DeviceArray(x, tuple(x.shape), x.numpy().dtype, lambda: pytest.fail("the GPU was waited for"), begin)
+
+    monkeypatch.setattr(aotinductor, "from_torch", on_gpu)
+    pipeline = opened(packages(tiny_model)[0], monkeypatch)
+    clip, seeds = random_clip(TINY, 0, 7), np.arange(7)
+    expected, _ = Pipeline(TINY, load_eager(tiny_model)).predict(clip["VIDEO"], clip["AUDIO"], seeds, 4)
+    pipeline.predict(clip["VIDEO"][:3], clip["AUDIO"][:3], 0, 4)  # captures both batch sizes
+    did.clear()
+    with gpu.late(newest_first):
+        got, used = pipeline.predict(clip["VIDEO"], clip["AUDIO"], seeds, 4)
+    assert did == ["begun", "begun", "fetched", "begun", "fetched", "begun", "fetched", "fetched"]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    assert used.tolist() == [[4]] * 7
 
 
 def test_a_package_is_loaded_once(packages: Make, monkeypatch: pytest.MonkeyPatch, tiny_model: MUBiC) -> None:

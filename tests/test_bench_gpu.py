@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,11 @@ import torch
 from half_fixtures import TINY
 
 from bench import goals, gpu, gpu_child, gpu_run, groups, machine, results, stages, timing
+from mubic_deploy import graphs
 from mubic_deploy.cli import guarded
+from mubic_deploy.engines import eager
+from mubic_deploy.engines.lanes import Part
+from mubic_deploy.engines.replay import Run
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.parity import random_clip
 from mubic_deploy.pipeline import Pipeline
@@ -34,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
-    out = tmp_path_factory.mktemp("gpu")
+    out, traces = tmp_path_factory.mktemp("gpu"), tmp_path_factory.mktemp("traces") / "new"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_run, "BATCHES", (1, 3))
         patch.setattr(machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
@@ -42,8 +48,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
         patch.setattr(gpu_run, "PROFILED", 1)
         patch.setattr(gpu_run, "CLIPS", 2)
         patch.setattr(timing, "AT_LEAST", 2)
-        name, _ = gpu.measure(SMALL, "cpu", 60, RULE, out, SKIPPED)
+        name, _ = gpu.measure(SMALL, "cpu", 60, RULE, out, SKIPPED, traces=traces)
     assert [p.name for p in out.iterdir()] == [name] == ["gpu_tiny_cpu.json"]
+    (trace,) = traces.iterdir()
+    assert trace.name == "eager_fp16.json.gz"
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     return results.read(out / name)
 
 
@@ -140,6 +149,10 @@ def test_a_step_more(measured: results.Results) -> None:
         (["--device", "cpu", "--minutes", "few"], "argument --minutes: few is not a number"),
         (["--device", "cpu", "--minutes", "nan"], "argument --minutes: nan is no time: use minutes above 0"),
         (["--device", "cpu", "--skp", "kernels"], "unrecognized arguments: --skp kernels"),
+        (
+            ["--device", "cpu", "--traces", __file__],
+            f"{__file__} cannot be made (File exists): choose another --traces",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -210,6 +223,40 @@ def test_the_gpus_own_time_is_of_the_same_maps() -> None:
     expected, _ = sampler.predict(clip["VIDEO"], clip["AUDIO"], np.arange(2))
     np.testing.assert_allclose(call(0)["SALIENCY"], expected, atol=1e-6)
     assert gpu_run.resident(stages.build(stages.REFERENCE, SMALL, "cpu"), clip, "cpu") is None
+
+
+def test_parts_are_of_a_real_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each at both batch sizes, given what those before it made."""
+    monkeypatch.setattr(gpu_run, "BATCHES", (1, 2))
+    model, run = random_model(SMALL).eval(), script(tmp_path).run
+    given: dict[str, list[torch.Tensor]] = {}
+
+    class Engine:
+        def __init__(self, name: str, signatures: Sequence[graphs.Signature]) -> None:
+            modules = zip(signatures, model.parts(name, 4), strict=True)
+            self.parts = [Part(signature, self.noted(signature.name, module)) for signature, module in modules]
+
+        @staticmethod
+        def noted(name: str, module: torch.nn.Module) -> Run:
+            def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+                given[name] = list(inputs)
+                return module(*inputs)
+
+            return run
+
+    held = graphs.parts(SMALL, sampler=True)
+    run.parts("packages", {name: Engine(name, signatures) for name, signatures in held.items()})
+    names = [signature.name for signatures in held.values() for signature in signatures]
+    rows = [(row.axes["batch"], row.side) for row in run.results.rows if row.what == gpu_run.PARTS]
+    assert rows == [(batch, name) for batch in (1, 2) for name in names]
+    assert not run.results.left_out
+    clip = run.clip(0, 2)
+    cond = Pipeline(SMALL, eager.load_engines(model)).condition(clip)
+    for signature in (held["denoiser"][0], held["sampler"][0]):
+        for tensor, x in zip(signature.inputs, given[signature.name], strict=True):
+            tensor.check(x.numpy())
+            if tensor.name in cond:
+                torch.testing.assert_close(x, torch.from_numpy(cond[tensor.name]))
 
 
 def test_the_gpu_is_asleep_until_all_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:

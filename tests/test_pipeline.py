@@ -10,7 +10,7 @@ import torch
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import DEMO
+from mubic_deploy.config import DEMO, DEMO_CHECKPOINT
 from mubic_deploy.engines import cpu, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
@@ -180,3 +180,18 @@ def test_where_no_memory_can_be_pinned_it_is_the_other(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "empty", short)
     array = eager.pinned_array((2, 3), np.dtype(np.uint8))
     assert (array.shape, array.dtype) == ((2, 3), np.uint8)
+    monkeypatch.setattr(torch, "empty_like", short)
+    assert eager.begun(torch.arange(3.0))().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("engine", [*cpu.ENGINES, "eager"])
+def test_a_batch_above_what_the_engines_take_goes_in_parts(demo_artifacts: Artifacts, engine: str) -> None:
+    pipeline = Pipeline.open(demo_artifacts.path if engine in cpu.ENGINES else DEMO_CHECKPOINT, engine)
+    clip, seeds, steps = random_clip(DEMO, 0, 3), np.arange(3), np.array([1, 0, 3])
+    expected = [pipeline.predict(clip["VIDEO"][i : i + 1], clip["AUDIO"][i : i + 1], i, steps[i]) for i in range(3)]
+    pipeline.max_batch = 2
+    maps, used = pipeline.predict(clip["VIDEO"], clip["AUDIO"], seeds, steps)
+    np.testing.assert_allclose(maps, np.concatenate([s for s, _ in expected]), atol=1e-6)
+    assert used.tolist() == [n.tolist()[0] for _, n in expected]
+    assert maps.flags.owndata
+    assert maps.flags.writeable

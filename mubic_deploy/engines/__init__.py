@@ -10,6 +10,8 @@ import numpy as np
 
 from mubic_deploy.graphs import Signature
 
+Fetch = Callable[[], np.ndarray]
+
 
 @dataclass(frozen=True)
 class DeviceArray:
@@ -18,12 +20,15 @@ class DeviceArray:
     The memory is the engine's: it holds this tensor until an engine of the same chain writes one of its name again.
 
     value  what the engines of that kind know it by
-    fetch  copies it to the host"""
+    fetch  copies it to the host
+    begin  begins to, and what it returns waits for that: the memory may be written again by what is asked for from then
+           on. None where the engine cannot do something else meanwhile"""
 
     value: Any
     shape: tuple[int, ...]
     dtype: np.dtype
-    fetch: Callable[[], np.ndarray]
+    fetch: Fetch
+    begin: Callable[[], Fetch] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -31,6 +36,15 @@ class DeviceArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.fetch()
         return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def fetching(array: Array) -> Fetch:
+    """Begins to bring an array to the host, if it is not there: what waits for it, if the engine can go on meanwhile,
+    and gives it."""
+    if isinstance(array, DeviceArray) and array.begin is not None:
+        return array.begin()
+    there = np.asarray(array)
+    return lambda: there
 
 
 Array = np.ndarray | DeviceArray

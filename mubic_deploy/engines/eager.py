@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine
+from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine, Fetch
 from mubic_deploy.engines.memory import REMEDY, short_of_memory
+from mubic_deploy.engines.replay import pinned, recorded
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
 from mubic_deploy.model.mubic import MUBiC
@@ -90,7 +91,26 @@ def from_torch(x: torch.Tensor) -> Array:
     """The same tensor as engines return it: NumPy's on a CPU, else where it is."""
     if x.device.type == "cpu":
         return x.numpy()
-    return DeviceArray(x, tuple(x.shape), np.dtype(str(x.dtype).removeprefix("torch.")), lambda: x.cpu().numpy())
+    kind = np.dtype(str(x.dtype).removeprefix("torch."))
+    return DeviceArray(x, tuple(x.shape), kind, lambda: x.cpu().numpy(), lambda: begun(x))
+
+
+def begun(x: torch.Tensor) -> Fetch:
+    """Begins to copy a tensor from the GPU, as `DeviceArray.begin`: into pinned memory, or at once where a machine has
+    no more of that."""
+    try:
+        there = pinned(x)
+    except RuntimeError:
+        there = x.cpu()
+        return there.numpy
+    there.copy_(x, non_blocking=True)
+    done = recorded()
+
+    def fetch() -> np.ndarray:
+        done.synchronize()
+        return there.numpy()
+
+    return fetch
 
 
 def load_engines(model: MUBiC, precision: str = FLOAT32, fixed_steps: int | None = None) -> dict[str, Engine]:
