@@ -16,7 +16,7 @@ from mubic_deploy.engines import cpu
 DEFAULT = cpu.ENGINES[0]
 GPU = "gpu_full_*"  # a file a device
 # sides of bench/gpu.py: who is to be fast, and against whom. The last of OURS is no engine of the package's: it shows
-# what the model gives in PyTorch with every rewrite.
+# what the model gives in PyTorch with the rewrites that pay there.
 OURS = ("AOTInductor", "TensorRT", "ONNX Runtime CUDA", "PyTorch FP16, optimised")
 FOR_BATCHES = "TensorRT for batches"  # kernels for the largest: counts where clips a second do
 EAGER, EAGER_FP16 = ("eager FP32",), ("eager FP16, positions folded", "eager FP16, torchvision's attention")

@@ -123,7 +123,7 @@ class Script:
 
 
 def sections(run: Run, whole_search: bool = False) -> list[Section]:
-    """They are 480 s together, without those for which more must be installed or asked for.
+    """They are 472 s together, without those for which more must be installed or asked for.
 
     First what the GPU alone decides, while AOTInductor's packages are compiled beside it. What waits for the host, as
     eager PyTorch does, comes when they are done, and then what compiles once more, which takes all the time that is
