@@ -30,7 +30,7 @@ from mubic_deploy.arguments import Parser, positive
 from mubic_deploy.artifacts import sha256
 from mubic_deploy.cli import guarded
 from mubic_deploy.config import VARIANTS, get_config
-from mubic_deploy.console import bar
+from mubic_deploy.console import bar, warn
 from mubic_deploy.engines import eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing_file
@@ -176,7 +176,9 @@ def main() -> int:
         run.require_alike()
     with bar("checking") as progress:
         data = {str(v.root / str(v)): v for run in runs.values() for v in (*run.training, *run.test)}
-        check([*data.values(), *held_out], lambda done, n: progress("checking the data", done, n)).require()
+        report = check([*data.values(), *held_out], lambda done, n: progress("checking the data", done, n))
+    report.require()
+    warn(report.brief())
 
     rows: dict[str, dict[str, Any]] = {}
     for variant in arguments.variants:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -96,6 +97,9 @@ def parity(arguments: Namespace) -> int:
     artifacts = Artifacts.open(arguments.artifacts)
     source = artifacts.manifest["source"]
     named = arguments.checkpoint or source["name"]
+    is_file = source["seed"] is None and named != DEMO_CHECKPOINT
+    if arguments.checkpoint is None and is_file and not Path(named).is_file():  # moved, or named from another folder
+        raise UserError(f"{named}, which {artifacts.path} was exported from, is not there: name it with --checkpoint")
     seed = source["seed"] if named.startswith(RANDOM) else None
     model, found = checkpoint.load(named, artifacts.config.variant, seed)
     if model.config != artifacts.config or found.sha256 != source.get("sha256"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from mubic_deploy.errors import UserError
 
 TOKEN = 4  # random bytes in a temporary name
+ADDED = len(f"..{'0' * 2 * TOKEN}.new")  # bytes that a temporary name is longer than its target's
 LOCK = ".lock"  # in a folder that is occupied
 
 
@@ -26,9 +27,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     the disk and takes the place of `path`, whatever happens to the machine's power; if the block is left by an
     exception it is removed and `path` stays as it was. What a run that was killed left beside `path` goes too. OSError
     if that cannot be written."""
-    with _new_beside(path) as (fresh, _):
-        part = fresh / path.name
-        part.touch()
+    with beside(path) as part:
         mode = part.stat().st_mode
         yield part
         if part.stat().st_mode != mode:  # safetensors makes a file of its own, for its owner alone
@@ -36,6 +35,16 @@ def replacing_file(path: Path) -> Iterator[Path]:
         _sync(part)
         part.replace(path)
         _sync(path.parent)  # the renaming
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """An empty file of `path`'s name in a new folder beside it, which is removed at the end of the block with whatever
+    is still in it. What a run that was killed left beside `path` goes too. OSError if that cannot be written."""
+    with _new_beside(path) as (fresh, _):
+        part = fresh / path.name
+        part.touch()
+        yield part
 
 
 def _sync(path: Path) -> None:

@@ -107,6 +107,21 @@ def test_what_would_be_refused_is_refused_before_any_training(
         ablation.main()
 
 
+def test_what_may_be_wrong_with_the_data_is_said(
+    field: list[Video], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trains(*_: object) -> None:
+        raise StopIteration
+
+    monkeypatch.setattr(ablation.Variant, "train", trains)
+    write_sound(field[0].sound, np.zeros((round(0.6 * 16_000), 1)), 16_000)  # of 0.96 s
+    command = ["ablation.py", str(field[0].root), str(field[0].root), "--runs", str(tmp_path), "--accelerator", "cpu"]
+    monkeypatch.setattr("sys.argv", [*command, "--variants", "concat"])
+    with pytest.raises(StopIteration):
+        ablation.main()
+    assert f"warning: {field[0]}: {field[0].sound} lasts 0.60 s" in capsys.readouterr().err
+
+
 def test_scenes_are_known_by_their_mark_or_their_lists(tmp_path: Path) -> None:
     lists = tmp_path / "fold_lists"
     lists.mkdir()

@@ -23,7 +23,7 @@ from triton_serving import processes, serving
 from mubic_deploy import checkpoint, console
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.cli import guarded, main
-from mubic_deploy.config import DEMO, VARIANTS
+from mubic_deploy.config import DEMO, DEMO_FILE, VARIANTS
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.triton.server import TritonServer
 
@@ -121,6 +121,20 @@ def test_parity_wants_the_weights_that_were_exported(run, demo_artifacts: Artifa
     ran = run("parity", demo_artifacts.path, "--checkpoint", changed, "--clips", 1)
     assert ran.code == 2
     assert f"was not exported from {changed} as it is now: name its weights with --checkpoint" in ran.err
+
+
+def test_parity_says_how_to_name_weights_that_were_moved(run, demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    folder, was = tmp_path / "graphs", tmp_path / "was.safetensors"
+    shutil.copytree(demo_artifacts.path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["source"]["name"] = str(was)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    ran = run("parity", folder, "--clips", 1)
+    said = f"{was}, which {folder} was exported from, is not there: name it with --checkpoint"
+    assert (ran.code, ran.err) == (2, f"mubic-deploy: {said}\n")
+    assert run("parity", folder, "--clips", 1, "--checkpoint", DEMO_FILE).code == 0
+    wrong = run("parity", folder, "--clips", 1, "--checkpoint", was)  # as ever
+    assert f"checkpoint {was} does not exist: use" in wrong.err
 
 
 def test_export_is_kept_and_made_again_when_damaged(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mubic_deploy import checkpoint
 from mubic_deploy.config import DEMO, get_config
+from mubic_deploy.folders import occupied
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.training.adaptive import smallest_steps
 from mubic_deploy.training.clips import Clips
@@ -278,6 +279,22 @@ def test_who_hears_nothing_needs_no_sound(run, field: list[Video], tmp_path: Pat
     for command in (("train", root, "--check", *deaf), evaluate):
         ran = run(*command)
         assert (ran.code, "img_00003.jpg does not exist" in ran.out + ran.err) == (2, True)
+
+
+def test_a_run_that_is_there_is_said_before_the_data_are_looked_at(run, field: list[Video], tmp_path: Path) -> None:
+    field[0].sound.unlink()  # what the check of the data would say
+    out = tmp_path / "run"
+    out.mkdir()
+    command = ("train", field[0].root, "--out", out, *QUICK)
+    said = f"mubic-deploy: another training writes to {out}: wait for it or choose another --out\n"
+    with occupied(out):
+        ran = run(*command)
+        assert (ran.code, ran.err) == (2, said)
+    (out / "model.safetensors").touch()
+    said = f"mubic-deploy: {out} holds a run already: go on with --resume, or choose another --out\n"
+    ran = run(*command)
+    assert (ran.code, ran.err) == (2, said)
+    assert [p.name for p in out.iterdir()] == ["model.safetensors"]
 
 
 def wrong(*arguments: object, says: str):

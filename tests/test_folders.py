@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mubic_deploy.errors import UserError
 from mubic_deploy.folders import occupied, replacing, replacing_file
 from mubic_deploy.media import outputs
 
@@ -25,6 +26,16 @@ with folders.{}(Path(sys.argv[1])) as got:
 """
 WAITS = PROGRAM.format("replacing", "(got / 'half').touch()")
 WRITES = PROGRAM.format("replacing_file", "got.write_text('half')")
+PREDICTS = """
+import sys
+from pathlib import Path
+from mubic_deploy.media import outputs
+path = Path(sys.argv[1])
+with outputs.replacing({"maps": path, "sheet": path.with_suffix(".png")}) as staged:
+    staged["maps"].write_text("half")
+    print("begun", flush=True)
+    sys.stdin.read()
+"""
 OCCUPIES = PROGRAM.format("occupied", "pass")
 FORKS = PROGRAM.format("occupied", "child = os.fork() or time.sleep(60); print(child)")
 
@@ -158,6 +169,38 @@ def test_what_a_killed_run_left_of_a_file_goes(tmp_path: Path) -> None:
     assert alive.returncode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "half"
+
+
+def test_what_a_killed_run_left_of_its_outputs_goes(tmp_path: Path) -> None:
+    """And nothing of a run that goes on, of another target, or of the user's own."""
+    path, others = tmp_path / "maps.npz", {".0badcafe.npz", ".other.npz.0badcafe.new", ".maps.npz.mine.new"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    killed, alive = begun(path, PREDICTS), begun(path, PREDICTS)
+    kill(killed)
+    assert len(list(tmp_path.glob(".maps.npz.*.new"))) == 3
+    with outputs.replacing({"maps": path}) as staged:
+        assert staged["maps"].suffix == ".npz"
+        staged["maps"].write_text("mine")
+    assert path.read_text() == "mine"
+    assert len(list(tmp_path.glob(".maps.npz.*.new"))) == 2
+    alive.communicate("")
+    assert alive.returncode == 0
+    with outputs.replacing({"sheet": tmp_path / "maps.png"}):  # the killed run's other one
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == others | {"maps.npz", "maps.png"}
+    assert path.read_text() == "half"
+
+
+def test_a_name_is_as_long_as_its_temporary_one_may_be(tmp_path: Path) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX") - 14
+    fits, too_long = ({"maps": tmp_path / ("n" * (count - 4) + ".npz")} for count in (longest, longest + 1))
+    with pytest.raises(UserError, match="the name is too long"):
+        outputs.check_targets(too_long, {"maps": (".npz",)}, None)
+    outputs.check_targets(fits, {"maps": (".npz",)}, None)
+    with outputs.replacing(fits):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [fits["maps"].name]
 
 
 def test_a_folder_is_one_processs(tmp_path: Path) -> None:

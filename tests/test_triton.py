@@ -248,18 +248,19 @@ def test_predictor_says_what_is_wrong(server: TritonServer, predictor: TritonPre
 
 SLOW = """
 import time
-from mubic_deploy.triton.graph_model import GraphModel
-class TritonPythonModel(GraphModel):
+class TritonPythonModel(TritonPythonModel):
     def execute(self, requests):
         time.sleep(1)
         return super().execute(requests)
 """
 
 
-def test_a_request_that_waits_too_long_is_refused(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["visual_encoder", "ddim"])
+def test_a_request_that_waits_too_long_is_refused(toy_artifacts: Artifacts, tmp_path: Path, model: str) -> None:
     repository, log = tmp_path / "repository", tmp_path / "log"
     write_repository(toy_artifacts, repository, queue_timeout_s=0.4)
-    (repository / "visual_encoder" / "1" / "model.py").write_text(SLOW)
+    with (repository / model / "1" / "model.py").open("a") as source:
+        source.write(SLOW)
     with TritonServer(repository, log=log, **FREE_PORTS) as server, TritonPredictor(server.url) as predictor:
         video, audio = clips(predictor.config, 1)
         running = predictor.predict_async(video, audio)
@@ -271,6 +272,18 @@ def test_a_request_that_waits_too_long_is_refused(toy_artifacts: Artifacts, tmp_
         first, _ = running.result()
         np.testing.assert_array_equal(predictor.predict(video, audio)[0], first)
     assert not re.search(r"has \d+ in-flight inferences", log.read_text())  # nothing of it stays
+
+
+def test_a_loop_that_refuses_merges_nothing(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    """Whoever came first would get a map only when all have theirs."""
+    with serving(toy_artifacts, tmp_path, queue_timeout_s=100) as server, TritonPredictor(server.url) as predictor:
+        for count in (1, 3):
+            video, audio = clips(predictor.config, count)
+            for answer in [predictor.predict_async(video, audio, seed, 12) for seed in range(8)]:
+                answer.result()
+        with triton.InferenceServerClient(server.url) as client:
+            (statistics,) = client.get_inference_statistics("ddim").model_stats
+    assert (statistics.inference_count, statistics.execution_count) == (8 * 1 + 8 * 3, 16)
 
 
 def test_predict_waits_as_long_as_it_is_told(run, server: TritonServer, tmp_path: Path) -> None:

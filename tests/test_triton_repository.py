@@ -98,8 +98,9 @@ def test_queue_timeout(toy_artifacts: Artifacts, tmp_path: Path) -> None:
         models = {p.name: read(tmp_path / "r", p.name) for p in (tmp_path / "r").iterdir()}
         policies = {n: m.dynamic_batching.default_queue_policy for n, m in models.items()}
         found = {n: (p.timeout_action, p.default_timeout_microseconds) for n, p in policies.items()}
-        refusing = ["visual_encoder", "fusion", "sampler", *(["ddim"] if calls else [])]
+        refusing = ["visual_encoder", "fusion", "sampler", "ddim"]
         assert {n: value for n, value in found.items() if value[1]} == dict.fromkeys(refusing, (0, 2_500_000))
+        assert list(models["ddim"].dynamic_batching.preferred_batch_size) == ([] if calls else [1])
         # after the sound: what is refused leaves nothing of its request at work
         assert [given.name for given in models["visual_encoder"].input] == ["VIDEO", "A"]
     write_repository(toy_artifacts, tmp_path / "r")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mubic_deploy.errors import UserError
+from mubic_deploy.folders import ADDED, beside
 
 
 def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str, ...]], source: Path | None) -> None:
@@ -24,7 +24,7 @@ def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str,
             raise UserError(f"{kind} {path}: the folder {path.parent} may not be entered: choose another one")
         if not path.parent.is_dir():
             raise UserError(f"{kind} {path}: the folder {path.parent} does not exist: create it first")
-        if len(path.name.encode()) > os.pathconf(path.parent, "PC_NAME_MAX"):
+        if len(path.name.encode()) > os.pathconf(path.parent, "PC_NAME_MAX") - ADDED:
             raise UserError(f"{kind} {path}: the name is too long: choose a shorter one")
         if path.is_dir():
             raise UserError(f"{kind} {path} is a folder: give a file name in it")
@@ -40,29 +40,24 @@ def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str,
 
 @contextmanager
 def replacing(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
-    """Temporary files beside the targets, by the same keys and with the same suffix. At the end of the block those that
-    are still in the dictionary are renamed to the targets; if it is left by an exception all are removed, and the
-    targets stay as they were.
+    """Temporary files for the targets, by the same keys and with the same suffix, each in a folder of its own beside
+    its target. At the end of the block those that are still in the dictionary are renamed to the targets; if it is left
+    by an exception all are removed, and the targets stay as they were. What a run that was killed left beside a target
+    goes too.
 
     UserError if a folder cannot be written."""
     real = {kind: path.resolve() for kind, path in targets.items()}  # a link stays a link
     staged: dict[str, Path] = {}
-    try:
+    with ExitStack() as held:
         for kind, path in real.items():
-            temporary = path.with_name(f".{secrets.token_hex(4)}{path.suffix}")
             try:
-                temporary.touch(exist_ok=False)
+                staged[kind] = held.enter_context(beside(path))
             except OSError as error:
                 raise UserError(f"{kind} {path} cannot be written ({error.strerror}): choose another folder") from error
-            staged[kind] = temporary
         modes = {kind: temporary.stat().st_mode for kind, temporary in staged.items()}
         wanted = dict(staged)
         yield wanted
         for kind in wanted:
-            path = real[kind]
             if staged[kind].stat().st_mode != modes[kind]:  # of a library that put a file of its own in its place
                 staged[kind].chmod(modes[kind])
-            staged[kind].replace(path)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
+            staged[kind].replace(real[kind])

@@ -63,7 +63,8 @@ def train(arguments: Namespace) -> int:
         return _print_check(report, said + in_both(training, validation) + report.warnings, arguments.json)
 
     from mubic_deploy.training.machine import Machine, make_fabric
-    from mubic_deploy.training.train import train as run
+    from mubic_deploy.training.run import Run
+    from mubic_deploy.training.train import train as fit
 
     warnings: list[str] = []
 
@@ -73,6 +74,10 @@ def train(arguments: Namespace) -> int:
 
     machine = Machine(arguments.accelerator, arguments.devices, arguments.workers)
     if make_fabric(machine, settings.precision).is_global_zero:
+        run = Run(arguments.out, settings, [*training, *validation])
+        with run.alone():  # before the data are looked at, which takes minutes; `train` looks again
+            if not arguments.resume:
+                run.require_new()
         report = _check(training + validation, arguments.deep, sounds=hears)
         report.require()
         for text in said + report.brief():
@@ -82,7 +87,7 @@ def train(arguments: Namespace) -> int:
     began = time.monotonic()
     with bar("training") as watched:
         progress = watched if messages.is_terminal else _lines()
-        finished = run(
+        finished = fit(
             settings,
             training,
             validation,

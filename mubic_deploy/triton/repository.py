@@ -73,10 +73,10 @@ def write_repository(
     engine: one of `cpu.ENGINES`; threads: of each graph, 0 for one a core; max_batch: samples that a model merges into
     one run, >= 1; instances: processes a model, by name, 1 where none is given; queue_delay_us: microseconds that a
     request waits for company in the models whose requests are batched, 0 merges only what waits already;
-    queue_timeout_s: seconds after which one that still waits in such a model is refused, but for those of PATIENT, None
-    for never; call_denoiser: `ddim` calls the model `denoiser` at every step, as it does on a GPU, instead of running
-    the graph itself, which is faster there. Only with calls are requests batched for `ddim`: by itself it runs one
-    after the other. streams: limits of live streams.
+    queue_timeout_s: seconds after which one that still waits in such a model, or for `ddim`, is refused, but for those
+    of PATIENT, None for never; call_denoiser: `ddim` calls the model `denoiser` at every step, as it does on a GPU,
+    instead of running the graph itself, which is faster there. Only with calls are requests batched for `ddim`: by
+    itself it runs one after the other. streams: limits of live streams.
 
     The repository names the ONNX files by absolute path and SHA-256: it serves these artefacts where they are.
     UserError if a setting is out of range or `out` holds something else."""
@@ -93,6 +93,9 @@ def write_repository(
         model.max_batch_size = max_batch
         if model.name != "ddim" or call_denoiser:
             _batched(model, queue_delay_us, queue_timeout_s)
+        elif queue_timeout_s is not None:
+            _batched(model, 0, queue_timeout_s)
+            model.dynamic_batching.preferred_batch_size.append(1)  # only a batcher refuses; this one merges nothing
         model.instance_group.add(count=instances.get(model.name, 1), kind=ModelInstanceGroup.KIND_CPU)
     configs += [*_ensembles(artifacts, max_batch, taken), _stream(config, streams)]
     _write(configs, Path(out))
