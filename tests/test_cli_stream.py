@@ -35,7 +35,7 @@ from mubic_deploy.live.report import LiveMap
 from mubic_deploy.live.source import FileSource, Item
 from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import FilmMap, MapsWriter
-from mubic_deploy.media.overlay import OverlayWriter
+from mubic_deploy.media.overlay import HeatBlend, OverlayWriter
 from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("triton_fixtures",)
@@ -319,6 +319,38 @@ def test_a_signal_ends_a_stream_with_complete_files(
         seconds = [f.time or 0 for f in overlay.decode(audio=0)]
     assert seconds[-1] < report["frames"] / 25 + 0.1
     assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
+
+
+@pytest.mark.parametrize("lag", ["queue", "drop"])
+def test_a_signal_ends_a_stream_whose_overlay_is_behind(
+    run, long_film: Path, toy_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: str
+) -> None:
+    """Over a hundred frames wait to be encoded, 0.2 s each; what is not in the overlay in time is left out of it."""
+    monkeypatch.setattr("mubic_deploy.live.stop.STOP_S", 1.0)
+    blend, count, signalled = HeatBlend.__call__, 0, 0.0
+
+    def slow(self: HeatBlend, *given: Any) -> av.VideoFrame:
+        nonlocal count, signalled
+        count += 1
+        if count == 5:
+            signalled = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return blend(self, *given)
+
+    monkeypatch.setattr(HeatBlend, "__call__", slow)
+    files = ("-o", tmp_path / "o.mp4", "--maps", tmp_path / "m.npz")
+    settings = ("--stride", 20, "--steps", 1, "--on-lag", lag, "--max-waiting", 64, "--json")
+    ran = run("stream", long_film, "--url", toy_server.url, *settings, *files)
+    assert time.monotonic() - signalled < 5
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert len(np.load(tmp_path / "m.npz")["maps"]) == report["maps"] >= 1
+    with av.open(tmp_path / "o.mp4") as overlay:
+        shown = len(list(overlay.decode(video=0)))
+    assert 5 <= shown <= 12
+    assert shown == report["frames"] - report["left_out"]
+    assert any(line.startswith(f"overlay {tmp_path / 'o.mp4'}: the last ") for line in report["warnings"])
 
 
 def test_a_lost_server_leaves_what_came(
