@@ -10,8 +10,9 @@ from typing import Any
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
+from mubic_deploy.live.items import Heard
 from mubic_deploy.live.pace import Pace
-from mubic_deploy.live.source import FileSource, Heard, LiveSource
+from mubic_deploy.live.source import FileSource, LiveSource
 from mubic_deploy.media.film import Frame
 
 FRAMES = 64  # that wait for the outputs
