@@ -13,9 +13,10 @@ import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, DEMO, SAMPLE_RATE
 from mubic_deploy.live.backlog import Backlog
+from mubic_deploy.live.items import Heard
 from mubic_deploy.live.link import Settings, arrays
 from mubic_deploy.live.settings import MAX_IN_FLIGHT, RAW, StreamSettings
-from mubic_deploy.live.source import FileSource, Heard
+from mubic_deploy.live.source import FileSource
 from mubic_deploy.live.streams import Streams
 from mubic_deploy.live.timeline import Window
 from mubic_deploy.media.film import Frame, Resizer

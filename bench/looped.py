@@ -14,7 +14,8 @@ import numpy as np
 from mubic_deploy import StreamClient, exported
 from mubic_deploy.config import DEMO, DEMO_CHECKPOINT, SAMPLE_RATE
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.source import FileSource, Heard
+from mubic_deploy.live.items import Heard
+from mubic_deploy.live.source import FileSource
 from mubic_deploy.media.film import Frame, Resizer
 from mubic_deploy.media.fit import make_fit
 from mubic_deploy.triton.repository import write_repository

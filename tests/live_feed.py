@@ -6,12 +6,13 @@ import threading
 from pathlib import Path
 
 from mubic_deploy import StreamClient
+from mubic_deploy.live.items import Heard
 from mubic_deploy.live.report import LiveMap
-from mubic_deploy.live.source import FileSource, Heard
+from mubic_deploy.live.source import FileSource, LiveSource
 from mubic_deploy.media.film import Frame
 
 
-def feed(client: StreamClient, source: FileSource, times: list[float] | None = None) -> None:
+def feed(client: StreamClient, source: FileSource | LiveSource, times: list[float] | None = None) -> None:
     """All of a source; times: is filled with when each frame was given."""
     for item in source.items():
         if isinstance(item, Frame):

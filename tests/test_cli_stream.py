@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -25,17 +26,18 @@ import av
 import numpy as np
 import pytest
 from films import frame_times, write_film
-from triton_serving import serving
+from triton_serving import processes, serving
 
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
+from mubic_deploy.live.items import Item
 from mubic_deploy.live.outputs import Outputs
 from mubic_deploy.live.report import LiveMap
-from mubic_deploy.live.source import FileSource, Item
+from mubic_deploy.live.source import FileSource
 from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import FilmMap, MapsWriter
-from mubic_deploy.media.overlay import OverlayWriter
+from mubic_deploy.media.overlay import HeatBlend, OverlayWriter
 from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("triton_fixtures",)
@@ -133,6 +135,7 @@ def test_the_overlay_is_that_of_predict(
     """Every frame has the map over it that it has there, whatever of the stream is slow. A map is its frame's number
     here, everywhere in it."""
     shown: dict[int, float] = {}
+    wanted: dict[int, float] = {}  # what `predict` shows
     write, poll, add_map = OverlayWriter._write, StreamClient.poll, OverlayWriter.add_map
 
     def numbered(self: OverlayWriter, item: FilmMap) -> None:
@@ -141,7 +144,7 @@ def test_the_overlay_is_that_of_predict(
     def written(self: OverlayWriter, frame: Frame, saliency: np.ndarray) -> None:
         shown[frame.index] = float(saliency[0, 0])
         write(self, frame, saliency / 300)
-        if slow == "overlay":
+        if slow == "overlay" and wanted:
             time.sleep(0.01)
 
     def polled(self: StreamClient, timeout: float | None = 0.0) -> LiveMap | None:
@@ -156,7 +159,7 @@ def test_the_overlay_is_that_of_predict(
     settings = (long_film, "--stride", stride, "-o", tmp_path / "o.mp4")
     here = run("predict", *settings, "--artifacts", toy_artifacts.path)
     assert here.code == 0, here.err
-    wanted = dict(shown)
+    wanted.update(shown)
     shown.clear()
     there = run("stream", *settings, "--url", toy_server.url)
     assert there.code == 0, there.err
@@ -321,6 +324,38 @@ def test_a_signal_ends_a_stream_with_complete_files(
     assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz", "m.ndjson"}
 
 
+@pytest.mark.parametrize("lag", ["queue", "drop"])
+def test_a_signal_ends_a_stream_whose_overlay_is_behind(
+    run, long_film: Path, toy_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: str
+) -> None:
+    """Over a hundred frames wait to be encoded, 0.2 s each; what is not in the overlay in time is left out of it."""
+    monkeypatch.setattr("mubic_deploy.live.stop.STOP_S", 1.0)
+    blend, count, signalled = HeatBlend.__call__, 0, 0.0
+
+    def slow(self: HeatBlend, *given: Any) -> av.VideoFrame:
+        nonlocal count, signalled
+        count += 1
+        if count == 5:
+            signalled = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return blend(self, *given)
+
+    monkeypatch.setattr(HeatBlend, "__call__", slow)
+    files = ("-o", tmp_path / "o.mp4", "--maps", tmp_path / "m.npz")
+    settings = ("--stride", 20, "--steps", 1, "--on-lag", lag, "--max-waiting", 64, "--json")
+    ran = run("stream", long_film, "--url", toy_server.url, *settings, *files)
+    assert time.monotonic() - signalled < 5
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert len(np.load(tmp_path / "m.npz")["maps"]) == report["maps"] >= 1
+    with av.open(tmp_path / "o.mp4") as overlay:
+        shown = len(list(overlay.decode(video=0)))
+    assert 5 <= shown <= 12
+    assert shown == report["frames"] - report["left_out"]
+    assert any(line.startswith(f"overlay {tmp_path / 'o.mp4'}: the last ") for line in report["warnings"])
+
+
 def test_a_lost_server_leaves_what_came(
     run, film: Path, toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +369,10 @@ def test_a_lost_server_leaves_what_came(
             end = time.monotonic() + 30
             while time.monotonic() < end and not (lines.exists() and lines.read_text().count("\n") >= 2):
                 time.sleep(0.05)
-            server.stop()
+            (pid,) = (
+                p for p in processes(server.shm_prefix) if Path(f"/proc/{p}/exe").resolve().name == "tritonserver"
+            )
+            os.kill(pid, signal.SIGKILL)  # to stop takes it longer
 
         losing = threading.Thread(target=lose)
         losing.start()
@@ -380,6 +418,11 @@ def test_an_output_that_nobody_reads_leaves_the_others(
     assert {p.name for p in tmp_path.iterdir()} == {"o.mp4", "m.npz"}
 
 
+def waiting(pipe: int) -> int:
+    """Bytes in it."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("lines", ["text", "ndjson"])
 def test_a_signal_ends_a_stream_whose_lines_nobody_reads(
@@ -397,7 +440,9 @@ def test_a_signal_ends_a_stream_whose_lines_nobody_reads(
             end = time.monotonic() + 60
             while not select.select([reading], [], [], 0.05)[0]:
                 assert time.monotonic() < end
-            time.sleep(3)
+            held = 0
+            while held < (held := waiting(reading)):  # until it is full
+                time.sleep(0.5)
             running.send_signal(number)
             _, said = running.communicate(timeout=20)
         finally:

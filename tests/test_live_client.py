@@ -24,11 +24,12 @@ from mubic_deploy import AsyncStreamClient, StreamClient, predict_clips
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.items import Heard
 from mubic_deploy.live.link import ALIVE_S, Link, Settings, lives
 from mubic_deploy.live.report import Gap, LiveMap
 from mubic_deploy.live.sender import Limits, Sender
 from mubic_deploy.live.settings import StreamSettings
-from mubic_deploy.live.source import FileSource, Heard
+from mubic_deploy.live.source import FileSource, open_source
 from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import FilmMap
 from mubic_deploy.pipeline import Pipeline
@@ -364,6 +365,37 @@ def test_bad_frames_and_sound_leave_the_stream_as_it_was(toy_server: TritonServe
     assert [m.frame_index for m in found] == [8, 12]
     assert found[0].heard == pytest.approx(20 * 640 / 16_608)  # all that was given
     assert gaps == []
+
+
+@pytest.mark.parametrize("starts", [(1000, 5), (2**33 / 90_000 - 4,)], ids=["restarted", "full"])
+def test_a_transport_stream_whose_clock_goes_back(
+    toy_server: TritonServer, tmp_path: Path, starts: tuple[float, ...]
+) -> None:
+    """Its decoders give the first sound after the seam before the last frame in front of it: one gap all the same."""
+    with (tmp_path / "film.ts").open("wb") as film:
+        for start in starts:
+            part, times = tmp_path / "part.ts", [Fraction(start) + t for t in frame_times(25, 150)]
+            write_film(part, times, picture, sound=noise(6), sound_start=Fraction(start), codec="aac")
+            film.write(part.read_bytes())
+    gaps: list[Gap] = []
+    os.mkfifo(tmp_path / "pipe")
+    writing = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes((tmp_path / "film.ts").read_bytes()))
+    writing.start()
+    source = open_source(str(tmp_path / "pipe"))
+    with StreamClient(toy_server.url, steps=1, on_gap=gaps.append) as client:
+        feeding = threading.Thread(target=feed, args=(client, source))
+        feeding.start()
+        found = list(client)
+        feeding.join()
+    writing.join()
+    source.close()
+    seam = 150 if len(starts) == 2 else 100
+    frames = 150 * len(starts)
+    assert [(gap.kind, gap.lost) for gap in gaps] == [("clock", len([*range(-(-(seam - 15) // 4) * 4, seam, 4)]))]
+    # windows of 16 frames that begin at each fourth frame, but not over the seam
+    whole = [k + 8 for k in range(0, frames - 15, 4) if k + 15 < seam or k >= seam]
+    assert [m.frame_index for m in found] == whole
+    assert all(m.heard == 1 for m in found if 12 < m.frame_index < seam - 16)
 
 
 # ---- lag

@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import grpc
 import numpy as np
 import pytest
 
 from mubic_deploy import StreamClient
 from mubic_deploy.live import link as module
-from mubic_deploy.live.link import Link
+from mubic_deploy.live.backlog import Request
+from mubic_deploy.live.link import Link, Settings
 from mubic_deploy.live.report import Gap
 from mubic_deploy.triton.server import TritonServer
 
@@ -116,3 +118,42 @@ def test_a_line_that_is_slow_is_no_dead_one(proxies: Callable[..., Proxy], monke
         assert [m.frame_index for m in client] == list(range(8, 37, 4))
     assert False in asked
     assert gaps == []
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_stream_is_cancelled_only_where_something_is_unanswered(toy_server: TritonServer, answered: bool) -> None:
+    """Of streams that are cancelled after their last answer Triton loses some requests: it grows, and cannot stop."""
+    done = threading.Event()
+    link = Link(
+        toy_server.url, Settings(4, 0, 1, "raw"), (112, 192), lambda _, answer: done.set() if answer.final else None
+    )
+    call = link._client._stream._response_iterator
+    frames, count = np.zeros((112, 192, 3), np.uint8), 16 if answered else 64
+    link.send(Request(True, True, [frames] * count, [*range(count)], [i / 25 for i in range(count)], sound_end=True))
+    if answered:
+        assert done.wait(10)
+    link.close()
+    assert call.code() == (grpc.StatusCode.OK if answered else grpc.StatusCode.CANCELLED)
+
+
+@pytest.mark.parametrize("gone", ["forgotten", "closed"])
+def test_a_connection_that_dies_after_the_last_map(
+    proxies: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """The server is to end the stream, and cannot."""
+    monkeypatch.setattr(module, "ALIVE_S", 0.5)
+    proxy = proxies()
+    client = StreamClient(proxy.address, steps=1)
+    client.end_sound()
+    for i in range(16):
+        client.frame(np.zeros((36, 64, 3), np.uint8), i / 25)
+    assert next(client).frame_index == 8
+    time.sleep(0.5)  # until the request is done, too
+    if gone == "forgotten":
+        proxy.forget()
+    else:
+        proxy.close()
+    began = time.monotonic()
+    client.close()
+    assert time.monotonic() - began < 5
+    assert "mubic-stream" not in [thread.name for thread in threading.enumerate()]

@@ -22,7 +22,9 @@ import pytest
 from films import click, flash_and_click, frame_times, quadrants, write_film
 
 from mubic_deploy.errors import UserError
-from mubic_deploy.live.source import FileSource, Heard, Item, LiveSource, SoundEnd, open_source
+from mubic_deploy.live.items import Heard, Item, SoundEnd
+from mubic_deploy.live.seam import one_seam
+from mubic_deploy.live.source import FileSource, LiveSource, open_source
 from mubic_deploy.media.film import Film, Frame
 from mubic_deploy.media.sound import excerpt_start
 
@@ -321,6 +323,33 @@ def test_a_transport_stream_whose_clock_jumps(
         assert len(clock) == pytest.approx(len(starts) * 6 / length, rel=0.05)
         assert len(jumps) == 1
         assert jumps[0] == pytest.approx(seam, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("came", "given"),
+    [
+        ("f9.0 s9.0 s1.0 f9.1 s1.1 f1.0 s1.2 f1.1", "f9.0 s9.0 f9.1 f1.0 s1.0 s1.1 s1.2 f1.1"),
+        ("f9.0 s9.0 f1.0 s9.1 f1.1 s1.0 s1.1 f1.2", "f9.0 s9.0 f1.0 f1.1 s1.0 s1.1 f1.2"),
+        ("f9.0 s9.0 s1.0 f9.1 s2.0 f9.2 s3.1 f9.3 s3.2", "f9.0 s9.0 f9.1 f9.2 s1.0 s2.0 s3.1 f9.3 s3.2"),
+        ("f9.0 s9.0 f1.0 s9.5 f1.1 s11.1 s11.2", "f9.0 s9.0 f1.0 f1.1 s11.1 s11.2"),
+        ("f9.0 s9.0 s8.5 f9.1 s9.1", "f9.0 s9.0 s8.5 f9.1 s9.1"),
+    ],
+    ids=["sound first", "frames first", "only sound", "only frames", "a stray time stamp"],
+)
+def test_frames_and_sound_go_back_together(came: str, given: str) -> None:
+    """f9.0 is a frame at 9.0 s, s9.0 sound from then on."""
+
+    def item(word: str) -> Item:
+        time_s = float(word[1:])
+        if word[0] == "f":
+            return Frame(0, time_s, av.VideoFrame(16, 16))
+        return Heard(round(16_000 * time_s), np.zeros(0, np.float32))
+
+    def word(item: Item) -> str:
+        assert not isinstance(item, SoundEnd)
+        return f"f{item.time_s:.1f}" if isinstance(item, Frame) else f"s{item.start / 16_000:.1f}"
+
+    assert " ".join(map(word, one_seam(map(item, came.split())))) == given
 
 
 def test_a_file_in_shared_memory_is_a_file() -> None:

@@ -10,7 +10,8 @@ import pytest
 from films import Brightness, check_flash_and_click, click, flash_and_click, frame_times, write_film
 
 from mubic_deploy.config import AUDIO_SAMPLES, DEMO
-from mubic_deploy.live.source import Heard, LiveSource
+from mubic_deploy.live.items import Heard
+from mubic_deploy.live.source import LiveSource
 from mubic_deploy.media.clips import read_clips
 from mubic_deploy.media.film import Film
 from mubic_deploy.media.sound import Placer, Sound, excerpt_start

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 from argparse import Namespace
 from collections import deque
@@ -21,13 +19,13 @@ from mubic_deploy.live.pictures import Pictures
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.settings import DROP, QUEUE
 from mubic_deploy.live.source import FileSource, LiveSource, open_source
+from mubic_deploy.live.stop import STOP_S, Stopped, stop_with_a_signal
 from mubic_deploy.live.window import Window
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.source import is_file, mode_of, plain_source
 
 _TICK_S = 0.02  # between two looks at these
 _STATUS_S = 0.5
-_STOP_S = 5.0  # for the maps that are on their way when the stream is stopped
 
 
 def stream(arguments: Namespace) -> int:
@@ -64,10 +62,10 @@ def stream(arguments: Namespace) -> int:
         )
         staged = stack.enter_context(replacing({k: path for k, path in files.items() if k != "ndjson"}))
         plain = not arguments.json and not piped
-        outputs = stack.enter_context(Outputs(source, staged, targets, plain, window, on_lag == DROP))
-        stopped = stack.enter_context(_stop_with_a_signal())
+        stopped = stack.enter_context(stop_with_a_signal())
+        outputs = stack.enter_context(Outputs(source, staged, targets, plain, window, on_lag == DROP, stopped))
         if window is not None:
-            window.open(source.display, source.name, stopped.set)
+            window.open(source.display, source.name, stopped.stop)
         drop = on_lag == DROP
         # over HTTP a film comes at once, and a broadcast in segments: that is not the server's lag
         paced = drop and named.startswith(("http://", "https://"))
@@ -89,7 +87,7 @@ def stream(arguments: Namespace) -> int:
         if problem is not None and not outputs.count:
             raise problem
         outputs.finish(whole=not stopped.is_set() and problem is None)
-        outputs.drain(stopped)
+        outputs.drain()
         report = client.report()
     warnings = unfamiliar(client.config, client.source["seed"], arguments.fit)
     warnings += source.warnings + outputs.warnings + [gap.text for gap in gaps]
@@ -99,7 +97,7 @@ def stream(arguments: Namespace) -> int:
             f"took them: send a smaller picture, or use --on-lag queue where the source can wait"
         )
     if arguments.json:
-        counts = {"frames": feeder.fed, "left_out": feeder.left_out}
+        counts = {"frames": feeder.fed, "left_out": feeder.left_out + outputs.left_out}
         print_json({**vars(report), **counts, "gaps": [vars(gap) for gap in gaps], "warnings": warnings})
     else:
         warn(warnings)
@@ -111,33 +109,33 @@ def stream(arguments: Namespace) -> int:
 
 
 def _maps(
-    client: StreamClient, feeder: Feeder, outputs: Outputs, pictures: Pictures, stopped: threading.Event
+    client: StreamClient, feeder: Feeder, outputs: Outputs, pictures: Pictures, stopped: Stopped
 ) -> Iterator[LiveMap | None]:
     """Each map as it comes; now and then None, so that somebody can say how it goes. Between two of them the pictures
     go on: a map never waits for more than one of their steps."""
-    end = None
-    busy = False
+    ending = busy = False
     while not client.through:
-        if stopped.is_set() and end is None:
-            end = time.monotonic() + _STOP_S
+        if stopped.is_set() and not ending:
+            ending = True
             feeder.thread.join(_STATUS_S)  # it may wait for a source that says nothing
             with contextlib.suppress(UserError):
                 client.finish()
-        if end is not None and time.monotonic() > end:
-            break
+        overdue = stopped.overdue  # then only what is there already is taken
         found = None
         try:
-            if end is None and outputs.full:
+            if outputs.full and not ending:
                 time.sleep(_TICK_S)
             else:
                 restless = outputs.wants_frames or outputs.unread
-                found = client.poll(0.0 if busy else _TICK_S if restless else _STATUS_S)
+                found = client.poll(0.0 if busy or overdue else _TICK_S if restless else _STATUS_S)
         except UserError as error:  # the server is gone, or refused something: what came until then is kept
             feeder.problem = feeder.problem or error
             stopped.set()
             break
         if found is not None:
             pictures.add_map(found)
+        elif overdue:
+            break
         yield found
         busy = found is not None or pictures.step()
         outputs.refresh()
@@ -146,7 +144,7 @@ def _maps(
 def _let_go(source: FileSource | LiveSource, feeder: Feeder | None) -> None:
     """Closes the source, unless it is still being read: then it goes with the process."""
     if feeder is not None:
-        feeder.thread.join(_STOP_S)
+        feeder.thread.join(STOP_S)
         if feeder.thread.is_alive():
             return
     source.close()
@@ -161,25 +159,3 @@ def _summary(report: Report, frames: int) -> str:
 def _status(report: Report) -> str:
     late = "" if report.maps == 0 else f", {1000 * report.median_s:.0f} ms median, {1000 * report.p99_s:.0f} ms p99"
     return f"{report.maps} maps{late}, lag {report.lag_s:.1f} s, {report.dropped} dropped, frames"
-
-
-@contextlib.contextmanager
-def _stop_with_a_signal() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM, so that the outputs are completed; the next one is what it was before."""
-    stopped = threading.Event()
-
-    def stop(number: int, frame: object) -> None:
-        restore()
-        stopped.set()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield stopped
-    finally:
-        restore()

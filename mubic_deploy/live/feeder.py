@@ -10,8 +10,9 @@ from typing import Any
 
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
+from mubic_deploy.live.items import Heard
 from mubic_deploy.live.pace import Pace
-from mubic_deploy.live.source import FileSource, Heard, LiveSource
+from mubic_deploy.live.source import FileSource, LiveSource
 from mubic_deploy.media.film import Frame
 
 FRAMES = 64  # that wait for the outputs
@@ -66,8 +67,8 @@ class Feeder:
         if isinstance(item, Frame):
             if self._pace is not None:
                 self._stopped.wait(self._pace.wait_s(item.time_s, time.monotonic()))
-            if self._frames:
-                self._hand_on(item)
+            if self._frames and not self._hand_on(item):
+                return
             self._client.frame(item.image, item.time_s, self._source.display)
             self.fed += 1
         elif isinstance(item, Heard):
@@ -75,12 +76,14 @@ class Feeder:
         else:
             self._client.end_sound()
 
-    def _hand_on(self, frame: Frame) -> None:
+    def _hand_on(self, frame: Frame) -> bool:
+        """False if the stream was stopped before there was room."""
         while not self._stopped.is_set():
             try:
                 self.waiting.put(frame, not self._drop, 0.1)
-                return
+                return True
             except queue.Full:
                 if self._drop:
                     self.left_out += 1
-                    return
+                    return True
+        return False

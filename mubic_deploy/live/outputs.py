@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from mubic_deploy.live.lines import Lines
 from mubic_deploy.live.measures import Measures, measure
 from mubic_deploy.live.report import LiveMap
 from mubic_deploy.live.source import FileSource, LiveSource
+from mubic_deploy.live.stop import STOP_S, Stopped
 from mubic_deploy.live.window import Window
 from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import MapsWriter
@@ -39,7 +39,8 @@ class Outputs:
 
     count     how many maps came
     problem   what the first output failed of
-    warnings  one line each for lines that nobody read
+    left_out  how many frames the overlay lacks because the stream was stopped
+    warnings  one line each for lines that nobody read, and for those frames
     lines     "ndjson" and "text", where they are wanted"""
 
     def __init__(
@@ -50,22 +51,25 @@ class Outputs:
         plain: bool,
         window: Window | None,
         live: bool,
+        stopped: Stopped,
     ) -> None:
         """staged: of the files that appear at the end, by kind; those that fail are taken out. live: frames do not wait
-        for maps, and maps not for who reads their lines. UserError if an output cannot be opened."""
+        for maps, and maps not for who reads their lines. stopped: says when frames are not written any more. UserError
+        if an output cannot be opened."""
         self._source, self._targets, self._window, self._live = source, dict(targets), window, live
+        self._stopped = stopped
         self._staged = staged
         self.warnings: list[str] = []
         self.problem: UserError | None = None
         self._last_pts: int | None = None
         self._shift = 0
-        self.count = 0
+        self.count = self.left_out = 0
         self.overlay: OverlayWriter | None = None
         self._maps: MapsWriter | None = None
         self.lines: dict[str, Lines] = {}
         with self._naming("overlay"):
             if "overlay" in staged:
-                self.overlay = OverlayWriter(staged["overlay"], source, live)
+                self.overlay = OverlayWriter(staged["overlay"], source, live, lambda: not stopped.overdue)
         with self._naming("maps"):
             if "maps" in staged:
                 self._maps = MapsWriter(staged["maps"], source.map_shape)
@@ -124,15 +128,15 @@ class Outputs:
             if lines.full and (self._live or (not lines.opened and lines.idle_s > _PATIENCE_S)):
                 self._leave_unread(kind)
 
-    def drain(self, stopped: threading.Event) -> None:
+    def drain(self) -> None:
         """Waits for whoever reads the lines, as any program does; not long where nothing may wait, or nobody has begun
-        to read, or once `stopped` is set."""
+        to read, or once the stream was stopped."""
         for kind, lines in list(self.lines.items()):
             end: float | None = None
             while lines.waiting and kind in self.lines:
                 with self._or_given_up(kind):
                     lines.write()
-                if stopped.is_set() and end is None:
+                if self._stopped.is_set() and end is None:
                     end = time.monotonic() + _LAST_S
                 silent = (self._live or not lines.opened) and lines.idle_s > _PATIENCE_S
                 if silent or (end is not None and time.monotonic() > end):
@@ -182,6 +186,12 @@ class Outputs:
         if self.overlay is not None:
             with self._or_given_up("overlay"):
                 self.overlay.finish(whole)
+                self.left_out = self.overlay.left_out
+        if self.left_out:
+            self.warnings.append(
+                f"overlay {self._where('overlay')}: the last {self.left_out} frame(s) are left out: it was more than "
+                f"{STOP_S:g} s behind when the stream was stopped: send a smaller picture to have more of them"
+            )
         if self._maps is not None:
             with self._or_given_up("maps"):
                 self._maps.finish()

@@ -8,14 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from fractions import Fraction
 
 import av
-import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.items import Heard, Item, SoundEnd
+from mubic_deploy.live.seam import one_seam
 from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
@@ -26,21 +26,6 @@ _TICK_S = 0.1  # in which a signal is heard
 _PAUSE_S = 1.0  # before an address is opened again
 _RTSP = ("rtsp://", "rtsps://")
 _LIVE = (*_RTSP, "rtmp://", "rtmps://", "udp://", "rtp://", "srt://")  # these come back after they broke off
-
-
-@dataclass(frozen=True)
-class Heard:
-    """float32 [n] of 16 kHz sound, its first sample at sample `start` of the source's clock."""
-
-    start: int
-    samples: np.ndarray
-
-
-class SoundEnd:
-    """There is no sound, or no more of it."""
-
-
-Item = Frame | Heard | SoundEnd
 
 
 class FileSource(Film):
@@ -177,7 +162,7 @@ class LiveSource:
     def _read(self) -> Iterator[Item]:
         index = 0
         while True:
-            for item in self._run(index):
+            for item in one_seam(self._run(index)):
                 index += isinstance(item, Frame)
                 yield item
             if not self.source.startswith(_LIVE):

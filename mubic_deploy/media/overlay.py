@@ -89,10 +89,13 @@ class Matcher:
 
 
 class OverlayWriter:
-    """Frames and maps go in as they come, in order: see `Matcher`."""
+    """Frames and maps go in as they come, in order: see `Matcher`.
 
-    def __init__(self, path: Path, film: Shown, live: bool = False) -> None:
-        """path must end in one of `SUFFIXES`; live: see `Matcher`. OSError or ValueError if it cannot be written."""
+    left_out  frames that are not in the file because they were not wanted any more"""
+
+    def __init__(self, path: Path, film: Shown, live: bool = False, wanted: Callable[[], bool] = lambda: True) -> None:
+        """path must end in one of `SUFFIXES`; live: see `Matcher`; wanted: whether frames are still to be written,
+        which ends for good; the first one is in any case. OSError or ValueError if it cannot be written."""
         self._size = height, width = overlay_size(film)
         # 4:2:0 has no odd sizes
         self._pixels = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
@@ -105,6 +108,7 @@ class OverlayWriter:
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self._pixels
         self._stream.time_base = self._stream.codec_context.time_base = film.time_base
         self._colours_known = False
+        self._wanted, self.left_out = wanted, 0
         self._last_s = 0.0  # of the last frame that was written
         self._sound = SoundTrack(film.source, self._output) if film.has_sound else None
 
@@ -133,6 +137,9 @@ class OverlayWriter:
             self._output.close()
 
     def _write(self, frame: Frame, saliency: np.ndarray) -> None:
+        if self._colours_known and not self._wanted():
+            self.left_out += 1
+            return
         self._last_s = frame.time_s
         image = self._resize(frame.image, self._size, self._pixels)
         if not self._colours_known:
