@@ -222,8 +222,9 @@ class Gpu:
         last = [items[-1].do for stream, items in graph.work.items() if stream is not origin]
         assert all(do in waited_for for do in last), "a stream of the capture was not joined"
 
-    def empty_like(self, x: Tensor, *, device: torch.device | None = None, pin_memory: bool = False) -> Tensor:
+    def empty_like(self, x: Tensor, *, device: torch.device | str | None = None, pin_memory: bool = False) -> Tensor:
         assert not (pin_memory and self.capture), "memory cannot be pinned inside a capture"
+        assert not pin_memory or str(device) == "cpu", "only the host's memory can be pinned, and x may be on the GPU"
         out = x.new_full(x.shape, 99).as_strided(x.shape, x.stride())
         self.pinned += [out] * pin_memory
         return out

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mubic_deploy.engines import Array, Arrays, DeviceArray, Engine, Fetch
-from mubic_deploy.engines.memory import REMEDY, short_of_memory
+from mubic_deploy.engines.memory import REMEDY, is_short, short_of_memory
 from mubic_deploy.engines.replay import pinned, recorded
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
@@ -83,7 +83,9 @@ def pinned_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     kind = torch.from_numpy(np.empty(0, dtype)).dtype
     try:
         return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
-    except RuntimeError:
+    except RuntimeError as error:
+        if not is_short(error):
+            raise
         return np.empty(shape, dtype)
 
 
@@ -100,9 +102,10 @@ def begun(x: torch.Tensor) -> Fetch:
     no more of that."""
     try:
         there = pinned(x)
-    except RuntimeError:
-        there = x.cpu()
-        return there.numpy
+    except RuntimeError as error:
+        if not is_short(error):
+            raise
+        return x.cpu().numpy
     there.copy_(x, non_blocking=True)
     done = recorded()
 

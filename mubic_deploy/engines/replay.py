@@ -155,9 +155,9 @@ def recorded() -> torch.cuda.Event:
 
 
 def pinned(x: Tensor) -> Tensor:
-    """Memory like a host tensor's that a GPU copies from by itself."""
+    """Memory on the host for a tensor like this one, which a GPU reads and writes by itself."""
     with torch.inference_mode(False):  # it is written in other modes too
-        return torch.empty_like(x, pin_memory=True)
+        return torch.empty_like(x, device="cpu", pin_memory=True)
 
 
 def is_pinned(x: Tensor) -> bool:
