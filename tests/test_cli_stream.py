@@ -557,8 +557,9 @@ def test_a_file_that_cannot_be_written_leaves_the_others(
 def test_a_silent_pipe_can_be_stopped(number: int, code: int) -> None:
     """FFmpeg, which waits for its first byte, goes on waiting after a signal."""
     script = """
-import sys, mubic_deploy.live.commands
+import signal, sys, mubic_deploy.live.commands
 from mubic_deploy import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 print("reading", flush=True)
 sys.exit(cli.main(["stream", "-", "--url", "127.0.0.1:9"]))
 """
