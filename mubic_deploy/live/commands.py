@@ -19,13 +19,14 @@ from mubic_deploy.live.pictures import Pictures
 from mubic_deploy.live.report import Gap, LiveMap, Report
 from mubic_deploy.live.settings import DROP, QUEUE
 from mubic_deploy.live.source import FileSource, LiveSource, open_source
-from mubic_deploy.live.stop import STOP_S, Stopped, stop_with_a_signal
+from mubic_deploy.live.stop import Stopped, stop_with_a_signal
 from mubic_deploy.live.window import Window
 from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.source import is_file, mode_of, plain_source
 
 _TICK_S = 0.02  # between two looks at these
 _STATUS_S = 0.5
+_READ_S = 1.0  # for the item that is being read at the end
 
 
 def stream(arguments: Namespace) -> int:
@@ -144,7 +145,7 @@ def _maps(
 def _let_go(source: FileSource | LiveSource, feeder: Feeder | None) -> None:
     """Closes the source, unless it is still being read: then it goes with the process."""
     if feeder is not None:
-        feeder.thread.join(STOP_S)
+        feeder.thread.join(_READ_S)
         if feeder.thread.is_alive():
             return
     source.close()
