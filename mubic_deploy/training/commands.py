@@ -74,7 +74,7 @@ def train(arguments: Namespace) -> int:
 
     machine = Machine(arguments.accelerator, arguments.devices, arguments.workers)
     if make_fabric(machine, settings.precision).is_global_zero:
-        run = Run(arguments.out, settings, [*training, *validation])
+        run = Run(arguments.out, settings, [])  # of no videos: only whose the folder is
         with run.alone():  # before the data are looked at, which takes minutes; `train` looks again
             if not arguments.resume:
                 run.require_new()
