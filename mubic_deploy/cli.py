@@ -30,6 +30,7 @@ from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT16, FLOAT32
 from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW, WAITING
+from mubic_deploy.pipeline import AOTINDUCTOR, TENSORRT
 from mubic_deploy.sources import versions
 from mubic_deploy.training.settings import (
     DATASETS,
@@ -302,13 +303,17 @@ def build_parser() -> Parser:
     serve.add_argument("--http-port", type=port, default=HTTP_PORT, help=f"default {HTTP_PORT}; 0 picks a free one")
     serve.add_argument("--grpc-port", type=port, default=GRPC_PORT, help=f"default {GRPC_PORT}")
     serve.add_argument("--metrics-port", type=port, default=METRICS_PORT, help=f"default {METRICS_PORT}")
-    serve.add_argument("--engine", choices=cpu.ENGINES, default=cpu.ENGINES[0], help=f"default {cpu.ENGINES[0]}")
+    of_packages = f"{AOTINDUCTOR} (with --artifacts PACKAGES)"
+    kind = f"{cpu.ENGINES[0]} (default), {cpu.ENGINES[1]}, {of_packages}"
+    serve.add_argument("--engine", choices=(*cpu.ENGINES, AOTINDUCTOR), default=cpu.ENGINES[0], help=kind)
     _serving(serve)
     serve.add_argument("--log", type=Path, default=Path("tritonserver.log"), help="default tritonserver.log")
 
     repository = commands.add_parser("repository", help="write Triton's model repository, for a server of your own")
-    repository.add_argument("artifacts", metavar="DIR", type=Path, help="exported graphs, or TensorRT engines")
-    repository.add_argument("--engine", choices=(*cpu.ENGINES, "tensorrt"), default=cpu.ENGINES[0])
+    repository.add_argument(
+        "artifacts", metavar="DIR", type=Path, help="exported graphs, packages, or TensorRT engines"
+    )
+    repository.add_argument("--engine", choices=(*cpu.ENGINES, AOTINDUCTOR, TENSORRT), default=cpu.ENGINES[0])
     repository.add_argument("--out", metavar="REPOSITORY", type=Path, required=True)
     _serving(repository)
     repository.add_argument("--loops", type=positive, help="tensorrt: instances of the DDIM loop (default 4)")

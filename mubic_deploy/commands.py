@@ -17,15 +17,15 @@ from mubic_deploy.config import ADAPTIVE, CONFIGS, DEMO_CHECKPOINT, RANDOM, VARI
 from mubic_deploy.console import bar, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT32
-from mubic_deploy.pipeline import EAGER, ENGINES, Pipeline, Predictor
+from mubic_deploy.pipeline import AOTINDUCTOR, EAGER, ENGINES, TENSORRT, Pipeline, Predictor
 from mubic_deploy.thesis import TABLE_4_3
 
 UNTRAINED = "the weights are random (seed {seed}): the maps show that the machinery runs, not where people look"
 
-CAPTURING = ("tensorrt", "aotinductor", "onnxruntime-cuda")  # engines that can replay CUDA graphs
+CAPTURING = (TENSORRT, AOTINDUCTOR, "onnxruntime-cuda")  # engines that can replay CUDA graphs
 BUILT = {
-    "tensorrt": ("plans that were built for this GPU", "mubic-deploy engines"),
-    "aotinductor": ("packages that were compiled for this machine", "mubic-deploy compile"),
+    TENSORRT: ("plans that were built for this GPU", "mubic-deploy engines"),
+    AOTINDUCTOR: ("packages that were compiled for this machine", "mubic-deploy compile"),
 }
 
 
@@ -213,6 +213,17 @@ def artifacts_of(arguments: Namespace, seed: int | None = None) -> Artifacts:
         return exported.cached(arguments.checkpoint or DEMO_CHECKPOINT, arguments.variant, seed, progress)
 
 
+def built(arguments: Namespace) -> Path:
+    """The folder of what --engine, one of BUILT, runs. UserError unless it was named, and nothing else."""
+    what, command = BUILT[arguments.engine]
+    if arguments.artifacts is None or arguments.checkpoint or arguments.variant:
+        raise UserError(
+            f"{arguments.engine} runs {what}: name their folder with --artifacts, without --checkpoint and --variant "
+            f"(make it with {command})"
+        )
+    return arguments.artifacts
+
+
 @contextlib.contextmanager
 def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
     """What predicts, by --engine, and what there is to say about it."""
@@ -236,12 +247,7 @@ def predictor(arguments: Namespace) -> Iterator[tuple[Predictor, list[str]]]:
     if engine in EAGER and given is not None:
         raise UserError(f"{engine} runs a checkpoint: give --checkpoint instead of --artifacts")
     if engine in BUILT:
-        what, command = BUILT[engine]
-        if given is None or arguments.checkpoint or arguments.variant:
-            raise UserError(
-                f"{engine} runs {what}: name their folder with --artifacts, without --checkpoint and --variant "
-                f"(make it with {command})"
-            )
+        given = built(arguments)
     elif engine not in EAGER:
         given = artifacts_of(arguments).path  # with a progress bar, if it must be exported
     source = given or arguments.checkpoint or DEMO_CHECKPOINT

@@ -56,12 +56,18 @@ def schedule(steps: np.ndarray) -> Schedule:
     return Schedule(pairs[..., :1].copy(), alphas[..., :1].copy(), alphas[..., 1:].copy())
 
 
-def noise(seeds: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """S_T ~ N(0, 1), float32 [B, 1, h, w]: for each seed [B] (>= 0) the stream of Philox keyed with it."""
-    maps = []
+def check_seeds(seeds: np.ndarray) -> None:
+    """UserError for a seed that keys no noise."""
     for seed in seeds:
         if seed < 0:
             raise UserError(f"seed {int(seed)} is negative: use 0 or more")
+
+
+def noise(seeds: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """S_T ~ N(0, 1), float32 [B, 1, h, w]: for each seed [B] (>= 0) the stream of Philox keyed with it."""
+    check_seeds(seeds)
+    maps = []
+    for seed in seeds:
         generator = np.random.Generator(np.random.Philox(key=int(seed)))
         maps.append(generator.standard_normal((1, *size), np.float32))
     return np.stack(maps)

@@ -190,7 +190,7 @@ def media(c: Config) -> tuple[Tensor, ...]:
 
 
 def pipeline(c: Config) -> Signature:
-    """The whole chain, in process and as Triton's ensemble."""
+    """The whole chain, in process and as Triton's ensemble, or its model of compiled packages."""
     return Signature(ENSEMBLE, (*media(c), *settings()), results(c))
 
 

@@ -17,11 +17,12 @@ from mubic_deploy.engines import Array, Arrays, Engine, HostArrays, cpu, fetchin
 from mubic_deploy.errors import UserError
 
 EAGER = ("eager", "eager-cuda")
+AOTINDUCTOR, TENSORRT = "aotinductor", "tensorrt"
 Item = TypeVar("Item")
 Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 ALLOCATE: Allocate = np.empty
 LOUDEST = 8  # times full scale: a mix may exceed it a little, samples of 16 bits that were not scaled by far
-ENGINES = (*cpu.ENGINES, "onnxruntime-cuda", *EAGER, "aotinductor", "tensorrt")
+ENGINES = (*cpu.ENGINES, "onnxruntime-cuda", *EAGER, AOTINDUCTOR, TENSORRT)
 
 
 class StepsError(UserError):
@@ -190,12 +191,12 @@ class Pipeline:
             with eager.enough_memory("the model"):
                 model.to(device)
             return cls(model.config, eager.load_engines(model), source=weights.to_json(), allocate=allocate)
-        if engine == "tensorrt":
+        if engine == TENSORRT:
             from mubic_deploy.engines import tensorrt
 
             folder = plans = tensorrt.Plans.open(Path(source), variant)
             engines, max_batch = tensorrt.load_engines(plans, cuda_graphs), plans.max_batch
-        elif engine == "aotinductor":
+        elif engine == AOTINDUCTOR:
             from mubic_deploy.engines import aotinductor, eager
 
             folder = packages = aotinductor.Packages.open(Path(source), variant)

@@ -1,4 +1,5 @@
-"""A tiny model and its graphs in half precision, with a sampler of two steps, exported once a test run."""
+"""A tiny model; its graphs in half precision, with a sampler of two steps, and its packages for this CPU, each made
+once a test run."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from bench.machine import torch_threads
 from mubic_deploy import checkpoint, folders
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO
+from mubic_deploy.engines.aotinductor import Packages
 from mubic_deploy.model.mubic import MUBiC, random_model
 from mubic_deploy.sources import load_script, source_dir
 
@@ -40,3 +43,21 @@ def half_artifacts(tiny_model: MUBiC, of_the_run: Path) -> Artifacts:
             return Artifacts.open(out)
         script = load_script(source_dir("export") / "onnx_graphs.py")
         return script.export(tiny_model, checkpoint.Source("test", 3), out, precision="float16", fixed_steps=2)[0]
+
+
+@pytest.fixture(scope="session")
+def packages(tiny_model: MUBiC, of_the_run: Path) -> Packages:
+    out, lock = of_the_run / "packages", of_the_run / "packages.lock"
+    lock.touch()
+    with folders.locked(lock, wait=True):
+        if out.exists():
+            return Packages.open(out)
+        said: list[str] = []
+        script = load_script(source_dir("export") / "aotinductor_packages.py")
+        options = script.Options(max_batch=4, optimisations=("split_depthwise", "pad_heads"))
+        with torch_threads(2):  # with one the compiler takes other layouts, and none of them goes wrong
+            source, progress = checkpoint.Source("test", 3), lambda text, *_: said.append(text)
+            packages = script.build(tiny_model, source, out, options, progress)
+        assert said[0] == "compiling visual_encoder"
+        assert said[-1] == "checking against eager PyTorch"
+        return packages

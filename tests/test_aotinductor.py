@@ -12,7 +12,6 @@ import pytest
 import torch
 from half_fixtures import TINY
 
-from bench.machine import torch_threads
 from mubic_deploy import checkpoint
 from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import Packages, load_engines
@@ -27,20 +26,6 @@ from mubic_deploy.sources import load_script, source_dir
 
 pytest_plugins = ("half_fixtures",)
 packages_script = load_script(source_dir("export") / "aotinductor_packages.py")
-
-
-@pytest.fixture(scope="module")
-def packages(tiny_model: MUBiC, tmp_path_factory: pytest.TempPathFactory) -> Packages:
-    said: list[str] = []
-    out = tmp_path_factory.mktemp("compiled") / "packages"
-    options = packages_script.Options(max_batch=4, optimisations=("split_depthwise", "pad_heads"))
-    with torch_threads(2):  # with one the compiler takes other layouts, and none of them goes wrong
-        packages = packages_script.build(
-            tiny_model, checkpoint.Source("test", 3), out, options, lambda text, *_: said.append(text)
-        )
-    assert said[0] == "compiling visual_encoder"
-    assert said[-1] == "checking against eager PyTorch"
-    return packages
 
 
 def altered(packages: Packages, **changes: object) -> Packages:

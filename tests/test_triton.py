@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import toy_graphs
 import tritonclient.grpc as triton
-from triton_serving import FREE_PORTS, clips, serving
+from triton_serving import FREE_PORTS, clips, good, send, serving
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -132,21 +132,6 @@ def test_others_are_asked_as_the_environment_says(host: str) -> None:
     assert "grpc.enable_http_proxy" not in dict(channel(f"{host}:8001"))
 
 
-def send(url: str, arrays: dict[str, np.ndarray], model: str = graphs.ENSEMBLE) -> np.ndarray:
-    """A request as any client could send it, without `TritonPredictor`'s checks."""
-    inputs = []
-    for name, array in arrays.items():
-        inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
-        inputs[-1].set_data_from_numpy(array)
-    with triton.InferenceServerClient(url) as client:
-        return client.infer(model, inputs).as_numpy("SALIENCY")
-
-
-def good(pipeline: Pipeline) -> dict[str, np.ndarray]:
-    video, audio = clips(pipeline.config, 1)
-    return {"VIDEO": video, "AUDIO": audio, "SEED": np.array([[3]]), "STEPS": np.array([[4]], np.int32)}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -165,7 +150,7 @@ def good(pipeline: Pipeline) -> dict[str, np.ndarray]:
 def test_wrong_request_gets_an_error_and_the_next_its_map(
     server: TritonServer, toy_pipeline: Pipeline, change: dict[str, np.ndarray | None], message: str
 ) -> None:
-    right = good(toy_pipeline)
+    right = good(toy_pipeline.config)
     with pytest.raises(InferenceServerException, match=message) as error:
         send(server.url, {name: array for name, array in (right | change).items() if array is not None})
     assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
@@ -175,7 +160,7 @@ def test_wrong_request_gets_an_error_and_the_next_its_map(
 
 def test_a_wrong_request_over_http(server: TritonServer, toy_pipeline: Pipeline) -> None:
     inputs = []
-    for name, array in (good(toy_pipeline) | {"SEED": np.array([[-5]])}).items():
+    for name, array in (good(toy_pipeline.config) | {"SEED": np.array([[-5]])}).items():
         inputs.append(InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)))
         inputs[-1].set_data_from_numpy(array)
     client = InferenceServerClient(f"127.0.0.1:{server.http_port}")
@@ -187,7 +172,7 @@ def test_a_wrong_request_over_http(server: TritonServer, toy_pipeline: Pipeline)
 def test_a_wrong_request_leaves_nothing_in_flight(
     toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    right = good(toy_pipeline)
+    right = good(toy_pipeline.config)
     wrong_seed = {name: array for name, array in right.items() if name != "STEPS"} | {"SEED": np.array([[-5]])}
     wrong_sound = right | {"AUDIO": np.full((1, 16608), np.nan, np.float32)}
     mistakes = (
@@ -205,7 +190,7 @@ def test_a_wrong_request_leaves_nothing_in_flight(
 
 def test_wrong_request_among_right_ones(server: TritonServer, toy_pipeline: Pipeline) -> None:
     """They reach ddim together: only the wrong ones fail."""
-    right = good(toy_pipeline)
+    right = good(toy_pipeline.config)
     wrong = right | {"STEPS": np.array([[50]], np.int32)}
     expected, _ = toy_pipeline.predict(right["VIDEO"], right["AUDIO"], 3, 4)
     with ThreadPoolExecutor(8) as pool:

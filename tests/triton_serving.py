@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import np_to_triton_dtype
 
+from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import AUDIO_SAMPLES, Config
 from mubic_deploy.triton.repository import write_repository
@@ -30,6 +33,22 @@ def clips(config: Config, count: int, seed: int = 0) -> tuple[np.ndarray, np.nda
     rng = np.random.default_rng(seed)
     video = rng.integers(0, 256, (count, config.frames, config.height, config.width, 3), np.uint8)
     return video, rng.uniform(-1, 1, (count, AUDIO_SAMPLES)).astype(np.float32)
+
+
+def good(config: Config) -> dict[str, np.ndarray]:
+    """A request that nothing is wrong with."""
+    video, audio = clips(config, 1)
+    return {"VIDEO": video, "AUDIO": audio, "SEED": np.array([[3]]), "STEPS": np.array([[4]], np.int32)}
+
+
+def send(url: str, arrays: dict[str, np.ndarray], model: str = graphs.ENSEMBLE) -> np.ndarray:
+    """A request as any client could send it, without `TritonPredictor`'s checks."""
+    inputs = []
+    for name, array in arrays.items():
+        inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
+        inputs[-1].set_data_from_numpy(array)
+    with triton.InferenceServerClient(url) as client:
+        return client.infer(model, inputs).as_numpy("SALIENCY")
 
 
 def processes(word: str) -> list[int]:

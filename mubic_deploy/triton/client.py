@@ -1,4 +1,4 @@
-"""A client of the ensembles `mubic` and `mubic_fixed` on a Triton server, over gRPC."""
+"""A client of the models `mubic` and `mubic_fixed` on a Triton server, over gRPC."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TritonPredictor:
     /mubic_fixed behind it, the ensemble whose number of steps is fixed.
 
     timeout: seconds for a request, waiting in the server's queues included. The configuration comes from the server.
-    UserError when made: the server does not answer, or serves no such ensemble of this version. Usable from several
+    UserError when made: the server does not answer, or serves no such model of this version. Usable from several
     threads; close it, or use `with`."""
 
     config: Config

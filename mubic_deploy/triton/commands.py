@@ -4,19 +4,26 @@ the exit code."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mubic_deploy import exported
-from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.commands import artifacts_of, untrained
-from mubic_deploy.config import DEMO_CHECKPOINT
+from mubic_deploy.artifacts import Artifacts, Folder
+from mubic_deploy.commands import artifacts_of, built, untrained
+from mubic_deploy.config import DEMO_CHECKPOINT, weights_seed
 from mubic_deploy.console import bar, messages, print_json, say, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.outputs import replacing
+from mubic_deploy.pipeline import AOTINDUCTOR, TENSORRT
 
+if TYPE_CHECKING:
+    from mubic_deploy.engines.aotinductor import Packages
+
+PACKAGES_START_S = 600.0  # for a GPU, where each batch size is captured
 DEMO_SCENE_SEED = 1001  # of the scenes that the shipped checkpoint is evaluated on
 
 
@@ -31,41 +38,80 @@ def _instances(arguments: Namespace, artifacts: Artifacts) -> dict[str, int]:
     return found
 
 
-def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any]:
-    """What the command line says of a server on a CPU, for `write_repository`; what it does not say is left out."""
-    options = {
-        "engine": arguments.engine,
-        "threads": arguments.threads,
-        "instances": _instances(arguments, artifacts),
-        "max_batch": arguments.max_batch,
-        "queue_delay_us": arguments.queue_delay,
-        "queue_timeout_s": arguments.queue_timeout,
-        "call_denoiser": arguments.call_denoiser,
-    }
+def _given(arguments: Namespace, **more: Any) -> dict[str, Any]:
+    """What the command line says of the queues and more, for what writes a repository; what it does not say is left
+    out."""
+    options = {"queue_delay_us": arguments.queue_delay, "queue_timeout_s": arguments.queue_timeout, **more}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any]:
+    """What the command line says of a server on a CPU, for `write_repository`."""
+    return _given(
+        arguments,
+        engine=arguments.engine,
+        threads=arguments.threads,
+        instances=_instances(arguments, artifacts),
+        max_batch=arguments.max_batch,
+        call_denoiser=arguments.call_denoiser,
+    )
+
+
+def _count(arguments: Namespace, of: str) -> int | None:
+    """--instances of what has but one number of them; what comes later counts. of: that they are of."""
+    found = None
+    for model, found in arguments.instances or []:
+        if model is not None:
+            raise UserError(f"--instances {model}={found} is for exported graphs on a CPU: say how many {of}")
+    return found
+
+
+def _packages(folder: Path) -> Packages:
+    """Compiled packages; with PyTorch, which nothing else here wants."""
+    from mubic_deploy.engines.aotinductor import Packages
+
+    return Packages.open(folder)
+
+
+def package_options(arguments: Namespace) -> dict[str, Any]:
+    """What the command line says, for `write_package_repository`."""
+    if arguments.max_batch is not None or arguments.call_denoiser is not None:
+        raise UserError("--max-batch and --call-denoiser are for exported graphs on a CPU: leave them out")
+    return _given(arguments, threads=arguments.threads, instances=_count(arguments, "processes"))
 
 
 def serve(arguments: Namespace) -> int:
     """A Triton server in the foreground."""
     import tempfile
 
-    from mubic_deploy.triton.repository import write_repository
+    from mubic_deploy.triton.repository import write_package_repository, write_repository
     from mubic_deploy.triton.server import TritonServer
     from mubic_deploy.triton.server import serve as run_server
 
-    artifacts = artifacts_of(arguments, arguments.seed)
+    served: Folder
+    write: Callable[..., None]
+    options: dict[str, Any] = {}
+    if arguments.engine == AOTINDUCTOR:
+        weights_seed(built(arguments), arguments.seed)
+        served = packages = _packages(arguments.artifacts)
+        packages.require()  # else a model's process would say it
+        options["timeout"] = PACKAGES_START_S
+        write = functools.partial(write_package_repository, packages, **package_options(arguments))
+    else:
+        served = artifacts = artifacts_of(arguments, arguments.seed)
+        write = functools.partial(write_repository, artifacts, **serving_options(arguments, artifacts))
     with contextlib.ExitStack() as starting, tempfile.TemporaryDirectory(prefix="mubic-repository-") as folder:
 
         def ready(server: TritonServer) -> None:
             starting.close()
-            warn(untrained(artifacts.manifest["source"]["seed"]))
-            say(f"serving {artifacts.config.name} ({artifacts.config.variant}): gRPC {server.url}")
+            warn(untrained(served.source["seed"]))
+            say(f"serving {served.config.name} ({served.config.variant}): gRPC {server.url}")
             say(f"  HTTP {server.host}:{server.http_port}, metrics {server.host}:{server.metrics_port}/metrics")
             say(f"  log {server.log}; stop with Ctrl-C")
 
         starting.enter_context(messages.status("starting Triton"))
         repository = Path(folder) / "models"
-        write_repository(artifacts, repository, **serving_options(arguments, artifacts))
+        write(out=repository)
         run_server(
             repository,
             on_ready=ready,
@@ -75,6 +121,7 @@ def serve(arguments: Namespace) -> int:
             metrics_port=arguments.metrics_port,
             log=arguments.log,
             remove=[Path(folder)],
+            **options,
         )
     say("stopped")
     return 0
@@ -82,25 +129,24 @@ def serve(arguments: Namespace) -> int:
 
 def repository(arguments: Namespace) -> int:
     """A model repository, for a server of one's own."""
-    from mubic_deploy.triton.repository import GpuSettings, pool_bytes, write_gpu_repository, write_repository
+    from mubic_deploy.triton.repository import (
+        GpuSettings,
+        pool_bytes,
+        write_gpu_repository,
+        write_package_repository,
+        write_repository,
+    )
     from mubic_deploy.triton.server import own_command
 
     options = {"loops": arguments.loops, "cuda_graphs": arguments.cuda_graphs, "warm_up": arguments.warm_up}
     given = {name: value for name, value in options.items() if value is not None}
     served = own_command(arguments.out)
-    if arguments.engine == "tensorrt":
+    if arguments.engine == TENSORRT:
         from mubic_deploy.engines.tensorrt import Plans
 
         if any(option is not None for option in (arguments.threads, arguments.max_batch, arguments.call_denoiser)):
             raise UserError("--threads, --max-batch and --call-denoiser are for a CPU: leave them out")
-        if arguments.queue_delay is not None:
-            given["queue_delay_us"] = arguments.queue_delay
-        if arguments.queue_timeout is not None:
-            given["queue_timeout_s"] = arguments.queue_timeout
-        for model, count in arguments.instances or []:
-            if model is not None:
-                raise UserError(f"--instances {model}={count} is for a CPU: say how many of each engine, or --loops")
-            given["instances"] = count
+        given = _given(arguments, **given, instances=_count(arguments, "of each engine, or --loops"))
         plans = Plans.open(arguments.artifacts)
         settings = GpuSettings(**given)
         write_gpu_repository(plans, arguments.out, settings)
@@ -109,6 +155,8 @@ def repository(arguments: Namespace) -> int:
             served.append("--backend-config=tensorrt,version-compatible=true")
     elif given:
         raise UserError("--loops, --no-cuda-graphs and --no-warm-up are for --engine tensorrt: leave them out")
+    elif arguments.engine == AOTINDUCTOR:
+        write_package_repository(_packages(arguments.artifacts), arguments.out, **package_options(arguments))
     else:
         artifacts = Artifacts.open(arguments.artifacts)
         write_repository(artifacts, arguments.out, **serving_options(arguments, artifacts))

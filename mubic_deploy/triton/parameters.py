@@ -11,11 +11,12 @@ from mubic_deploy.artifacts import sha256
 from mubic_deploy.config import Config
 from mubic_deploy.errors import UserError
 
-CONFIG = "CONFIG"  # the Config as JSON: every model has it, the ensemble too, so that a client knows what is served
-SOURCE = "SOURCE"  # of the weights, as the manifest says it; the ensembles have it
+CONFIG = "CONFIG"  # the Config as JSON: every model has it, the whole chain too, so that a client knows what is served
+SOURCE = "SOURCE"  # of the weights, as the manifest says it; the models of the whole chain have it
 FIXED_STEPS = "FIXED_STEPS"  # of the sampler; the ensemble that uses it has it
 MAX_STREAMS = "MAX_STREAMS"  # that the model of live streams holds; it has it
 _ENGINE, _ONNX, _SHA256, _PRECISION, _THREADS = "ENGINE", "ONNX", "SHA256", "PRECISION", "THREADS"
+_PACKAGES, _SIZES = "PACKAGES", "SIZES"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,46 @@ class GraphSettings:
                 f"write the model repository again"
             )
         return self.file
+
+
+@dataclass(frozen=True)
+class PackageSettings:
+    """Packages to run as one chain.
+
+    manifest  in their folder; sha256: its own, it knows theirs
+    threads   on a CPU; 0 means one a core
+    sizes     the batches that go to a GPU at once, the largest first: each has CUDA graphs before the server is ready,
+              and others go in parts of these. Empty on a CPU, which takes batches as they come"""
+
+    manifest: Path
+    sha256: str
+    threads: int
+    sizes: tuple[int, ...]
+
+    def to_strings(self) -> dict[str, str]:
+        return {
+            _PACKAGES: str(self.manifest),
+            _SHA256: self.sha256,
+            _THREADS: str(self.threads),
+            _SIZES: json.dumps(self.sizes),
+        }
+
+    @classmethod
+    def from_strings(cls, values: Mapping[str, str]) -> PackageSettings:
+        """Inverse of `to_strings`."""
+        sizes = tuple(json.loads(values[_SIZES]))
+        return cls(Path(values[_PACKAGES]), values[_SHA256], int(values[_THREADS]), sizes)
+
+    def check_folder(self) -> Path:
+        """The packages' folder. UserError if they are gone or not those for which the repository was written."""
+        if not self.manifest.is_file():
+            raise UserError(f"{self.manifest} is missing: compile again, then write the model repository again")
+        if sha256(self.manifest) != self.sha256:
+            raise UserError(
+                f"{self.manifest.parent} holds other packages than this model repository was written for: "
+                f"write the model repository again"
+            )
+        return self.manifest.parent
 
 
 def config_to_string(config: Config) -> str:

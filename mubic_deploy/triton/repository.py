@@ -1,6 +1,6 @@
 """Triton's model repository: the four graphs, `ddim` and the ensemble `mubic`, and where there is a sampler, the
 ensemble `mubic_fixed`; and `mubic_stream`, which keeps live streams. For a CPU from a folder of ONNX graphs, for a GPU
-from a folder of TensorRT plans.
+from a folder of TensorRT plans. From AOTInductor's packages, for either, `mubic` is one model with all of the chain.
 
 Every config.pbtxt is made from `graphs` and written through the protobuf schema that tritonclient ships."""
 
@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from mubic_deploy import graphs
-from mubic_deploy.artifacts import Artifacts, Folder
+from mubic_deploy.artifacts import Artifacts, Folder, sha256
 from mubic_deploy.config import Config
 from mubic_deploy.engines import cpu
 from mubic_deploy.engines.tensorrt import Plans
@@ -30,7 +31,10 @@ from mubic_deploy.graphs import Signature
 from mubic_deploy.live.settings import DEFAULTS, StreamSettings
 from mubic_deploy.sources import source_dir
 from mubic_deploy.triton import parameters
-from mubic_deploy.triton.parameters import GraphSettings
+from mubic_deploy.triton.parameters import GraphSettings, PackageSettings
+
+if TYPE_CHECKING:
+    from mubic_deploy.engines.aotinductor import Packages  # needs PyTorch
 
 CONFIG_FILE = "config.pbtxt"
 PLAN = "model.plan"  # Triton's own name for it
@@ -157,8 +161,7 @@ def write_gpu_repository(
 
     The plans are copied: the repository is whole by itself. UserError if `out` holds something else."""
     config, precision = plans.config, plans.precision
-    # the largest too: it is what a client that has more sends
-    preferred = sorted({plans.max_batch, *(n for n in _POWERS if n <= plans.max_batch)})
+    preferred = _preferred(plans.max_batch)
     # when a delay is over what waits is sent, and a client sends its own batch: of any size, and a graph is of one
     captured = list(range(1, plans.max_batch + 1)) if plans.max_batch <= CAPTURE_ALL_UP_TO else preferred
     configs, files = [], {}
@@ -167,7 +170,7 @@ def write_gpu_repository(
         model.platform, model.max_batch_size = "tensorrt_plan", plans.max_batch
         model.default_model_filename = PLAN
         _batched(model, settings.queue_delay_us, settings.queue_timeout_s)
-        model.dynamic_batching.preferred_batch_size.extend(n for n in preferred if n > 1)
+        _prefers(model, preferred)
         model.instance_group.add(count=settings.instances, kind=ModelInstanceGroup.KIND_GPU)
         if settings.cuda_graphs:
             model.optimization.cuda.graphs = True
@@ -183,6 +186,50 @@ def write_gpu_repository(
     ]
     configs += [*_ensembles(plans, plans.max_batch, lambda signature: signature), _stream(config, streams)]
     _write(configs, Path(out), files)
+
+
+def write_package_repository(
+    packages: Packages,
+    out: Path,
+    *,
+    threads: int = 0,
+    instances: int = 1,
+    queue_delay_us: int = 0,
+    queue_timeout_s: float | None = None,
+    streams: StreamSettings = DEFAULTS,
+) -> None:
+    """Writes the model repository for compiled packages into the folder `out`, which is replaced if it is such a
+    repository. `mubic` is one model there, not an ensemble: a process that has PyTorch runs the whole chain, so that a
+    clip goes up to a GPU once and its map comes back. Where a batch asks for the sampler's steps, the sampler makes
+    them.
+
+    threads: on a CPU, 0 for one a core; instances: processes, each with weights and CUDA graphs of its own; the others
+    as for `write_repository`. Largest batch: the packages'. The repository names the packages by absolute path and
+    SHA-256: it serves them where they are. UserError if a setting is out of range or `out` holds something else."""
+    on_gpu = packages.device.type == "cuda"
+    if on_gpu and threads:
+        raise UserError("threads are for packages of a CPU, these are of a GPU: leave them out")
+    _check_processes(threads, {graphs.ENSEMBLE: instances})
+    _check_queues(queue_delay_us, queue_timeout_s)
+    manifest = (packages.path / packages.LAYOUT.manifest).resolve()
+    sizes = _preferred(packages.max_batch) if on_gpu else []
+    settings = PackageSettings(manifest, sha256(manifest), threads, tuple(reversed(sizes)))
+    source = {parameters.SOURCE: json.dumps(packages.source)}
+    model = _python(graphs.pipeline(packages.config), packages.max_batch, packages.config, instances)
+    for key, value in {**source, **settings.to_strings()}.items():
+        model.parameters[key].string_value = value
+    _batched(model, queue_delay_us, queue_timeout_s)
+    _prefers(model, sizes)
+    _write([model, _stream(packages.config, streams)], Path(out))
+
+
+def _preferred(max_batch: int) -> list[int]:
+    """Powers of two, and the largest: it is what a client that has more sends."""
+    return sorted({max_batch, *(n for n in _POWERS if n <= max_batch)})
+
+
+def _prefers(model: ModelConfig, sizes: list[int]) -> None:
+    model.dynamic_batching.preferred_batch_size.extend(n for n in sizes if n > 1)
 
 
 def pool_bytes(plans: Plans, settings: GpuSettings) -> int:
@@ -226,11 +273,16 @@ def _check(engine: str, max_batch: int, threads: int, instances: Mapping[str, in
         raise UserError(f"unknown engine {engine!r} for a CPU: use {' or '.join(cpu.ENGINES)}")
     if not 1 <= max_batch <= MOST:
         raise UserError(f"max_batch {max_batch} is out of range: use 1 to {MOST}")
+    for name in instances:
+        if name not in names:
+            raise UserError(f"there is no model {name!r} to give instances to: choose from {', '.join(sorted(names))}")
+    _check_processes(threads, instances)
+
+
+def _check_processes(threads: int, instances: Mapping[str, int]) -> None:
     if not 0 <= threads <= MOST:
         raise UserError(f"threads {threads} is out of range: use 1 to {MOST}, or 0 for one a core")
     for name, count in instances.items():
-        if name not in names:
-            raise UserError(f"there is no model {name!r} to give instances to: choose from {', '.join(sorted(names))}")
         if not 1 <= count <= MOST:
             raise UserError(f"{count} instances of {name} are out of range: use 1 to {MOST}")
 
@@ -263,11 +315,11 @@ def _ddim(config: Config, precision: str, denoiser: GraphSettings | None) -> Mod
     return model
 
 
-def _python(signature: Signature, max_batch: int, config: Config) -> ModelConfig:
-    """A small model of the Python backend, on the host."""
+def _python(signature: Signature, max_batch: int, config: Config, instances: int = 1) -> ModelConfig:
+    """A model of the Python backend that gets its tensors on the host."""
     model = _model(signature, config)
     model.backend, model.max_batch_size = "python", max_batch
-    model.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
+    model.instance_group.add(count=instances, kind=ModelInstanceGroup.KIND_CPU)
     return model
 
 
