@@ -22,13 +22,14 @@ COPY requirements.txt ./
 RUN /opt/mubic/bin/pip install --constraint requirements.txt \
     numpy onnxruntime protobuf pycuda==2026.1 rich 'tritonclient[grpc]'
 
-# TensorRT's Python bindings of the very version that the image has; --no-deps leaves out another copy of its libraries
+# TensorRT's Python bindings of the very version that the image has; --no-deps leaves out another copy of its libraries.
+# The .* because some came a second time, and those of 10.14.1.48 only so: as 10.14.1.48.post1
 RUN found="$(dpkg-query --show --showformat='${Version}\n' 'libnvinfer[0-9]*' | grep -m 1 .)" \
     || { echo "the Triton image has no TensorRT (libnvinfer): see docs/deployment.md" >&2; exit 1; } \
     && version="${found%%-*}" \
     && cuda="${found##*+cuda}" \
     && name="tensorrt-cu${cuda%%.*}" \
-    && /opt/mubic/bin/pip install --no-deps "${name}==${version}" "${name}-bindings==${version}"
+    && /opt/mubic/bin/pip install --no-deps "${name}==${version}.*" "${name}-bindings==${version}.*"
 
 COPY pyproject.toml README.md ./
 COPY export export
