@@ -15,7 +15,7 @@ RUN apt-get update \
 
 # pycuda is compiled against the image's CUDA and linked with its stub of the driver; only the driver's part of CUDA is
 # used, so CURAND is left out
-RUN for file in /usr/local/cuda/include/cuda.h /usr/local/cuda/lib64/stubs/libcuda.so; do \
+RUN for file in include/cuda.h include/cudaProfiler.h lib64/stubs/libcuda.so; do file="/usr/local/cuda/$file"; \
     test -f "$file" || { echo "the Triton image has no $file: see docs/deployment.md" >&2; exit 1; }; done
 RUN printf '%s\n' 'CUDA_ROOT = "/usr/local/cuda"' 'CUDA_ENABLE_CURAND = False' > /etc/aksetup-defaults.py
 COPY requirements.txt ./

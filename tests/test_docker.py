@@ -346,9 +346,9 @@ def test_what_pycuda_is_built_with_is_looked_for_before(tmp_path: Path) -> None:
     runs = [rest for word, rest in stages()["packages"] if word == "RUN"]
     (check,) = (rest for rest in runs if "cuda.h" in rest)
     assert runs.index(check) < next(i for i, rest in enumerate(runs) if "pycuda" in rest)
-    files = [tmp_path / "include/cuda.h", tmp_path / "lib64/stubs/libcuda.so"]
+    files = [tmp_path / name for name in ("include/cuda.h", "include/cudaProfiler.h", "lib64/stubs/libcuda.so")]
     for file in files:
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     command = ["sh", "-c", check.replace("/usr/local/cuda", str(tmp_path))]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
