@@ -15,20 +15,21 @@ RUN apt-get update \
 
 # pycuda is compiled against the image's CUDA and linked with its stub of the driver; only the driver's part of CUDA is
 # used, so CURAND is left out
-RUN for file in /usr/local/cuda/include/cuda.h /usr/local/cuda/lib64/stubs/libcuda.so; do \
+RUN for file in include/cuda.h include/cudaProfiler.h lib64/stubs/libcuda.so; do file="/usr/local/cuda/$file"; \
     test -f "$file" || { echo "the Triton image has no $file: see docs/deployment.md" >&2; exit 1; }; done
 RUN printf '%s\n' 'CUDA_ROOT = "/usr/local/cuda"' 'CUDA_ENABLE_CURAND = False' > /etc/aksetup-defaults.py
 COPY requirements.txt ./
 RUN /opt/mubic/bin/pip install --constraint requirements.txt \
     numpy onnxruntime protobuf pycuda==2026.1 rich 'tritonclient[grpc]'
 
-# TensorRT's Python bindings of the very version that the image has; --no-deps leaves out another copy of its libraries
+# TensorRT's Python bindings of the very version that the image has; --no-deps leaves out another copy of its libraries.
+# The .* because some came a second time, and those of 10.14.1.48 only so: as 10.14.1.48.post1
 RUN found="$(dpkg-query --show --showformat='${Version}\n' 'libnvinfer[0-9]*' | grep -m 1 .)" \
     || { echo "the Triton image has no TensorRT (libnvinfer): see docs/deployment.md" >&2; exit 1; } \
     && version="${found%%-*}" \
     && cuda="${found##*+cuda}" \
     && name="tensorrt-cu${cuda%%.*}" \
-    && /opt/mubic/bin/pip install --no-deps "${name}==${version}" "${name}-bindings==${version}"
+    && /opt/mubic/bin/pip install --no-deps "${name}==${version}.*" "${name}-bindings==${version}.*"
 
 COPY pyproject.toml README.md ./
 COPY export export
