@@ -322,6 +322,12 @@ def test_all_that_pytorch_alone_can_run_is_planned_under_8_minutes(tmp_path: Pat
     assert {s.name for s in plan if s.measure is None} <= gpu_child.SECTIONS.keys()
 
 
+def test_the_profiler_comes_after_all_that_is_timed_in_its_process(tmp_path: Path) -> None:
+    """It makes launches slower for as long as the process lives."""
+    names = [s.name for s in gpu.sections(script(tmp_path).run) if s.measure is not None]
+    assert names[-2:] == ["kernels", "kernels of eager FP16"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "folder"),
     [
