@@ -17,6 +17,7 @@ import gc
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,6 +118,10 @@ class Script:
             file = gpu_child.results_file(folder, name)
             if file.exists():
                 theirs, mine = results.read(file), self.run.results
+                numbers = defaultdict[int | None, int](lambda: next(timing.numbers))  # it counted from 1 on as well
+                for row in theirs.rows:
+                    if row.timing is not None:
+                        row.timing = replace(row.timing, measurement=numbers[row.timing.measurement])
                 mine.rows += theirs.rows
                 mine.left_out |= theirs.left_out
                 mine.notes |= theirs.notes
