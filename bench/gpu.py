@@ -17,6 +17,7 @@ import gc
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,6 +118,10 @@ class Script:
             file = gpu_child.results_file(folder, name)
             if file.exists():
                 theirs, mine = results.read(file), self.run.results
+                numbers = defaultdict[int | None, int](lambda: next(timing.numbers))  # it counted from 1 on as well
+                for row in theirs.rows:
+                    if row.timing is not None:
+                        row.timing = replace(row.timing, measurement=numbers[row.timing.measurement])
                 mine.rows += theirs.rows
                 mine.left_out |= theirs.left_out
                 mine.notes |= theirs.notes
@@ -126,8 +131,8 @@ def sections(run: Run, whole_search: bool = False) -> list[Section]:
     """They are 472 s together, without those for which more must be installed or asked for.
 
     First what the GPU alone decides, while AOTInductor's packages are compiled beside it. What waits for the host, as
-    eager PyTorch does, comes when they are done, and then what compiles once more, which takes all the time that is
-    left."""
+    eager PyTorch does, comes when they are done. After it the kernels: a process that was profiled launches slower from
+    then on (pytorch#144455). Last what compiles once more, which takes all the time that is left."""
     on_gpu = run.device == "cuda"
     waterfall = WATERFALL if on_gpu else {k: s for k, s in WATERFALL.items() if not (s.graphs or s.one)}
     alone, without = ({name: replace(s, graphs=on_gpu) for name, s in stages.items()} for stages in (ALONE, WITHOUT))
@@ -145,12 +150,12 @@ def sections(run: Run, whole_search: bool = False) -> list[Section]:
         Section("each alone", 14, lambda: run.stages("alone", alone, run.look)),
         Section("without", 7, lambda: run.stages("without", without, run.look)),
         Section("batches", 25, lambda: run.batches(OPTIMISED, made(best))),
-        Section("kernels", 7, lambda: run.kernels("optimised", made(unreplayed))),
-        Section("kernels of eager FP16", 6, lambda: run.kernels("eager FP16", made(HALF))),
         Section(gpu_child.AOTINDUCTOR, 180, missing=gpu_child.missing(gpu_child.AOTINDUCTOR)),
         Section(WHOLE, 25, lambda: run.stages(WHOLE, {**COMPETITORS, OPTIMISED: best})),
         Section("waterfall", 22, lambda: run.stages("waterfall", waterfall, run.look)),
         Section("steps", 5, lambda: run.steps(OPTIMISED, made(looped))),
+        Section("kernels", 7, lambda: run.kernels("optimised", made(unreplayed))),
+        Section("kernels of eager FP16", 6, lambda: run.kernels("eager FP16", made(HALF))),
         Section(whole, 480) if whole_search else Section(limited_search, 110),
         Section(optimised, 60),
         Section(gpu_child.TENSORRT, 240, missing=gpu_child.missing(gpu_child.TENSORRT)),

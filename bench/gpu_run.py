@@ -183,7 +183,7 @@ class Run:
                     run = Replayed(part.run) if self.device == "cuda" else part.run
                     side = {part.signature.name: functools.partial(_run, run, inputs)}
                     self.results.add(PARTS, timing.measure(side, rule, self.clock), batch=batch)
-        self.write()
+            self.write()
 
     def steps(self, name: str, pipeline: Pipeline) -> None:
         """What a step more costs: the loop at 8 steps against 4, without the sampler."""

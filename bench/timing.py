@@ -26,7 +26,7 @@ AT_LEAST = 5  # calls of a side, however slow it is; and warm-up calls, before i
 FEW = 5  # rounds, or pairs: an interval of fewer says nothing, of one it would be a point
 UNKNOWN = (0.0, math.inf)  # the interval then
 
-_numbers = itertools.count(1)  # of this process's measurements
+numbers = itertools.count(1)  # of this process's measurements
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def measure(
         # of the sides that were quicker than their last warm-up calls
         missing = {name: max(0, rule.calls(sum(s) / len(s)) - len(s)) for name, s in samples.items()}
         missing = dict.fromkeys(missing, max(missing.values())) if in_step else missing
-    number = next(_numbers)
+    number = next(numbers)
     return {name: Timing(tuple(s), len(warm[name]), settled[name], measurement=number) for name, s in samples.items()}
 
 

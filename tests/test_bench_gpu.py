@@ -6,9 +6,10 @@ import gzip
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from half_fixtures import TINY
 from bench import goals, gpu, gpu_child, gpu_run, groups, machine, results, stages, timing
 from mubic_deploy import graphs
 from mubic_deploy.cli import guarded
+from mubic_deploy.config import Config
 from mubic_deploy.engines import eager
 from mubic_deploy.engines.lanes import Part
 from mubic_deploy.engines.replay import Run
@@ -259,6 +261,23 @@ def test_parts_are_of_a_real_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 torch.testing.assert_close(x, torch.from_numpy(cond[tensor.name]))
 
 
+def test_parts_of_one_clip_are_kept_where_those_of_the_largest_batch_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(config: Config, clip: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if len(clip["VIDEO"]) > 1:
+            raise KeyboardInterrupt
+        return chain(config, clip)
+
+    chain, run = gpu_run.chain, script(tmp_path).run
+    monkeypatch.setattr(gpu_run, "BATCHES", (1, 2))
+    monkeypatch.setattr(gpu_run, "chain", cut)
+    part = Part(graphs.signatures(SMALL)["audio_encoder"], random_model(SMALL).audio_encoder)
+    with pytest.raises(KeyboardInterrupt):
+        run.parts("packages", {"audio_encoder": SimpleNamespace(parts=[part])})
+    assert [row.side for row in results.read(run.file).rows] == ["audio_encoder"]
+
+
 def test_the_gpu_is_asleep_until_all_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the time that the host takes to launch is in the figure."""
     did = list[str]()
@@ -320,6 +339,12 @@ def test_all_that_pytorch_alone_can_run_is_planned_under_8_minutes(tmp_path: Pat
     plan = gpu.sections(script(tmp_path).run)
     assert sum(s.seconds for s in plan if not s.missing) <= 480
     assert {s.name for s in plan if s.measure is None} <= gpu_child.SECTIONS.keys()
+
+
+def test_the_profiler_comes_after_all_that_is_timed_in_its_process(tmp_path: Path) -> None:
+    """It makes launches slower for as long as the process lives."""
+    names = [s.name for s in gpu.sections(script(tmp_path).run) if s.measure is not None]
+    assert names[-2:] == ["kernels", "kernels of eager FP16"]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,23 @@ def test_what_a_process_is_given(
     assert whole.run.results.left_out == ({"AOTInductor": "45 s were not left"} if limit is None else {})
 
 
+def test_what_two_processes_measured_was_not_measured_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each counts its measurements from 1 on."""
+    whole = script(tmp_path)
+
+    def run(command: list[str], _limit_s: float) -> None:
+        found = results.Results("gpu", {})
+        for side, number in (("a", 1), ("b", 1), ("c", 2)):
+            found.add("whole", {side: timing.Timing((0.1,) * 5, measurement=number)})
+        found.write(gpu_child.results_file(tmp_path, command[3]))
+
+    monkeypatch.setattr(limited, "run", run)
+    for section in (gpu_child.AOTINDUCTOR, gpu_child.TENSORRT):
+        whole.apart(section, tmp_path, 60)
+    numbers = [row.timing.measurement for row in whole.run.results.rows if row.timing is not None]
+    assert [numbers.index(number) for number in numbers] == [0, 0, 2, 3, 3, 5]
+
+
 def test_a_section_in_a_process_of_its_own(tmp_path: Path) -> None:
     """What the child cannot do is named by it, in the results that it leaves."""
     whole = script(tmp_path)
