@@ -210,11 +210,11 @@ def _window_product(
             dt, dh, dw = (tap // (KH * KW))[None, :], (tap // KW % KH)[None, :], (tap % KW)[None, :]
             inside = (at < K)[None, :]
             there = inside & (rows < M)[:, None]
-            if KT > 1:
+            if KT > 1 or PT > 0:
                 there = there & (t[:, None] + dt >= 0) & (t[:, None] + dt < T)
-            if KH > 1:
+            if KH > 1 or PH > 0:
                 there = there & (h[:, None] + dh >= 0) & (h[:, None] + dh < H)
-            if KW > 1:
+            if KW > 1 or PW > 0:
                 there = there & (w[:, None] + dw >= 0) & (w[:, None] + dw < W)
             apart = ((dt * H + dh) * W + dw) * ROW + (at % C)[None, :]
             x = tl.load(x_ptr + first[:, None] + apart, there, 0.0)
