@@ -216,3 +216,13 @@ def test_an_open_batch_is_the_kernels_too() -> None:
     own = [kernel for kernel in found if "def _window_product" in kernel or "def _parts_added" in kernel]
     assert len(own) == 8 + 3  # of the last three, in parts
     assert len(found) < 16
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_is_normalised_in_a_product_is_stored_once() -> None:
+    """Its kernel takes it in the place of a residual and moments, too, which it has none of here."""
+    product = tokens.NormedLinear(torch.nn.LayerNorm(96), torch.nn.Linear(96, 384)).half()
+    x = torch.zeros(64, 96, dtype=torch.float16)
+    added, own = kernels(lambda x, y: product(x + y), x, x)
+    assert "def _product" in own
+    assert added.count("tl.store(") == 1

@@ -254,7 +254,8 @@ class NormedLinear(nn.Linear):
         if has_product(x, self):
             from mubic_deploy.model import products
 
-            given = (x.contiguous(), self.weight, self.bias, None, self.sums, moments, self.eps, gelu)
+            x = kept(x.contiguous())  # which also stands for what is not there, and may be asked for again
+            given = (x, self.weight, self.bias, None, self.sums, moments, self.eps, gelu)
             return products.product(*given)
         x = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.weight.dtype)
         y = super().forward(x)
