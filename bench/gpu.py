@@ -118,9 +118,9 @@ class Script:
             file = gpu_child.results_file(folder, name)
             if file.exists():
                 theirs, mine = results.read(file), self.run.results
-                numbers = defaultdict[int | None, int](lambda: next(timing.numbers))  # it counted from 1 on as well
+                numbers = defaultdict[int, int](lambda: next(timing.numbers))  # it counted from 1 on as well
                 for row in theirs.rows:
-                    if row.timing is not None:
+                    if row.timing is not None and row.timing.measurement is not None:
                         row.timing = replace(row.timing, measurement=numbers[row.timing.measurement])
                 mine.rows += theirs.rows
                 mine.left_out |= theirs.left_out

@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch._library.triton import set_wrap_triton_enabled
 from triton.runtime._async_compile import AsyncCompileMode
 
 from bench import machine, text, timing
@@ -53,7 +54,7 @@ from mubic_deploy.parity import random_clip
 Tile = Any  # of one of the three modules
 BATCHES = (1, 32)
 REPEATS = 20  # of a launch in a graph, which share what its start and end take
-RULE = timing.Rule(repeats=20, seconds=0.1, short_s=0.02, warm_up_s=0.2)
+RULE = timing.Rule(repeats=20, seconds=0.2, short_s=0.0, warm_up_s=0.2)  # of REPEATS launches
 NEAR = 0.01  # of the largest value: FP16's rounding, and sums in another order
 LEAST = dict.fromkeys("mnk", 16)  # that the GPU multiplies; of all else 1
 MOST = {"warps": 16, "stages": 7, "times": 8}
@@ -146,7 +147,7 @@ def by(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))
 
 
-KINDS = (of_products(), of_windows(), of_depthwise(), of_pairs())
+KINDS = (of_pairs(), of_depthwise(), of_windows(), of_products())  # those first that take a compiler the longest
 
 
 @dataclass
@@ -167,8 +168,9 @@ class Launch:
         return self.kind.tile(*self.given, **self.more)
 
     def __call__(self, tile: Tile) -> tuple[Tensor, ...]:
-        """Once more, in these tiles."""
-        made = self.kind.launch(tile, *self.given, **self.more)
+        """Once more, in these tiles, as an operator launches it: not by way of what PyTorch traces kernels with."""
+        with set_wrap_triton_enabled(False):
+            made = self.kind.launch(tile, *self.given, **self.more)
         return made if isinstance(made, tuple) else (made,)
 
     def values(self) -> dict[str, float]:
@@ -199,7 +201,7 @@ def noted() -> Iterator[dict[Any, Launch]]:
     found: dict[Any, Launch] = {}
 
     def noting(kind: Kind, own: Callable[..., Any]) -> Callable[..., Any]:
-        first = 1 if kind.module in (products, windows) else 0  # after the kernels
+        first = 1 if kind.module in (products, windows) else 0  # the first argument is the kernel there
 
         def launched(*given: Any, **more: Any) -> Any:
             key = (kind, described(given[first:]), described(tuple(more.items())))
@@ -264,7 +266,8 @@ def compile_all(model: MUBiC, batch: int) -> None:
     compiled says so when it is launched."""
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(cores) as pool, AsyncCompileMode(pool, ignore_errors=True), without_values(Compiled):
-        for launch in launches(copy.deepcopy(model).to("meta"), batch, "meta"):
+        found = launches(copy.deepcopy(model).to("meta"), batch, "meta")
+        for launch in sorted(found, key=lambda launch: KINDS.index(launch.kind)):
             for tile in neighbours(launch.tile):
                 launch(tile)
 
@@ -288,23 +291,23 @@ def side(launch: Launch, tile: Tile, device: str) -> timing.Side:
     return lambda _: graph.replay()
 
 
-def sides(launch: Launch, device: str) -> tuple[dict[Tile, timing.Side], dict[Tile, str]]:
-    """What times each tile, and why others cannot be timed."""
+def sides(launch: Launch, device: str, unable: Callable[[Tile, str], None]) -> dict[Tile, timing.Side]:
+    """What times each tile. unable: is told of the others, and why they cannot be timed. A GPU that runs nothing any
+    more raises what was the last error."""
     right = launch(launch.tile)
     able: dict[Tile, timing.Side] = {}
-    unable: dict[Tile, str] = {}
     for tile in neighbours(launch.tile):
         try:
-            made = launch(tile)
-        except Exception as error:  # Triton's: too much shared memory, or what it cannot compile
-            unable[tile] = text.reason(error)
-            continue
-        worst = max(map(distance, made, right))
-        if worst <= NEAR:
-            able[tile] = side(launch, tile, device)
-        else:  # NaN too
-            unable[tile] = f"differs by {worst:.2g} of the largest value"
-    return able, unable
+            far = [distance(x, y) for x, y in zip(launch(tile), right, strict=True)]
+            if all(d <= NEAR for d in far):  # which NaN is not
+                able[tile] = side(launch, tile, device)
+            else:
+                unable(tile, f"differs by {', '.join(f'{d:.2g}' for d in far)} of the largest value")
+        except Exception as error:  # too much shared memory, what cannot be compiled, an access beside a tensor
+            unable(tile, text.reason(error))
+            if device == "cuda":
+                torch.cuda.synchronize()
+    return able
 
 
 # ---- the measurement
@@ -321,13 +324,16 @@ def measure(
         if time.monotonic() > until:
             results.left_out[f"{launch.name}, batch {batch}"] = "there was no time"
             continue
-        able, unable = sides(launch, device)
-        named = {written(tile): call for tile, call in able.items()}
+
+        def unable(tile: Tile, why: str, name: str = launch.name) -> None:
+            results.left_out[f"{name}, batch {batch}, {written(tile)}"] = why
+
+        named = {written(tile): call for tile, call in sides(launch, device, unable).items()}
         axes: dict[str, int | str] = {"batch": batch, "own": written(launch.tile)}
-        for tile, timed in timing.measure(named, RULE, lambda call: clock(call) / REPEATS).items():
-            results.rows.append(Row(launch.name, tile, axes, timed, values))
-        results.left_out |= {f"{launch.name}, batch {batch}, {written(t)}": why for t, why in unable.items()}
-        say(f"{launch.name}, batch {batch}: {len(able)} of {len(able) + len(unable)} tiles")
+        for tile, timed in timing.measure(named, RULE, clock).items():
+            each = replace(timed, samples=tuple(s / REPEATS for s in timed.samples))
+            results.rows.append(Row(launch.name, tile, axes, each, values))
+        say(f"{launch.name}, batch {batch}: {len(named)} of {len(neighbours(launch.tile))} tiles")
 
 
 def written(tile: Tile) -> str:
@@ -360,27 +366,31 @@ def summary(results: Results) -> Table:
 
 
 def run(config: Config, batches: Sequence[int], minutes: float, out: Path, device: str = "cuda") -> Results:
-    """All of it on the device, each batch size for as long; what there is stays if it is cut short."""
-    ends, console = time.monotonic() + 60 * minutes, Console(stderr=True)
+    """All of it on the device, each batch size for as long, once all is compiled. What there is is written also where
+    it ends before."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
-    path = out / f"tiles_{config.name}_{text.slug(name)}.json"
+    path, console = out / f"tiles_{config.name}_{text.slug(name)}.json", Console(stderr=True)
     results = Results("tiles", {"size": config.name, "steps": DEFAULT_STEPS, "precision": FLOAT16, "quick": False})
 
     def say(what: str) -> None:
         console.print(what, markup=False, soft_wrap=True)
-        results.write(path)
 
     with switches(REFERENCE):
         results.limits = machine.limits(device)
         model = prepared(weights(config, True, device), FLOAT16, ON_GPU)
-        for left, batch in zip(range(len(batches), 0, -1), batches, strict=True):
-            until = time.monotonic() + (ends - time.monotonic()) / left
+        say("compiling")
+        for batch in batches:
             compile_all(model, batch)
-            found = launches(model, batch, device)
-            say(f"batch {batch}: {len(found)} launches")
-            measure(found, batch, results, device, until, say)
-    results.finish()
-    results.write(path)
+        ends = time.monotonic() + 60 * minutes
+        try:
+            for left, batch in zip(range(len(batches), 0, -1), batches, strict=True):
+                until = time.monotonic() + (ends - time.monotonic()) / left
+                found = launches(model, batch, device)
+                say(f"batch {batch}: {len(found)} launches")
+                measure(found, batch, results, device, until, say)
+        finally:
+            results.finish()
+            results.write(path)
     return results
 
 
@@ -388,7 +398,7 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(CONFIGS), default="full")
     parser.add_argument("--batch", type=positive, nargs="+", default=list(BATCHES), help="clips at once (default 1 32)")
-    parser.add_argument("--minutes", type=minutes, default=6.0)
+    parser.add_argument("--minutes", type=minutes, default=4.0, help="once all is compiled (default 4)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="default bench/results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

@@ -16,6 +16,7 @@ from half_fixtures import TINY
 from interpreted import interpreted
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from bench import results, tiles, timing
@@ -69,7 +70,7 @@ class Hopper:
 
 
 def test_all_tiles_are_compiled_before_they_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """For a GPU, without one: of tensors without values, and then found by those that have some."""
+    """For a GPU, without one: of tensors without values, and then found by launches of those that have some."""
 
     class Products(tiles.Compiled):
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -79,8 +80,11 @@ def test_all_tiles_are_compiled_before_they_are_timed(monkeypatch: pytest.Monkey
     def compiled() -> int:
         return sum(len(caches[0]) for caches in products._product.device_caches.values())
 
+    ran: list[CompiledKernel] = []
     monkeypatch.setattr(driver, "_active", Hopper())
-    monkeypatch.setattr(tiles, "KINDS", tiles.KINDS[:1])
+    monkeypatch.setattr(CompiledKernel, "run", property(lambda kernel: lambda *_: ran.append(kernel)))
+    monkeypatch.setattr(CompiledKernel, "launch_metadata", lambda *_: None)
+    monkeypatch.setattr(tiles, "KINDS", (tiles.of_products(),))
     monkeypatch.setattr(tiles, "Compiled", Products)
     monkeypatch.setattr(tiles, "neighbours", lambda tile: [tile, tile._replace(stages=2)])
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -89,15 +93,67 @@ def test_all_tiles_are_compiled_before_they_are_timed(monkeypatch: pytest.Monkey
         products._product.device_caches.clear()
         tiles.compile_all(model, 1)
         assert compiled() == 2 * 7
-        with tiles.without_values(Products):
-            x, weight, bias, sums = (torch.zeros(size) for size in ((1, 5, 96), (384, 96), 384, 384))
-            given = (x.half(), weight.half(), bias.half(), None, sums, None, 1e-6, True)
-            products.product(*given)
-            assert compiled() == 2 * 7
-            products.product(*given[:-1], False)
-        assert compiled() == 2 * 7 + 1
+        x, weight, bias, sums = (torch.zeros(size) for size in ((1, 5, 96), (384, 96), 384, 384))
+        given = (None, products.TILES[384, 96], x.half(), weight.half(), bias.half(), None, sums, None, 1e-6, True)
+        launch = tiles.Launch(tiles.KINDS[0], given, {"moments": False})
+        for tile in tiles.neighbours(launch.tile):
+            launch(tile)
+        assert (compiled(), len({*map(id, ran)})) == (2 * 7, 2)
+        launch(launch.tile._replace(stages=1))
+        assert (compiled(), len({*map(id, ran)})) == (2 * 7 + 1, 3)
     finally:
         products._product.device_caches.clear()
+
+
+def made_by(launch: Any) -> tiles.Launch:
+    """A launch in OWN of what is made by this."""
+    return tiles.Launch(tiles.Kind(products, "launched", lambda: OWN, launch, lambda: ["a launch"], lambda: 1), (), {})
+
+
+def test_a_gpu_replays_a_graph_of_many_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what its start and end take would be most of the figure."""
+    did: list[str] = []
+
+    def captured(repeated: Any, places: list[Tensor], _stream: object) -> tuple[Any, Any]:
+        assert places == []
+        return SimpleNamespace(replay=lambda: did.append("replayed")), repeated()
+
+    monkeypatch.setattr(tiles, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    replay = tiles.side(made_by(lambda _tile: did.append("launched")), OWN, "cuda")
+    assert did == ["launched"] * tiles.REPEATS
+    replay(0)
+    replay(1)
+    assert did[tiles.REPEATS :] == ["replayed"] * 2
+    for seconds in (10e-6, 800e-6):  # of a launch: some 300 tiles are timed in minutes
+        assert timing.AT_LEAST <= tiles.RULE.calls(tiles.REPEATS * seconds) <= 20
+
+
+def test_what_is_no_number_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second result of two. And a GPU that one tile broke is not asked for more."""
+    told: dict[Any, str] = {}
+
+    def launch(tile: products.Tile) -> tuple[Tensor, Tensor]:
+        if tile == BROKEN:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return torch.ones(3), torch.full((3,), torch.nan if tile == WRONG else 1.0)
+
+    able = tiles.sides(made_by(launch), "cpu", told.__setitem__)
+    assert {*able} | {*told} == {*tiles.neighbours(OWN)}
+    assert told == {
+        WRONG: "differs by 0, nan of the largest value",
+        BROKEN: "RuntimeError: CUDA error: an illegal memory access was encountered",
+    }
+
+    def broken() -> None:
+        raise torch.AcceleratorError("CUDA error")
+
+    told.clear()
+    monkeypatch.setattr(tiles, "side", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(torch.AcceleratorError):
+        tiles.sides(made_by(launch), "cuda", told.__setitem__)
+    assert BROKEN in told
 
 
 def test_what_differs_in_one_number() -> None:
@@ -149,6 +205,7 @@ def test_tiles_that_compute_the_same_are_timed_and_others_named(ran: dict[str, A
         "product 32 to 16, no bias, batch 2": "there was no time",
     }
     assert left_out[f"{what}, {tiles.written(WRONG)}"].startswith("differs by ")
+    assert ran["median"] == 0.25  # of a launch: a call is four
     assert ran["values"] == {"macs": 24 * 32 * 16, "bytes": 2 * (24 * 16 + 32 * 16 + 32 + 24 * 32), "times": 3}
 
 
@@ -185,11 +242,14 @@ def _interpreted() -> dict[str, Any]:
         patch.setattr(tiles, "compile_all", lambda *_: None)
         patch.setattr(tiles.machine, "limits", lambda _: {})
         patch.setattr(tiles, "RULE", rule)
-        patch.setattr(tiles, "REPEATS", 2)
+        patch.setattr(tiles, "REPEATS", 4)
+        patch.setattr(timing, "wall", lambda call: (call(), 1.0)[1])
         patch.setattr(tiles, "time", SimpleNamespace(monotonic=lambda: next(clock)))
         tiles.run(TINY, [2], 1.0, Path(folder), "cpu")
         found = results.read(Path(folder) / "tiles_tiny_cpu.json")
-    return {"timed": [row.side for row in found.rows], "left_out": found.left_out, "values": found.rows[0].values}
+    timed, row = [row.side for row in found.rows], found.rows[0]
+    assert row.timing is not None
+    return {"timed": timed, "left_out": found.left_out, "values": row.values, "median": row.timing.median}
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def test_the_command_says_how_to_serve(
         (("--engine", "tensorrt"), "holds no engines.json"),
         (("--engine", "tensorrt", "--threads", 1), "are for a CPU"),
         (("--engine", "tensorrt", "--call-denoiser"), "are for a CPU"),
-        (("--engine", "tensorrt", "--instances", "fusion=2"), "--instances fusion=2 is for a CPU"),
+        (("--engine", "tensorrt", "--instances", "fusion=2"), "--instances fusion=2 is for exported graphs on a CPU"),
     ],
 )
 def test_the_command_refuses(run, toy_artifacts: Artifacts, tmp_path: Path, options: tuple, says: str) -> None:

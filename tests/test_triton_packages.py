@@ -182,14 +182,17 @@ class Recorded:
 
     def __init__(self, fixed_steps: int | None = None) -> None:
         self.config, self.fixed_steps, self.calls = TINY, fixed_steps, list[tuple[int, list[int]]]()
+        self.allocated: list[np.ndarray] = []
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        return np.empty(shape, dtype)
+        self.allocated.append(np.empty(shape, dtype))
+        return self.allocated[-1]
 
     def predict(
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray, steps: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         assert len(video) == len(audio) == len(seed) == len(steps)
+        self.pinned = any(np.shares_memory(video, array) for array in self.allocated)
         self.calls.append((len(video), sorted(set(steps.tolist()))))
         if 7 in steps:
             raise StepsError("ADAPTIVE_STEPS is out of range")
@@ -237,6 +240,7 @@ def test_a_batch_goes_in_parts_that_are_captured(model: Any) -> None:
     model.engine.pipeline.calls.clear()
     answers = model.execute([request(2, seed=10), request(3, seed=20)])
     assert model.engine.pipeline.calls == [(4, [4]), (1, [4])]
+    assert model.engine.pipeline.pinned  # from where the GPU copies by itself
     for answer, seeds in zip(answers, ([10, 11], [20, 21, 22]), strict=True):
         saliency, used = answer.out
         assert saliency.values[:, 0, 0].tolist() == seeds

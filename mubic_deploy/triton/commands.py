@@ -23,7 +23,7 @@ from mubic_deploy.pipeline import AOTINDUCTOR, TENSORRT
 if TYPE_CHECKING:
     from mubic_deploy.engines.aotinductor import Packages
 
-PACKAGES_START_S = 600.0  # for a GPU, where each batch size is captured
+PACKAGES_START_S = 600.0  # on a GPU each batch size is captured before the server is ready
 DEMO_SCENE_SEED = 1001  # of the scenes that the shipped checkpoint is evaluated on
 
 

@@ -22,7 +22,8 @@ class Chain:
         self.pipeline = Pipeline.open(settings.check_folder(), "aotinductor")
         self.signature, self.sizes = graphs.pipeline(self.pipeline.config), settings.sizes
         for batch in self.sizes:
-            for steps in {1, 2, self.pipeline.fixed_steps or 1}:  # the loop, and the sampler if there is one
+            # the sampler, if there is one, and the loop: 1 or 2 steps are its, whichever number the sampler has
+            for steps in {1, 2, self.pipeline.fixed_steps or 1}:
                 self(self.silence(batch, steps))
 
     def silence(self, batch: int, steps: int) -> HostArrays:

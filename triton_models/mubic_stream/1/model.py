@@ -1,4 +1,4 @@
-"""Triton's Python backend: live streams. Keeps each stream's window of frames and sound, and calls the ensemble `mubic`
+"""Triton's Python backend: live streams. Keeps each stream's window of frames and sound, and calls the model `mubic`
 for the map of every window that became complete (BLS).
 
 One process, one event loop: requests are taken in the order in which they come, each wholly before the next, and while
@@ -65,7 +65,7 @@ class TritonPythonModel:
         return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
 
     async def answer(self, stream: Stream, windows: list[Window], sender: Any) -> None:
-        """A response a window, a stream's one after the other. UserError if the ensemble fails."""
+        """A response a window, a stream's one after the other. UserError if that model fails."""
         waiting = iter(windows)
         try:
             async with stream.turn:
