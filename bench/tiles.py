@@ -65,7 +65,7 @@ MOST = {"warps": 16, "stages": 7, "times": 8}
 
 @dataclass(frozen=True)
 class Kind:
-    """A function that launches kernels in tiles. Of its arguments:
+    """A function that launches kernels in tiles, by its module and name. Of its arguments:
 
     tile    in which it launches
     launch  it once more, in these tiles
@@ -192,7 +192,9 @@ def described(given: Any) -> Any:
     """What tells arguments from those of another launch."""
     if isinstance(given, Tensor):
         return (*given.shape, str(given.dtype))
-    return tuple(map(described, given)) if isinstance(given, list | tuple) else repr(given)
+    if isinstance(given, list | tuple):
+        return tuple(map(described, given))
+    return given if isinstance(given, int | float | str) else None  # of a kernel
 
 
 @contextlib.contextmanager
@@ -201,10 +203,8 @@ def noted() -> Iterator[dict[Any, Launch]]:
     found: dict[Any, Launch] = {}
 
     def noting(kind: Kind, own: Callable[..., Any]) -> Callable[..., Any]:
-        first = 1 if kind.module in (products, windows) else 0  # the first argument is the kernel there
-
         def launched(*given: Any, **more: Any) -> Any:
-            key = (kind, described(given[first:]), described(tuple(more.items())))
+            key = (kind, described(given), described(tuple(more.items())))
             found.setdefault(key, Launch(kind, given, more)).times += 1
             return own(*given, **more)
 

@@ -3,6 +3,8 @@ once a test run."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,11 +36,18 @@ def tiny_model() -> MUBiC:
     return model
 
 
-@pytest.fixture(scope="session")
-def half_artifacts(tiny_model: MUBiC, of_the_run: Path) -> Artifacts:
-    out, lock = of_the_run / "half", of_the_run / "half.lock"
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[Path]:
+    """What one process of the run makes, the others wait for."""
+    lock = folder.with_name(f"{folder.name}.lock")
     lock.touch()
     with folders.locked(lock, wait=True):
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def half_artifacts(tiny_model: MUBiC, of_the_run: Path) -> Artifacts:
+    with alone(of_the_run / "half") as out:
         if out.exists():
             return Artifacts.open(out)
         script = load_script(source_dir("export") / "onnx_graphs.py")
@@ -47,9 +56,7 @@ def half_artifacts(tiny_model: MUBiC, of_the_run: Path) -> Artifacts:
 
 @pytest.fixture(scope="session")
 def packages(tiny_model: MUBiC, of_the_run: Path) -> Packages:
-    out, lock = of_the_run / "packages", of_the_run / "packages.lock"
-    lock.touch()
-    with folders.locked(lock, wait=True):
+    with alone(of_the_run / "packages") as out:
         if out.exists():
             return Packages.open(out)
         said: list[str] = []

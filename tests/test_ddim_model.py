@@ -7,47 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_triton import Tensor, TritonError, backend_utils
 
 from mubic_deploy import graphs
 from mubic_deploy.config import DEMO
 from mubic_deploy.diffusion import schedule
 from mubic_deploy.sources import load_script, source_dir
-
-
-class Tensor:
-    """As in Triton: NumPy's way to the values is barred while they are on a device."""
-
-    def __init__(self, name: str, values: np.ndarray, on_device: bool = False) -> None:
-        self.name, self.values, self.on_device = name, values, on_device
-
-    def is_cpu(self) -> bool:
-        return not self.on_device
-
-    def as_numpy(self) -> np.ndarray:
-        assert not self.on_device, "Tensor is stored in GPU and cannot be converted to NumPy"
-        return self.values
-
-    @classmethod
-    def from_dlpack(cls, name: str, tensor: Tensor) -> Tensor:
-        return cls(name, tensor.values, tensor.on_device)
-
-
-class TritonError(str):
-    """As in Triton, but that it is its message."""
-
-    INTERNAL, INVALID_ARG = 1, 3
-
-    def __new__(cls, message: str, code: int = INTERNAL) -> TritonError:
-        error = super().__new__(cls, message)
-        error.code = code
-        return error
-
-    code: int
 
 
 @pytest.fixture
@@ -68,20 +38,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor],
                 result = Tensor(output, inputs["S_T"].values + 1, on_device=True)
             return SimpleNamespace(has_error=lambda: False, tensors={output: result})
 
-    def get(tensors: Any, name: str) -> Tensor:
-        return tensors.tensors[name]
-
-    double = ModuleType("triton_python_backend_utils")
-    for name, value in {
-        "Tensor": Tensor,
-        "InferenceRequest": InferenceRequest,
-        "InferenceResponse": lambda output_tensors=None, error=None: SimpleNamespace(out=output_tensors, error=error),
-        "TritonError": TritonError,
-        "Logger": SimpleNamespace(log_error=lambda text: None),
-        "get_input_tensor_by_name": get,
-        "get_output_tensor_by_name": get,
-    }.items():
-        setattr(double, name, value)
+    logger = SimpleNamespace(log_error=lambda text: None)
+    double = backend_utils(InferenceRequest=InferenceRequest, Logger=logger)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", double)
     return made
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import toy_graphs
 import tritonclient.grpc as triton
-from triton_serving import FREE_PORTS, clips, good, send, serving
+from triton_serving import FREE_PORTS, clips, good, send, send_right_and_wrong, serving
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -191,16 +191,8 @@ def test_a_wrong_request_leaves_nothing_in_flight(
 def test_wrong_request_among_right_ones(server: TritonServer, toy_pipeline: Pipeline) -> None:
     """They reach ddim together: only the wrong ones fail."""
     right = good(toy_pipeline.config)
-    wrong = right | {"STEPS": np.array([[50]], np.int32)}
     expected, _ = toy_pipeline.predict(right["VIDEO"], right["AUDIO"], 3, 4)
-    with ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(send, server.url, wrong if i % 3 == 0 else right) for i in range(16)]
-    for i, answer in enumerate(answers):
-        if i % 3 == 0:
-            with pytest.raises(InferenceServerException, match="steps 50 is out of range"):
-                answer.result()
-        else:
-            np.testing.assert_allclose(answer.result(), expected, rtol=0, atol=TOLERANCE)
+    send_right_and_wrong(server.url, right, expected, 16, TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", ["visual_only", "no_diffusion"])

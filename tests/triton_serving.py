@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tritonclient.grpc as triton
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
@@ -49,6 +51,21 @@ def send(url: str, arrays: dict[str, np.ndarray], model: str = graphs.ENSEMBLE) 
         inputs[-1].set_data_from_numpy(array)
     with triton.InferenceServerClient(url) as client:
         return client.infer(model, inputs).as_numpy("SALIENCY")
+
+
+def send_right_and_wrong(
+    url: str, right: dict[str, np.ndarray], expected: np.ndarray, count: int, tolerance: float
+) -> None:
+    """So many requests at once, every third of which asks for too many steps: those fail, the others get `expected`."""
+    wrong = right | {"STEPS": np.array([[50]], np.int32)}
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(send, url, wrong if i % 3 == 0 else right) for i in range(count)]
+    for i, answer in enumerate(answers):
+        if i % 3 == 0:
+            with pytest.raises(InferenceServerException, match="steps 50 is out of range"):
+                answer.result()
+        else:
+            np.testing.assert_allclose(answer.result(), expected, rtol=0, atol=tolerance)
 
 
 def processes(word: str) -> list[int]:

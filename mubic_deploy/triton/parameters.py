@@ -48,14 +48,7 @@ class GraphSettings:
 
     def check_file(self) -> Path:
         """The graph's file. UserError if it is missing or not the one for which the repository was written."""
-        if not self.file.is_file():
-            raise UserError(f"{self.file} is missing: export again, then write the model repository again")
-        if sha256(self.file) != self.sha256:
-            raise UserError(
-                f"{self.file} is not the file that this model repository was written for (SHA-256 differs): "
-                f"write the model repository again"
-            )
-        return self.file
+        return _checked(self.file, self.sha256, "export")
 
 
 @dataclass(frozen=True)
@@ -88,14 +81,18 @@ class PackageSettings:
 
     def check_folder(self) -> Path:
         """The packages' folder. UserError if they are gone or not those for which the repository was written."""
-        if not self.manifest.is_file():
-            raise UserError(f"{self.manifest} is missing: compile again, then write the model repository again")
-        if sha256(self.manifest) != self.sha256:
-            raise UserError(
-                f"{self.manifest.parent} holds other packages than this model repository was written for: "
-                f"write the model repository again"
-            )
-        return self.manifest.parent
+        return _checked(self.manifest, self.sha256, "compile").parent
+
+
+def _checked(file: Path, digest: str, made_by: str) -> Path:
+    if not file.is_file():
+        raise UserError(f"{file} is missing: {made_by} again, then write the model repository again")
+    if sha256(file) != digest:
+        raise UserError(
+            f"{file} is not the file that this model repository was written for (SHA-256 differs): "
+            f"write the model repository again"
+        )
+    return file
 
 
 def config_to_string(config: Config) -> str:
