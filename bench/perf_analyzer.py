@@ -20,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.serving import HTTP, SHM
 from mubic_deploy import graphs
 from mubic_deploy.errors import UserError
 
 WINDOWS = 3  # of requests, whose mean it reports
+_OUTPUT_BYTES = 1 << 20  # of shared memory for each output
 _STABLE = 10_000  # %: it reports after WINDOWS however much they differ; the spread is ours to judge
 _SECONDS = 900  # longest run
 _PERCENTILES = (50, 90, 95, 99)
@@ -92,11 +94,15 @@ def write_inputs(path: Path, clips: Sequence[Mapping[str, np.ndarray]], steps: i
 def run(
     analyzer: Analyzer, address: str, protocol: str, concurrency: int, requests: int, inputs: Path
 ) -> dict[str, float]:
-    """Asks the ensemble with `concurrency` requests on the way, for WINDOWS windows of `requests` answers each.
-    Returns clips_per_s, and latencies in seconds: median_s, p90_s, p95_s, p99_s. UserError if it fails."""
+    """Asks the ensemble over a protocol of `serving.PROTOCOLS`, with `concurrency` requests on the way, for WINDOWS
+    windows of `requests` answers each. Returns clips_per_s, and latencies in seconds: median_s, p90_s, p95_s, p99_s.
+    UserError if it fails."""
     with tempfile.TemporaryDirectory(dir=inputs.parent) as folder:
         report = Path(folder) / "report.csv"
-        command = [analyzer.path, "-m", graphs.ENSEMBLE, "-u", address, "-i", protocol, "--input-data", inputs]
+        command = [analyzer.path, "-m", graphs.ENSEMBLE, "-u", address, "--input-data", inputs]
+        command += ["-i", "http" if protocol == HTTP else "grpc"]
+        if protocol == SHM:
+            command += ["--shared-memory", "system", "--output-shared-memory-size", _OUTPUT_BYTES]
         command += ["--concurrency-range", concurrency, "--measurement-mode", "count_windows"]
         command += [
             "--measurement-request-count",

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench import machine, text, timing
 from bench.results import FOLDER, LOOKS, Results
-from bench.serving import client
+from bench.serving import GRPC, HTTP, client
 from bench.sides import Context, Say
 from mubic_deploy.arguments import MOST_PORT
 from mubic_deploy.config import CONFIGS
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not 1 <= arguments.threads <= len(os.sched_getaffinity(0)):
         raise UserError(f"{arguments.threads} threads are out of range: use 1 to {len(os.sched_getaffinity(0))}")
-    running = {"grpc": arguments.url, "http": arguments.http_url}
+    running = {GRPC: arguments.url, HTTP: arguments.http_url}
     addresses = {protocol: where for protocol, where in running.items() if where}
     if addresses and (arguments.suite != "server" or not arguments.url):
         raise UserError("--url is for the suite server, and --http-url goes with it")

@@ -23,6 +23,8 @@ from mubic_deploy.triton.client import TritonPredictor
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
 
+GRPC, HTTP, SHM = "grpc", "http", "shm"  # the last: gRPC with clips and maps in shared memory
+PROTOCOLS = (GRPC, HTTP, SHM)
 TIMEOUT = 300.0  # s: at 16 clients of `full` a request waits for minutes
 
 
@@ -87,7 +89,7 @@ def serving(artifacts: Artifacts, folder: Path, **options: Any) -> Iterator[Trit
 
 def addresses(server: TritonServer) -> dict[str, str]:
     """HOST:PORT by protocol."""
-    return {"grpc": server.url, "http": f"{server.host}:{server.http_port}"}
+    return {GRPC: server.url, HTTP: f"{server.host}:{server.http_port}", SHM: server.url}
 
 
 def processes(server: TritonServer) -> list[int]:
@@ -112,5 +114,5 @@ def cpu_s(server: TritonServer) -> dict[str, float]:
 
 
 def client(address: str, protocol: str) -> Client:
-    """A new client of the server at HOST:PORT, with a connection of its own. protocol: grpc or http."""
-    return TritonPredictor(address, TIMEOUT) if protocol == "grpc" else HttpPredictor(address)
+    """A new client of the server at HOST:PORT, with a connection of its own. protocol: of PROTOCOLS."""
+    return HttpPredictor(address) if protocol == HTTP else TritonPredictor(address, TIMEOUT, protocol == SHM)

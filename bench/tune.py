@@ -26,9 +26,8 @@ from bench.descent import RATE, Rank, Verdict, descend, judged, rank
 from bench.load import Load, Run, interleaved, kept_up
 from bench.results import FOLDER, LOOKS, Results, Row
 from bench.run import limits
-from bench.serving import addresses, client, serving
+from bench.serving import PROTOCOLS, addresses, client, serving
 from bench.sides import CLIPS, Context, asking, installed_engines
-from bench.suites.server import PROTOCOLS
 from mubic_deploy.arguments import number, positive
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import CONFIGS

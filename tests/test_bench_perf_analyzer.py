@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import perf_analyzer
-from bench.serving import addresses
+from bench.serving import PROTOCOLS, addresses
 from mubic_deploy.errors import UserError
 from mubic_deploy.parity import random_clip
 from mubic_deploy.triton.server import TritonServer
@@ -16,7 +16,7 @@ from mubic_deploy.triton.server import TritonServer
 pytest_plugins = ("triton_fixtures",)
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_measures_the_ensemble(toy_server: TritonServer, toy_pipeline, tmp_path: Path, protocol: str) -> None:
     analyzer = perf_analyzer.find(tmp_path)
     clips = [random_clip(toy_pipeline.config, seed) for seed in range(2)]

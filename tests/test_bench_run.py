@@ -21,7 +21,7 @@ import toy_graphs
 from bench import child, machine, results, run, sides, timing
 from bench.__main__ import main
 from bench.run import limits, measure
-from bench.serving import addresses, serving
+from bench.serving import PROTOCOLS, addresses, serving
 from bench.suites import SUITES, batch, engines, growth, parity, server, steps, waterfall
 from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
@@ -159,8 +159,8 @@ def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "BATCHES", (1, 2))
     measured = measure("server", "demo", 1, quick=True)
     whole = {row.side: row for row in rows(measured, "whole")}
-    assert list(whole) == ["in process", "grpc", "http"]
-    for protocol in ("grpc", "http"):
+    assert list(whole) == ["in process", *PROTOCOLS]
+    for protocol in PROTOCOLS:
         assert whole[protocol].values["largest_difference"] < 1e-5
         a, b = (whole[name].timing for name in (protocol, "in process"))
         assert a is not None
@@ -168,7 +168,7 @@ def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
         pairs = np.divide(a.samples, b.samples)  # called as often
         assert whole[protocol].values["over_in_process"] == pytest.approx(np.median(pairs))
     loads = {(row.side, row.axes["protocol"]): row.values["clips_per_s"] for row in rows(measured, "server")}
-    assert loads.keys() == {(side, p) for side in ("our clients", "perf_analyzer") for p in ("grpc", "http")}
+    assert loads.keys() == {(side, p) for side in ("our clients", "perf_analyzer") for p in PROTOCOLS}
     assert [row.axes["batch"] for row in rows(measured, "batch")] == [1, 2]
     best = max(row.values["clips_per_s"] for row in rows(measured, "batch"))
     ours = measured.row("server", "our clients", protocol="grpc", concurrency=2).values
@@ -195,12 +195,11 @@ def test_a_server_that_runs_already(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match="does not answer over HTTP"):
         measure("server", "demo", 1, quick=True, addresses={"http": where["http"]})
     assert {(row.what, row.side) for row in measured.rows} == {
-        ("whole", "grpc"),
-        ("whole", "http"),
+        *(("whole", protocol) for protocol in PROTOCOLS),
         ("server", "our clients"),
         ("server", "perf_analyzer"),
     }
-    assert measured.settings["server"] == f"grpc://{where['grpc']}, http://{where['http']}"
+    assert measured.settings["server"] == ", ".join(f"{protocol}://{where[protocol]}" for protocol in PROTOCOLS)
     assert "engine" not in measured.settings
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import toy_graphs
 import tritonclient.grpc as triton
-from triton_serving import FREE_PORTS, clips, good, send, send_right_and_wrong, serving
+from triton_serving import FREE_PORTS, SLOW, clips, good, send, send_right_and_wrong, serving
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -221,15 +221,6 @@ def test_predictor_says_what_is_wrong(server: TritonServer, predictor: TritonPre
         hasty.timeout = 0.001
         with pytest.raises(UserError, match=r"within 0\.001 s: allow more \(timeout, --timeout\)"):
             hasty.predict(video, audio)
-
-
-SLOW = """
-import time
-class TritonPythonModel(TritonPythonModel):
-    def execute(self, requests):
-        time.sleep(1)
-        return super().execute(requests)
-"""
 
 
 @pytest.mark.parametrize("model", ["visual_encoder", "ddim"])

@@ -19,6 +19,13 @@ from mubic_deploy.config import AUDIO_SAMPLES, Config
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
 
+SLOW = """
+import time
+class TritonPythonModel(TritonPythonModel):
+    def execute(self, requests):
+        time.sleep(1)
+        return super().execute(requests)
+"""  # at the end of a model's code: each of its batches takes a second more
 FREE_PORTS: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
 

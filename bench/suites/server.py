@@ -1,4 +1,5 @@
-"""Triton end to end: what the server adds to a request, and what it does under load, over gRPC and HTTP."""
+"""Triton end to end: what the server adds to a request, and what it does under load, over gRPC, HTTP, and gRPC with
+shared memory."""
 
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ from mubic_deploy.config import DEFAULT_STEPS
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline, Predictor
 
-PROTOCOLS = ("grpc", "http")
 LATENCY_CALLS, LATENCY_S = 200, 90.0  # for what the server adds, a few per cent on a machine that wanders by more
 CONCURRENCY = {"full": (1, 4, 16), "demo": (1, 2, 4, 8, 16)}  # 16 answers of `full` take a minute
 QUICK_CONCURRENCY = (1, 4)

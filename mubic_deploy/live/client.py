@@ -97,7 +97,7 @@ class StreamClient:
         address, model = destination(url)
         if model != graphs.ENSEMBLE:
             raise UserError(f"{url!r}: live streams are made by {graphs.ENSEMBLE}, not {model}: leave out its name")
-        with TritonPredictor(address) as served:
+        with TritonPredictor(address, shared_memory=False) as served:
             self.config, self.source = served.config, served.source
             served.require_streams()
         settings = Settings(stride, seed, self.config.default_steps if steps is None else steps, encoding)

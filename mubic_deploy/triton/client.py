@@ -1,9 +1,11 @@
-"""A client of the models `mubic` and `mubic_fixed` on a Triton server, over gRPC."""
+"""A client of the models `mubic` and `mubic_fixed` on a Triton server, over gRPC, and through shared memory where the
+server is on the same machine."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ from mubic_deploy.engines import HostArrays
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import request
 from mubic_deploy.triton import parameters
+from mubic_deploy.triton.shared_memory import UNFINISHED, NotSharedError, Region, SharedMemory, bytes_of
 
 SCHEME = "triton://"
 REMEDIES = {  # where the server does not serve one of our models
@@ -64,15 +67,19 @@ class TritonPredictor:
     /mubic_fixed behind it, the ensemble whose number of steps is fixed.
 
     timeout: seconds for a request, waiting in the server's queues included. The configuration comes from the server.
-    UserError when made: the server does not answer, or serves no such model of this version. Usable from several
-    threads; close it, or use `with`."""
+    shared_memory: whether clips and maps lie in memory that both map (/dev/shm), or go through gRPC; None: where the
+    server is on this machine and can (`transport` says which). A request for which no room is left there, or whose
+    server was started again, goes through gRPC.
+    UserError when made: the server does not answer, serves no such model of this version, or cannot share memory and
+    must. Usable from several threads; close it, or use `with`."""
 
     config: Config
     source: dict[str, Any]  # of the weights, as `checkpoint.Source.to_json` says it
 
-    def __init__(self, url: str, timeout: float = TIMEOUT_S) -> None:
+    def __init__(self, url: str, timeout: float = TIMEOUT_S, shared_memory: bool | None = None) -> None:
         self.address, self.model = destination(url)
         self.timeout = timeout
+        self._memory: SharedMemory | None = None
         self._client = triton.InferenceServerClient(self.address, channel_args=channel(self.address))
         connecting = min(timeout, _CONNECT_TIMEOUT)
         try:
@@ -93,6 +100,9 @@ class TritonPredictor:
         fixed = parameters.FIXED_STEPS in answer.parameters
         self.fixed_steps = int(answer.parameters[parameters.FIXED_STEPS].string_value) if fixed else None
         self.default_steps = self.fixed_steps or self.config.default_steps
+        self.signature = graphs.fixed_pipeline(self.config) if fixed else graphs.pipeline(self.config)
+        if shared_memory or (shared_memory is None and _is_here(self.address)):
+            self._map(required=bool(shared_memory))
 
     def __enter__(self) -> TritonPredictor:
         return self
@@ -103,7 +113,25 @@ class TritonPredictor:
         self.close()
 
     def close(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
         self._client.close()
+
+    def _map(self, required: bool) -> None:
+        try:
+            self._memory = SharedMemory(self._client, self._bytes(1))
+        except NotSharedError as reason:
+            if required:
+                self.close()
+                raise UserError(
+                    f"the Triton server at {self.address} shares no memory with this process ({reason}): leave "
+                    f"shared_memory out"
+                ) from None
+
+    @property
+    def transport(self) -> str:
+        """How clips and maps travel: "shared memory" or "gRPC"."""
+        return "gRPC" if self._memory is None else "shared memory"
 
     def require_streams(self) -> None:
         """UserError unless the server takes live streams."""
@@ -149,27 +177,84 @@ class TritonPredictor:
 
     def _submit(self, arrays: HostArrays) -> Future[Result]:
         future: Future[Result] = Future()
-        arrays = dict(arrays)
-        steps = arrays["STEPS"] if self.fixed_steps is None else arrays.pop("STEPS")
+        memory, region = self._memory, None
+        if memory is not None:
+            region = memory.take(self._bytes(len(arrays["VIDEO"])))
+        if memory is None or region is None:
+            self._send(arrays, future)
+        else:
+            self._share(arrays, future, memory, region)
+        return future
 
-        def done(result: Any, error: InferenceServerException | None) -> None:
+    def _send(self, arrays: HostArrays, future: Future[Result]) -> None:
+        """Everything goes through gRPC."""
+
+        def done(result: triton.InferResult, error: InferenceServerException | None) -> None:
             if error is not None:
                 future.set_exception(self._explained(error))
             else:
-                used = result.as_numpy("STEPS_USED") if self.fixed_steps is None else steps
-                future.set_result((result.as_numpy("SALIENCY"), used))
+                future.set_result(self._result(arrays, result.as_numpy))
 
+        inputs, outputs = self._tensors(arrays)
+        for tensor in inputs:
+            tensor.set_data_from_numpy(arrays[tensor.name()])
+        self._infer(inputs, outputs, done)
+
+    def _share(self, arrays: HostArrays, future: Future[Result], memory: SharedMemory, region: Region) -> None:
+        """Tensors lie in the region, and only their places go through gRPC."""
+        places = region.tensors(self._all_tensors, len(arrays["VIDEO"]))
+
+        def done(result: triton.InferResult, error: InferenceServerException | None) -> None:
+            if error is None:
+                saliency_and_steps = self._result(arrays, lambda name: places[name].array.copy())
+                memory.give(region)
+                future.set_result(saliency_and_steps)
+            elif region.name in (error.message() or ""):
+                memory.forget()
+                try:
+                    self._send(arrays, future)
+                except UserError as reason:
+                    future.set_exception(reason)
+            else:
+                (memory.abandon if error.status() in UNFINISHED else memory.give)(region)
+                future.set_exception(self._explained(error))
+
+        inputs, outputs = self._tensors(arrays)
+        for tensor in inputs:
+            np.copyto(places[tensor.name()].array, arrays[tensor.name()])
+        for tensor in (*inputs, *outputs):
+            place = places[tensor.name()]
+            tensor.set_shared_memory(region.name, place.array.nbytes, place.offset)
+        self._infer(inputs, outputs, done)
+
+    @property
+    def _all_tensors(self) -> tuple[graphs.Tensor, ...]:
+        return self.signature.inputs + self.signature.outputs
+
+    def _bytes(self, clips: int) -> int:
+        return bytes_of(self._all_tensors, clips)
+
+    def _tensors(self, arrays: HostArrays) -> tuple[list[triton.InferInput], list[triton.InferRequestedOutput]]:
         inputs = []
-        for name, array in arrays.items():
+        for name in self.signature.input_names:
+            array = arrays[name]
             inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
-            inputs[-1].set_data_from_numpy(array)
-        signature = (graphs.pipeline if self.fixed_steps is None else graphs.fixed_pipeline)(self.config)
-        outputs = [triton.InferRequestedOutput(name) for name in signature.output_names]
+        return inputs, [triton.InferRequestedOutput(name) for name in self.signature.output_names]
+
+    def _result(self, arrays: HostArrays, read: Callable[[str], np.ndarray]) -> Result:
+        """read: the output of this name."""
+        return read("SALIENCY"), read("STEPS_USED") if self.fixed_steps is None else arrays["STEPS"]
+
+    def _infer(
+        self,
+        inputs: list[triton.InferInput],
+        outputs: list[triton.InferRequestedOutput],
+        done: Callable[[triton.InferResult, InferenceServerException | None], None],
+    ) -> None:
         try:
             self._client.async_infer(self.model, inputs, done, outputs=outputs, client_timeout=self.timeout)
         except InferenceServerException as error:
             raise self._explained(error) from None
-        return future
 
     def _explained(self, error: InferenceServerException, connecting: float | None = None) -> UserError:
         """The error in one line, with the address and what to do. connecting: the seconds that were allowed, of what is

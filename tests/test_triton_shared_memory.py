@@ -1,0 +1,261 @@
+"""Clips and maps through shared memory, with a real server: the same maps, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from triton_serving import FREE_PORTS, SLOW, clips, serving
+from tritonclient.utils import InferenceServerException
+
+from mubic_deploy import graphs
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.errors import UserError
+from mubic_deploy.pipeline import Pipeline
+from mubic_deploy.triton import shared_memory
+from mubic_deploy.triton.client import TritonPredictor
+from mubic_deploy.triton.repository import write_repository
+from mubic_deploy.triton.server import TritonServer
+from mubic_deploy.triton.shared_memory import OWNER, NotSharedError, Region, SharedMemory, bytes_of
+
+pytest_plugins = ("triton_fixtures",)
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def server(toy_server: TritonServer) -> TritonServer:
+    return toy_server
+
+
+@pytest.fixture
+def predictor(server: TritonServer) -> Iterator[TritonPredictor]:
+    with TritonPredictor(server.url, shared_memory=True) as predictor:
+        yield predictor
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind() -> Iterator[None]:
+    before = files()
+    yield
+    assert files() <= before
+
+
+def files() -> set[str]:
+    """Of clients, whether they live or not."""
+    names = [path.name for path in Path("/dev/shm").iterdir()]
+    return {name for name in names if name.startswith((OWNER, shared_memory._NOT_YET))}
+
+
+def known(server: TritonServer) -> set[str]:
+    """The regions that the server has mapped."""
+    with triton.InferenceServerClient(server.url) as client:
+        return set(client.get_system_shared_memory_status().regions)
+
+
+def inference(server: TritonServer, model: str = graphs.ENSEMBLE) -> int:
+    with triton.InferenceServerClient(server.url) as client:
+        (statistics,) = client.get_inference_statistics(model).model_stats
+    return statistics.inference_count
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def without_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever would send a tensor through gRPC, or read one from there, fails."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a tensor goes through gRPC")
+
+    monkeypatch.setattr(triton.InferInput, "set_data_from_numpy", fail)
+    monkeypatch.setattr(triton.InferResult, "as_numpy", fail)
+
+
+@pytest.mark.usefixtures("without_messages")
+@pytest.mark.parametrize("model", [graphs.ENSEMBLE, graphs.FIXED_ENSEMBLE])
+def test_the_same_maps_as_in_process(server: TritonServer, toy_pipeline: Pipeline, model: str) -> None:
+    """Of batches that grow and shrink, with a region that is larger than what lies in it."""
+    with TritonPredictor(f"{server.url}/{model}") as predictor:
+        assert predictor.transport == "shared memory"
+        for count in (1, 3, predictor.max_batch + 2, 2, 1):
+            video, audio = clips(toy_pipeline.config, count, seed=count)
+            saliency, used = predictor.predict(video, audio, np.arange(count), 3)
+            expected, expected_used = toy_pipeline.predict(video, audio, np.arange(count), 3)
+            np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
+            np.testing.assert_array_equal(used, expected_used)
+            assert saliency.flags.owndata  # a view would change with the next request
+        assert len(known(server)) == 1  # those that were outgrown are gone
+    assert not known(server)
+
+
+@pytest.mark.usefixtures("without_messages")
+def test_requests_on_the_way_have_each_a_region(predictor: TritonPredictor, toy_pipeline: Pipeline) -> None:
+    video, audio = clips(toy_pipeline.config, 12)
+
+    def ask(i: int) -> np.ndarray:
+        return predictor.predict_async(video[[i % 12]], audio[[i % 12]], i, 1 + i % 4).result()[0]
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(48)))
+    for i, saliency in enumerate(answers):
+        expected, _ = toy_pipeline.predict(video[[i % 12]], audio[[i % 12]], i, 1 + i % 4)
+        np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_what_is_asked_for(server: TritonServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the server has another /dev/shm, as in a container."""
+    with TritonPredictor(server.url, shared_memory=False) as predictor:
+        assert predictor.transport == "gRPC"
+        assert not known(server)
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    with TritonPredictor(server.url) as predictor:
+        assert predictor.transport == "gRPC"
+        predictor.predict(*clips(predictor.config, 1))
+    message = rf"server at {server.url} shares no memory with this process \(.*mubic_client.*\): leave shared_memory"
+    with pytest.raises(UserError, match=message):
+        TritonPredictor(server.url, shared_memory=True)
+    assert not list(tmp_path.iterdir())
+    assert not known(server)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"FOLDER": Path("/dev/nowhere")}, "there is no /dev/nowhere"),
+        ({"_OLDEST": (99, 0)}, r"Triton 2\.\d+\.0 does not do it safely"),
+        ({"_OF_FREE": 1 << 40}, "/dev/shm has no room"),
+        ({"Region": lambda name, size: Region(name, 1 << 50)}, "/dev/shm: "),
+    ],
+)
+def test_why_not(server: TritonServer, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], reason: str) -> None:
+    for name, value in wrong.items():
+        monkeypatch.setattr(shared_memory, name, value)
+    with triton.InferenceServerClient(server.url) as client, pytest.raises(NotSharedError, match=reason):
+        SharedMemory(client, 4096)
+
+
+def test_a_request_without_room_goes_through_grpc(
+    predictor: TritonPredictor, toy_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video, audio = clips(toy_pipeline.config, 4)
+    monkeypatch.setattr(shared_memory, "_OF_FREE", 1 << 40)
+    expected, _ = toy_pipeline.predict(video, audio)
+    np.testing.assert_allclose(predictor.predict(video, audio)[0], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_server_that_was_started_again(toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path) -> None:
+    """It knows no region: that request goes through gRPC, the next in shared memory again."""
+    video, audio = clips(toy_pipeline.config, 2)
+    expected, _ = toy_pipeline.predict(video, audio, 5)
+    with serving(toy_artifacts, tmp_path) as first, TritonPredictor(first.url, shared_memory=True) as predictor:
+        for answer in [predictor.predict_async(video, audio, 5) for _ in range(3)]:
+            answer.result()
+        assert len(known(first)) >= 2
+        first.stop()
+        ports: dict[str, Any] = FREE_PORTS | {"grpc_port": first.grpc_port}
+        with TritonServer(tmp_path / "repository", **ports) as second:
+            wait_until(lambda: answers(predictor))
+            for regions in (0, 1):
+                np.testing.assert_allclose(predictor.predict(video, audio, 5)[0], expected, rtol=0, atol=TOLERANCE)
+                assert len(known(second)) == regions
+
+
+def answers(predictor: TritonPredictor) -> bool:
+    """Not while gRPC still believes that the server is gone."""
+    try:
+        return predictor._client.is_server_ready()
+    except InferenceServerException:
+        return False
+
+
+def test_what_nobody_waited_for(toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path) -> None:
+    """The server still reads and writes its region, which nothing else may use meanwhile, and goes on serving."""
+    write_repository(toy_artifacts, tmp_path / "repository")
+    with (tmp_path / "repository" / "visual_encoder" / "1" / "model.py").open("a") as source:
+        source.write(SLOW)
+    video, audio = clips(toy_pipeline.config, 2)
+    server = TritonServer(tmp_path / "repository", log=tmp_path / "log", **FREE_PORTS)
+    with server, TritonPredictor(server.url, shared_memory=True) as predictor:
+        for i in range(2):
+            predictor.timeout = 0.3
+            with pytest.raises(UserError, match=r"did not answer within 0\.3 s"):
+                predictor.predict(video[:1], audio[:1])
+            assert len(known(server)) == 1 + i
+        predictor.timeout = 60
+        saliency, _ = predictor.predict(video, audio, 5)
+        np.testing.assert_allclose(saliency, toy_pipeline.predict(video, audio, 5)[0], rtol=0, atol=TOLERANCE)
+        server.check()
+        wait_until(lambda: inference(server, "visual_encoder") >= 4)
+        predictor.predict(np.repeat(video, 2, 0), np.repeat(audio, 2, 0))  # with a larger region the others go
+        wait_until(lambda: len(known(server)) == 1)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from mubic_deploy.triton.client import TritonPredictor
+predictor = TritonPredictor(sys.argv[1], shared_memory=True)
+c = predictor.config
+video = np.zeros((1, c.frames, c.height, c.width, 3), np.uint8)
+predictor.predict(video, np.zeros((1, 16608), np.float32))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_client_that_was_killed(server: TritonServer) -> None:
+    """The next one removes what it left, in the server too, and leaves what belongs to those that live."""
+    command = [sys.executable, "-c", KILLED, server.url]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    before = files()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        (its_file,), (its_region,) = files() - before, known(server)
+        assert its_region.startswith(f"{its_file}_")
+        with TritonPredictor(server.url):
+            assert its_file in files()
+            assert its_region in known(server)
+        process.send_signal(signal.SIGKILL)
+    assert its_file in files()
+    with TritonPredictor(server.url):
+        assert its_file not in files()
+        assert its_region not in known(server)
+
+
+def test_a_sweep_leaves_a_region_that_is_being_made(predictor: TritonPredictor) -> None:
+    assert predictor._memory is not None
+    name = f"{predictor._memory._owner.name}_99"
+    region = Region(name, 4096)
+    try:
+        with TritonPredictor(predictor.address):
+            assert (shared_memory.FOLDER / name).exists()
+    finally:
+        region.unlink()
+
+
+def test_bytes_of_is_what_tensors_take(predictor: TritonPredictor) -> None:
+    tensors = (*predictor.signature.inputs, *predictor.signature.outputs)
+    for count in (1, 3):
+        region = Region(f"{OWNER}test{os.getpid()}_{count}", bytes_of(tensors, count))
+        region.unlink()
+        places = list(region.tensors(tensors, count).values())
+        ends = [place.offset + place.array.nbytes for place in places]
+        assert all(end <= place.offset for end, place in zip(ends, places[1:], strict=False))
+        assert ends[-1] <= region.size
