@@ -34,6 +34,7 @@ ABOUT = {  # suites, as they come on the page
     "steps": "What a denoising step more costs.",
     "batch": "What clips together give.",
     "server": "Triton, from the client's call to its answer.",
+    "transport": "What a clip's way to Triton and back takes, without what is computed there.",
     "tune": "The server's settings, one changed at a time.",
     "parity": "How far the engines' maps are from eager PyTorch's in FP32, and from where viewers looked.",
     "growth": "How time and memory grow.",

@@ -183,6 +183,16 @@ def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert theirs["over_ours"] == pytest.approx(theirs["clips_per_s"] / ours["clips_per_s"])
 
 
+def test_transport() -> None:
+    measured = measure("transport", "demo", 1, quick=True)
+    medians = {}
+    for row in rows(measured, "transport"):
+        assert row.timing is not None
+        medians[row.side, row.axes["batch"]] = row.timing.median
+    assert medians.keys() == {(protocol, batch) for protocol in PROTOCOLS for batch in (1, 8)}
+    assert medians["shm", 8] < min(medians["grpc", 8], medians["http", 8])
+
+
 def test_a_server_that_runs_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "QUICK_CONCURRENCY", (2,))
     artifacts = toy_graphs.write(get_config("demo"), tmp_path / "toy")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from bench.results import Results
 from bench.sides import Context
-from bench.suites import batch, engines, growth, parity, server, steps, waterfall
+from bench.suites import batch, engines, growth, parity, server, steps, transport, waterfall
 from bench.timing import Rule
 
 SUITES: dict[str, Callable[[Context, Rule, Results], None]] = {
@@ -14,6 +14,7 @@ SUITES: dict[str, Callable[[Context, Rule, Results], None]] = {
     "steps": steps.measure,
     "batch": batch.measure,
     "server": server.measure,
+    "transport": transport.measure,
     "parity": parity.measure,
     "waterfall": waterfall.measure,
     "growth": growth.measure,

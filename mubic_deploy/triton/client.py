@@ -209,7 +209,7 @@ class TritonPredictor:
                 saliency_and_steps = self._result(arrays, lambda name: places[name].array.copy())
                 memory.give(region)
                 future.set_result(saliency_and_steps)
-            elif region.name in (error.message() or ""):
+            elif "shared memory" in (error.message() or "").lower():  # the server was started again
                 memory.forget()
                 try:
                     self._send(arrays, future)

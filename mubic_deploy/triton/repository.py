@@ -182,7 +182,7 @@ def write_gpu_repository(
         files[name] = plans.file(name)
     configs += [
         _gpu_ddim(config, precision, plans.max_batch, settings),
-        _python(graphs.host(), plans.max_batch, config),
+        python_model(graphs.host(), plans.max_batch, config),
     ]
     configs += [*_ensembles(plans, plans.max_batch, lambda signature: signature), _stream(config, streams)]
     _write(configs, Path(out), files)
@@ -215,7 +215,7 @@ def write_package_repository(
     sizes = _preferred(packages.max_batch) if on_gpu else []
     settings = PackageSettings(manifest, sha256(manifest), threads, tuple(reversed(sizes)))
     source = {parameters.SOURCE: json.dumps(packages.source)}
-    model = _python(graphs.pipeline(packages.config), packages.max_batch, packages.config, instances)
+    model = python_model(graphs.pipeline(packages.config), packages.max_batch, packages.config, instances)
     for key, value in {**source, **settings.to_strings()}.items():
         model.parameters[key].string_value = value
     _batched(model, queue_delay_us, queue_timeout_s)
@@ -315,7 +315,7 @@ def _ddim(config: Config, precision: str, denoiser: GraphSettings | None) -> Mod
     return model
 
 
-def _python(signature: Signature, max_batch: int, config: Config, instances: int = 1) -> ModelConfig:
+def python_model(signature: Signature, max_batch: int, config: Config, instances: int = 1) -> ModelConfig:
     """A model of the Python backend that gets its tensors on the host."""
     model = _model(signature, config)
     model.backend, model.max_batch_size = "python", max_batch
@@ -366,7 +366,7 @@ def _ensembles(folder: Folder, max_batch: int, taken: Callable[[Signature], Sign
         fixed.parameters[parameters.FIXED_STEPS].string_value = str(folder.fixed_steps)
         noise = taken(graphs.noise(config))
         models += [
-            _python(noise, max_batch, config),
+            python_model(noise, max_batch, config),
             _ensemble(fixed, [*conditioning, noise, sampler], max_batch),
         ]
     return models

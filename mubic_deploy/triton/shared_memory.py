@@ -84,7 +84,7 @@ class SharedMemory:
     threads.
 
     size: bytes of the first. NotSharedError if the server is elsewhere, has a /dev/shm of its own (a container) or
-    none for this user, is too old, or memory is short. Sweeps out what clients left that were killed."""
+    none for this user, does not allow it (--allow-client-shm), is too old, or memory is short. Sweeps out what clients left that were killed."""
 
     def __init__(self, client: InferenceServerClient, size: int) -> None:
         if not FOLDER.is_dir():
@@ -139,7 +139,7 @@ class SharedMemory:
             self._abandoned.append(region.name)
 
     def forget(self) -> None:
-        """The server has said that it knows no such region: it was started again."""
+        """The server knows no region any more: it was started again."""
         with self._lock:
             self._free.clear()
 
