@@ -84,7 +84,8 @@ class SharedMemory:
     threads.
 
     size: bytes of the first. NotSharedError if the server is elsewhere, has a /dev/shm of its own (a container) or
-    none for this user, does not allow it (--allow-client-shm), is too old, or memory is short. Sweeps out what clients left that were killed."""
+    none for this user, does not allow it (--allow-client-shm), is too old, or memory is short. Sweeps out what clients
+    left that were killed."""
 
     def __init__(self, client: InferenceServerClient, size: int) -> None:
         if not FOLDER.is_dir():
