@@ -1,5 +1,5 @@
-"""System shared memory between a client and a Triton server on the same machine: through gRPC a clip of `full` takes
-longer than a GPU computes it (docs/measured.md)."""
+"""System shared memory between a client and a Triton server on the same machine: through gRPC the way of a clip takes
+three times the CPU time, and that of several longer than a GPU computes them (docs/measured.md, "Triton")."""
 
 from __future__ import annotations
 
