@@ -26,7 +26,7 @@ from mubic_deploy.triton import shared_memory
 from mubic_deploy.triton.client import TritonPredictor
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
-from mubic_deploy.triton.shared_memory import OWNER, NotSharedError, Region, SharedMemory, bytes_of
+from mubic_deploy.triton.shared_memory import NotSharedError, Region, SharedMemory, bytes_of
 
 pytest_plugins = ("triton_fixtures",)
 
@@ -45,16 +45,18 @@ def predictor(server: TritonServer) -> Iterator[TritonPredictor]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_behind() -> Iterator[None]:
-    before = files()
+def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With names of these tests' own: other clients on this machine come, sweep and go meanwhile."""
+    monkeypatch.setattr(shared_memory, "OWNER", f"mubic_tests_{os.getpid()}_")
+    monkeypatch.setattr(shared_memory, "_NOT_YET", f"mubic_tests_starting_{os.getpid()}_")
     yield
-    assert files() <= before
+    assert not files()
 
 
 def files() -> set[str]:
     """Of clients, whether they live or not."""
     names = [path.name for path in Path("/dev/shm").iterdir()]
-    return {name for name in names if name.startswith((OWNER, shared_memory._NOT_YET))}
+    return {name for name in names if name.startswith((shared_memory.OWNER, shared_memory._NOT_YET))}
 
 
 def known(server: TritonServer) -> set[str]:
@@ -127,7 +129,8 @@ def test_what_is_asked_for(server: TritonServer, monkeypatch: pytest.MonkeyPatch
     with TritonPredictor(server.url) as predictor:
         assert predictor.transport == "gRPC"
         predictor.predict(*clips(predictor.config, 1))
-    message = rf"server at {server.url} shares no memory with this process \(.*mubic_client.*\): leave shared_memory"
+    why = f"{shared_memory.OWNER}.*"
+    message = rf"server at {server.url} shares no memory with this process \(.*{why}\): leave shared_memory"
     with pytest.raises(UserError, match=message):
         TritonPredictor(server.url, shared_memory=True)
     assert not list(tmp_path.iterdir())
@@ -209,7 +212,9 @@ def test_what_nobody_waited_for(toy_artifacts: Artifacts, toy_pipeline: Pipeline
 KILLED = """
 import os, signal, sys
 import numpy as np
+from mubic_deploy.triton import shared_memory
 from mubic_deploy.triton.client import TritonPredictor
+shared_memory.OWNER = sys.argv[2]
 predictor = TritonPredictor(sys.argv[1], shared_memory=True)
 c = predictor.config
 video = np.zeros((1, c.frames, c.height, c.width, 3), np.uint8)
@@ -221,13 +226,12 @@ sys.stdin.read()
 
 def test_a_client_that_was_killed(server: TritonServer) -> None:
     """The next one removes what it left, in the server too, and leaves what belongs to those that live."""
-    command = [sys.executable, "-c", KILLED, server.url]
+    command = [sys.executable, "-c", KILLED, server.url, shared_memory.OWNER]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    before = files()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"
-        (its_file,), (its_region,) = files() - before, known(server)
+        (its_file,), (its_region,) = files(), known(server)
         assert its_region.startswith(f"{its_file}_")
         with TritonPredictor(server.url):
             assert its_file in files()
@@ -253,7 +257,7 @@ def test_a_sweep_leaves_a_region_that_is_being_made(predictor: TritonPredictor) 
 def test_bytes_of_is_what_tensors_take(predictor: TritonPredictor) -> None:
     tensors = (*predictor.signature.inputs, *predictor.signature.outputs)
     for count in (1, 3):
-        region = Region(f"{OWNER}test{os.getpid()}_{count}", bytes_of(tensors, count))
+        region = Region(f"{shared_memory.OWNER}test_{count}", bytes_of(tensors, count))
         region.unlink()
         places = list(region.tensors(tensors, count).values())
         ends = [place.offset + place.array.nbytes for place in places]
