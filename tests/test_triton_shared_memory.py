@@ -254,6 +254,18 @@ def test_a_sweep_leaves_a_region_that_is_being_made(predictor: TritonPredictor) 
         region.unlink()
 
 
+def test_a_sweep_leaves_what_it_cannot_remove(server: TritonServer) -> None:
+    """As another user's file; here a folder, since root may remove all files."""
+    alien = shared_memory.FOLDER / f"{shared_memory.OWNER}alien_1"
+    alien.mkdir()
+    try:
+        with TritonPredictor(server.url) as predictor:
+            assert predictor.transport == "shared memory"
+    finally:
+        alien.rmdir()
+    assert not known(server)
+
+
 def test_bytes_of_is_what_tensors_take(predictor: TritonPredictor) -> None:
     tensors = (*predictor.signature.inputs, *predictor.signature.outputs)
     for count in (1, 3):

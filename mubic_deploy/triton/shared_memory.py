@@ -199,7 +199,8 @@ class SharedMemory:
                         self._unregister(name)
         for path in FOLDER.glob(f"{OWNER}*"):
             if not _lives(path.name):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # of another user, or gone
+                    path.unlink()
 
 
 class _Owner:
