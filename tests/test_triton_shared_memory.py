@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -241,6 +242,26 @@ def test_a_client_that_was_killed(server: TritonServer) -> None:
     with TritonPredictor(server.url):
         assert its_file not in files()
         assert its_region not in known(server)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_client_that_was_dropped(server: TritonServer) -> None:
+    """Without `close`, in a process that lives on: the next one sweeps up after it all the same."""
+    predictor = TritonPredictor(server.url, shared_memory=True)
+    predictor.predict(*clips(predictor.config, 1))
+    (its_region,) = known(server)
+    del predictor
+    gc.collect()
+    with TritonPredictor(server.url):
+        assert its_region not in known(server)
+
+
+def test_closing_twice_closes_no_file_of_others(server: TritonServer, tmp_path: Path) -> None:
+    with TritonPredictor(server.url, shared_memory=True) as predictor:
+        predictor.close()
+        handles = [os.open(tmp_path, os.O_RDONLY) for _ in range(32)]  # one has the number that is free now
+    for handle in handles:
+        os.close(handle)
 
 
 def test_a_sweep_leaves_a_region_that_is_being_made(predictor: TritonPredictor) -> None:

@@ -147,6 +147,8 @@ class SharedMemory:
     def close(self) -> None:
         """Nothing of it stays in the server but what a request still uses, until a later client sweeps."""
         with self._lock:
+            if self._closed:
+                return
             self._abandoned += [region.name for region in self._free]
             self._free, self._closed = [], True
         self._unregister_abandoned()
@@ -204,19 +206,20 @@ class SharedMemory:
 
 
 class _Owner:
-    """An empty file, by whose lock others see that this client lives, also from another container."""
+    """An empty file, by whose lock others see that this client lives, also from another container. Whoever drops its
+    client without `close` drops the lock too."""
 
     def __init__(self) -> None:
         number = uuid.uuid4().hex
         self.name = f"{OWNER}{number}"
         starting = FOLDER / f"{_NOT_YET}{number}"
-        self._handle = os.open(starting, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._file = os.fdopen(os.open(starting, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "rb")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         starting.rename(FOLDER / self.name)
 
     def close(self) -> None:
         (FOLDER / self.name).unlink(missing_ok=True)
-        os.close(self._handle)
+        self._file.close()
 
 
 def _lives(name: str) -> bool:
