@@ -180,6 +180,42 @@ def test_a_server_that_was_started_again(toy_artifacts: Artifacts, toy_pipeline:
                 assert len(known(second)) == regions
 
 
+def test_a_region_that_the_server_does_not_know(server: TritonServer, toy_pipeline: Pipeline) -> None:
+    """The others, which it may know, go with it and do not stay there."""
+    video, audio = clips(toy_pipeline.config, 1)
+    expected, _ = toy_pipeline.predict(video, audio, 5)
+    with TritonPredictor(server.url, shared_memory=True) as predictor:
+        for answer in [predictor.predict_async(video, audio) for _ in range(3)]:
+            answer.result()
+        lose_a_region(predictor)
+        np.testing.assert_allclose(predictor.predict(video, audio, 5)[0], expected, rtol=0, atol=TOLERANCE)
+        predictor.predict(video, audio)
+        assert len(known(server)) == 1
+    assert not known(server)
+
+
+def test_a_client_that_is_closed_before_the_second_try(
+    predictor: TritonPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = predictor._send
+
+    def send_late(*arguments: Any) -> None:
+        predictor.close()
+        send(*arguments)
+
+    monkeypatch.setattr(predictor, "_send", send_late)
+    lose_a_region(predictor)
+    answer = predictor.predict_async(*clips(predictor.config, 1))
+    with pytest.raises(ValueError, match="closed"):
+        answer.result(timeout=20)
+
+
+def lose_a_region(predictor: TritonPredictor) -> None:
+    """The server forgets the one that is taken next."""
+    assert predictor._memory is not None
+    predictor._client.unregister_system_shared_memory(predictor._memory._free[0].name)
+
+
 def answers(predictor: TritonPredictor) -> bool:
     """Not while gRPC still believes that the server is gone."""
     try:

@@ -139,9 +139,10 @@ class SharedMemory:
         with self._lock:
             self._abandoned.append(region.name)
 
-    def forget(self) -> None:
-        """The server knows no region any more: it was started again."""
+    def abandon_all(self) -> None:
+        """Those that no request uses. A server that was started again knows none of them, or only the newest."""
         with self._lock:
+            self._abandoned += [region.name for region in self._free]
             self._free.clear()
 
     def close(self) -> None:
@@ -149,8 +150,8 @@ class SharedMemory:
         with self._lock:
             if self._closed:
                 return
-            self._abandoned += [region.name for region in self._free]
-            self._free, self._closed = [], True
+            self._closed = True
+        self.abandon_all()
         self._unregister_abandoned()
         self._owner.close()
 
