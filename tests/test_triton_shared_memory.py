@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from triton_serving import FREE_PORTS, SLOW, clips, serving
+from triton_serving import FREE_PORTS, SLOW, clips, processes, serving
 from tritonclient.utils import InferenceServerException
 
 from mubic_deploy import graphs
@@ -244,6 +244,46 @@ def test_what_nobody_waited_for(toy_artifacts: Artifacts, toy_pipeline: Pipeline
         wait_until(lambda: inference(server, "visual_encoder") >= 4)
         predictor.predict(np.repeat(video, 2, 0), np.repeat(audio, 2, 0))  # with a larger region the others go
         wait_until(lambda: len(known(server)) == 1)
+
+
+def test_a_server_that_hangs(toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path) -> None:
+    """Whoever allows little waits little, for regions too."""
+    with serving(toy_artifacts, tmp_path) as server, TritonPredictor(server.url, shared_memory=True) as predictor:
+        video, audio = clips(toy_pipeline.config, 1)
+        predictor.timeout = 0.5
+        names = {n: Path(f"/proc/{n}/comm").read_text().strip() for n in processes(server.shm_prefix)}
+        (process,) = [number for number, name in names.items() if name == "tritonserver"]
+        os.kill(process, signal.SIGSTOP)
+        try:
+            for _ in range(2):
+                start = time.monotonic()
+                with pytest.raises(UserError, match=r"did not answer within 0\.5 s"):
+                    predictor.predict(video, audio)
+                assert time.monotonic() - start < 4  # and not another 5 s
+        finally:
+            os.kill(process, signal.SIGCONT)
+        predictor.timeout = 60
+        expected, _ = toy_pipeline.predict(video, audio)
+        np.testing.assert_allclose(predictor.predict(video, audio)[0], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_an_answer_that_was_lost(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has a region, and the client does not know: it goes with the next."""
+    with triton.InferenceServerClient(server.url) as client:
+        memory = SharedMemory(client, 4096)
+        register = client.register_system_shared_memory
+
+        def lost(*arguments: Any, **options: Any) -> None:
+            register(*arguments, **options)
+            raise InferenceServerException("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "register_system_shared_memory", lost)
+            assert memory.take(8192, 60) is None
+        (left,) = known(server)
+        assert memory.take(8192, 60) is not None
+        assert left not in known(server)
+        memory.close()
 
 
 KILLED = """

@@ -179,7 +179,7 @@ class TritonPredictor:
         future: Future[Result] = Future()
         memory, region = self._memory, None
         if memory is not None:
-            region = memory.take(self._bytes(len(arrays["VIDEO"])))
+            region = memory.take(self._bytes(len(arrays["VIDEO"])), self.timeout)
         if memory is None or region is None:
             self._send(arrays, future)
         else:

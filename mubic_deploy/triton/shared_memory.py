@@ -108,9 +108,9 @@ class SharedMemory:
             self._owner.close()
             raise
 
-    def take(self, size: int) -> Region | None:
-        """A region of at least so many bytes, for one request. None where no more can be had: then the request has to
-        travel."""
+    def take(self, size: int, timeout: float) -> Region | None:
+        """A region of at least so many bytes, for one request. None where no more can be had, or the server does not
+        answer within so many seconds: then the request has to travel."""
         with self._lock:
             if self._closed:
                 return None
@@ -123,9 +123,10 @@ class SharedMemory:
             return fitting
         if outgrown is not None:
             self.abandon(outgrown)
-        self._unregister_abandoned()
+        timeout = min(timeout, _TIMEOUT)
         with contextlib.suppress(NotSharedError):
-            return self._register(size)
+            if self._unregister_abandoned(timeout):
+                return self._register(size, timeout)
         return None
 
     def give(self, region: Region) -> None:
@@ -155,7 +156,7 @@ class SharedMemory:
         self._unregister_abandoned()
         self._owner.close()
 
-    def _register(self, size: int) -> Region:
+    def _register(self, size: int, timeout: float = _TIMEOUT) -> Region:
         with self._lock:
             self._made += 1
             name = f"{self._owner.name}_{self._made}"
@@ -167,21 +168,24 @@ class SharedMemory:
         except OSError as error:
             raise NotSharedError(f"{FOLDER}: {error.strerror}") from None
         try:
-            self._client.register_system_shared_memory(name, f"/{name}", size, client_timeout=_TIMEOUT)
+            self._client.register_system_shared_memory(name, f"/{name}", size, client_timeout=timeout)
         except InferenceServerException as error:
+            if error.status() in UNFINISHED:  # it may have it all the same
+                self.abandon(region)
             raise NotSharedError(" ".join((error.message() or "").split())) from None
         finally:
             region.unlink()  # both have it by now, so nothing of it can stay behind
         return region
 
-    def _unregister_abandoned(self) -> None:
-        """Those that the server uses no more. Others it refuses, or will unregister later, by its version."""
+    def _unregister_abandoned(self, timeout: float = _TIMEOUT) -> bool:
+        """Those that the server uses no more. Others it refuses, or will unregister later, by its version. Whether it
+        answers."""
         with self._lock:
             names, self._abandoned = self._abandoned, []
         used = []
         while names:
             try:
-                self._unregister(names[-1])
+                self._unregister(names[-1], timeout)
             except InferenceServerException as error:
                 if error.status() in UNFINISHED:  # the server is gone, or hangs
                     break
@@ -189,9 +193,10 @@ class SharedMemory:
             names.pop()
         with self._lock:
             self._abandoned += names + used
+        return not names
 
-    def _unregister(self, name: str) -> None:
-        self._client.unregister_system_shared_memory(name, client_timeout=_TIMEOUT)
+    def _unregister(self, name: str, timeout: float = _TIMEOUT) -> None:
+        self._client.unregister_system_shared_memory(name, client_timeout=timeout)
 
     def _sweep(self) -> None:
         """What killed clients left: their files, and what the server keeps of them."""
