@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from triton_serving import FREE_PORTS, SLOW, clips, serving
+from triton_serving import FREE_PORTS, SLOW, clips, processes, serving
 from tritonclient.utils import InferenceServerException
 
 from mubic_deploy import graphs
@@ -26,7 +27,7 @@ from mubic_deploy.triton import shared_memory
 from mubic_deploy.triton.client import TritonPredictor
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
-from mubic_deploy.triton.shared_memory import OWNER, NotSharedError, Region, SharedMemory, bytes_of
+from mubic_deploy.triton.shared_memory import NotSharedError, Region, SharedMemory, bytes_of
 
 pytest_plugins = ("triton_fixtures",)
 
@@ -45,16 +46,18 @@ def predictor(server: TritonServer) -> Iterator[TritonPredictor]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_behind() -> Iterator[None]:
-    before = files()
+def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With names of these tests' own: other clients on this machine come, sweep and go meanwhile."""
+    monkeypatch.setattr(shared_memory, "OWNER", f"mubic_tests_{os.getpid()}_")
+    monkeypatch.setattr(shared_memory, "_NOT_YET", f"mubic_tests_starting_{os.getpid()}_")
     yield
-    assert files() <= before
+    assert not files()
 
 
 def files() -> set[str]:
     """Of clients, whether they live or not."""
     names = [path.name for path in Path("/dev/shm").iterdir()]
-    return {name for name in names if name.startswith((OWNER, shared_memory._NOT_YET))}
+    return {name for name in names if name.startswith((shared_memory.OWNER, shared_memory._NOT_YET))}
 
 
 def known(server: TritonServer) -> set[str]:
@@ -127,7 +130,8 @@ def test_what_is_asked_for(server: TritonServer, monkeypatch: pytest.MonkeyPatch
     with TritonPredictor(server.url) as predictor:
         assert predictor.transport == "gRPC"
         predictor.predict(*clips(predictor.config, 1))
-    message = rf"server at {server.url} shares no memory with this process \(.*mubic_client.*\): leave shared_memory"
+    why = f"{shared_memory.OWNER}.*"
+    message = rf"server at {server.url} shares no memory with this process \(.*{why}\): leave shared_memory"
     with pytest.raises(UserError, match=message):
         TritonPredictor(server.url, shared_memory=True)
     assert not list(tmp_path.iterdir())
@@ -176,6 +180,42 @@ def test_a_server_that_was_started_again(toy_artifacts: Artifacts, toy_pipeline:
                 assert len(known(second)) == regions
 
 
+def test_a_region_that_the_server_does_not_know(server: TritonServer, toy_pipeline: Pipeline) -> None:
+    """The others, which it may know, go with it and do not stay there."""
+    video, audio = clips(toy_pipeline.config, 1)
+    expected, _ = toy_pipeline.predict(video, audio, 5)
+    with TritonPredictor(server.url, shared_memory=True) as predictor:
+        for answer in [predictor.predict_async(video, audio) for _ in range(3)]:
+            answer.result()
+        lose_a_region(predictor)
+        np.testing.assert_allclose(predictor.predict(video, audio, 5)[0], expected, rtol=0, atol=TOLERANCE)
+        predictor.predict(video, audio)
+        assert len(known(server)) == 1
+    assert not known(server)
+
+
+def test_a_client_that_is_closed_before_the_second_try(
+    predictor: TritonPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = predictor._send
+
+    def send_late(*arguments: Any) -> None:
+        predictor.close()
+        send(*arguments)
+
+    monkeypatch.setattr(predictor, "_send", send_late)
+    lose_a_region(predictor)
+    answer = predictor.predict_async(*clips(predictor.config, 1))
+    with pytest.raises(ValueError, match="closed"):
+        answer.result(timeout=20)
+
+
+def lose_a_region(predictor: TritonPredictor) -> None:
+    """The server forgets the one that is taken next."""
+    assert predictor._memory is not None
+    predictor._client.unregister_system_shared_memory(predictor._memory._free[0].name)
+
+
 def answers(predictor: TritonPredictor) -> bool:
     """Not while gRPC still believes that the server is gone."""
     try:
@@ -206,10 +246,52 @@ def test_what_nobody_waited_for(toy_artifacts: Artifacts, toy_pipeline: Pipeline
         wait_until(lambda: len(known(server)) == 1)
 
 
+def test_a_server_that_hangs(toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path) -> None:
+    """Whoever allows little waits little, for regions too."""
+    with serving(toy_artifacts, tmp_path) as server, TritonPredictor(server.url, shared_memory=True) as predictor:
+        video, audio = clips(toy_pipeline.config, 1)
+        predictor.timeout = 0.5
+        names = {n: Path(f"/proc/{n}/comm").read_text().strip() for n in processes(server.shm_prefix)}
+        (process,) = [number for number, name in names.items() if name == "tritonserver"]
+        os.kill(process, signal.SIGSTOP)
+        try:
+            for _ in range(2):
+                start = time.monotonic()
+                with pytest.raises(UserError, match=r"did not answer within 0\.5 s"):
+                    predictor.predict(video, audio)
+                assert time.monotonic() - start < 4  # and not another 5 s
+        finally:
+            os.kill(process, signal.SIGCONT)
+        predictor.timeout = 60
+        expected, _ = toy_pipeline.predict(video, audio)
+        np.testing.assert_allclose(predictor.predict(video, audio)[0], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_an_answer_that_was_lost(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has a region, and the client does not know: it goes with the next."""
+    with triton.InferenceServerClient(server.url) as client:
+        memory = SharedMemory(client, 4096)
+        register = client.register_system_shared_memory
+
+        def lost(*arguments: Any, **options: Any) -> None:
+            register(*arguments, **options)
+            raise InferenceServerException("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "register_system_shared_memory", lost)
+            assert memory.take(8192, 60) is None
+        (left,) = known(server)
+        assert memory.take(8192, 60) is not None
+        assert left not in known(server)
+        memory.close()
+
+
 KILLED = """
 import os, signal, sys
 import numpy as np
+from mubic_deploy.triton import shared_memory
 from mubic_deploy.triton.client import TritonPredictor
+shared_memory.OWNER = sys.argv[2]
 predictor = TritonPredictor(sys.argv[1], shared_memory=True)
 c = predictor.config
 video = np.zeros((1, c.frames, c.height, c.width, 3), np.uint8)
@@ -221,13 +303,12 @@ sys.stdin.read()
 
 def test_a_client_that_was_killed(server: TritonServer) -> None:
     """The next one removes what it left, in the server too, and leaves what belongs to those that live."""
-    command = [sys.executable, "-c", KILLED, server.url]
+    command = [sys.executable, "-c", KILLED, server.url, shared_memory.OWNER]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    before = files()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"
-        (its_file,), (its_region,) = files() - before, known(server)
+        (its_file,), (its_region,) = files(), known(server)
         assert its_region.startswith(f"{its_file}_")
         with TritonPredictor(server.url):
             assert its_file in files()
@@ -237,6 +318,26 @@ def test_a_client_that_was_killed(server: TritonServer) -> None:
     with TritonPredictor(server.url):
         assert its_file not in files()
         assert its_region not in known(server)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_client_that_was_dropped(server: TritonServer) -> None:
+    """Without `close`, in a process that lives on: the next one sweeps up after it all the same."""
+    predictor = TritonPredictor(server.url, shared_memory=True)
+    predictor.predict(*clips(predictor.config, 1))
+    (its_region,) = known(server)
+    del predictor
+    gc.collect()
+    with TritonPredictor(server.url):
+        assert its_region not in known(server)
+
+
+def test_closing_twice_closes_no_file_of_others(server: TritonServer, tmp_path: Path) -> None:
+    with TritonPredictor(server.url, shared_memory=True) as predictor:
+        predictor.close()
+        handles = [os.open(tmp_path, os.O_RDONLY) for _ in range(32)]  # one has the number that is free now
+    for handle in handles:
+        os.close(handle)
 
 
 def test_a_sweep_leaves_a_region_that_is_being_made(predictor: TritonPredictor) -> None:
@@ -250,10 +351,22 @@ def test_a_sweep_leaves_a_region_that_is_being_made(predictor: TritonPredictor) 
         region.unlink()
 
 
+def test_a_sweep_leaves_what_it_cannot_remove(server: TritonServer) -> None:
+    """As another user's file; here a folder, since root may remove all files."""
+    alien = shared_memory.FOLDER / f"{shared_memory.OWNER}alien_1"
+    alien.mkdir()
+    try:
+        with TritonPredictor(server.url) as predictor:
+            assert predictor.transport == "shared memory"
+    finally:
+        alien.rmdir()
+    assert not known(server)
+
+
 def test_bytes_of_is_what_tensors_take(predictor: TritonPredictor) -> None:
     tensors = (*predictor.signature.inputs, *predictor.signature.outputs)
     for count in (1, 3):
-        region = Region(f"{OWNER}test{os.getpid()}_{count}", bytes_of(tensors, count))
+        region = Region(f"{shared_memory.OWNER}test_{count}", bytes_of(tensors, count))
         region.unlink()
         places = list(region.tensors(tensors, count).values())
         ends = [place.offset + place.array.nbytes for place in places]

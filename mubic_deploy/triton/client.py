@@ -179,7 +179,7 @@ class TritonPredictor:
         future: Future[Result] = Future()
         memory, region = self._memory, None
         if memory is not None:
-            region = memory.take(self._bytes(len(arrays["VIDEO"])))
+            region = memory.take(self._bytes(len(arrays["VIDEO"])), self.timeout)
         if memory is None or region is None:
             self._send(arrays, future)
         else:
@@ -209,11 +209,12 @@ class TritonPredictor:
                 saliency_and_steps = self._result(arrays, lambda name: places[name].array.copy())
                 memory.give(region)
                 future.set_result(saliency_and_steps)
-            elif "shared memory" in (error.message() or "").lower():  # the server was started again
-                memory.forget()
+            elif "shared memory" in (error.message() or "").lower():  # the server was started again, or has no room
+                memory.abandon(region)
+                memory.abandon_all()
                 try:
                     self._send(arrays, future)
-                except UserError as reason:
+                except Exception as reason:  # also gRPC's own, if this client was closed meanwhile
                     future.set_exception(reason)
             else:
                 (memory.abandon if error.status() in UNFINISHED else memory.give)(region)

@@ -108,9 +108,9 @@ class SharedMemory:
             self._owner.close()
             raise
 
-    def take(self, size: int) -> Region | None:
-        """A region of at least so many bytes, for one request. None where no more can be had: then the request has to
-        travel."""
+    def take(self, size: int, timeout: float) -> Region | None:
+        """A region of at least so many bytes, for one request. None where no more can be had, or the server does not
+        answer within so many seconds: then the request has to travel."""
         with self._lock:
             if self._closed:
                 return None
@@ -123,9 +123,10 @@ class SharedMemory:
             return fitting
         if outgrown is not None:
             self.abandon(outgrown)
-        self._unregister_abandoned()
+        timeout = min(timeout, _TIMEOUT)
         with contextlib.suppress(NotSharedError):
-            return self._register(size)
+            if self._unregister_abandoned(timeout):
+                return self._register(size, timeout)
         return None
 
     def give(self, region: Region) -> None:
@@ -139,20 +140,23 @@ class SharedMemory:
         with self._lock:
             self._abandoned.append(region.name)
 
-    def forget(self) -> None:
-        """The server knows no region any more: it was started again."""
+    def abandon_all(self) -> None:
+        """Those that no request uses. A server that was started again knows none of them, or only the newest."""
         with self._lock:
+            self._abandoned += [region.name for region in self._free]
             self._free.clear()
 
     def close(self) -> None:
         """Nothing of it stays in the server but what a request still uses, until a later client sweeps."""
         with self._lock:
-            self._abandoned += [region.name for region in self._free]
-            self._free, self._closed = [], True
+            if self._closed:
+                return
+            self._closed = True
+        self.abandon_all()
         self._unregister_abandoned()
         self._owner.close()
 
-    def _register(self, size: int) -> Region:
+    def _register(self, size: int, timeout: float = _TIMEOUT) -> Region:
         with self._lock:
             self._made += 1
             name = f"{self._owner.name}_{self._made}"
@@ -164,21 +168,24 @@ class SharedMemory:
         except OSError as error:
             raise NotSharedError(f"{FOLDER}: {error.strerror}") from None
         try:
-            self._client.register_system_shared_memory(name, f"/{name}", size, client_timeout=_TIMEOUT)
+            self._client.register_system_shared_memory(name, f"/{name}", size, client_timeout=timeout)
         except InferenceServerException as error:
+            if error.status() in UNFINISHED:  # it may have it all the same
+                self.abandon(region)
             raise NotSharedError(" ".join((error.message() or "").split())) from None
         finally:
             region.unlink()  # both have it by now, so nothing of it can stay behind
         return region
 
-    def _unregister_abandoned(self) -> None:
-        """Those that the server uses no more. Others it refuses, or will unregister later, by its version."""
+    def _unregister_abandoned(self, timeout: float = _TIMEOUT) -> bool:
+        """Those that the server uses no more. Others it refuses, or will unregister later, by its version. Whether it
+        answers."""
         with self._lock:
             names, self._abandoned = self._abandoned, []
         used = []
         while names:
             try:
-                self._unregister(names[-1])
+                self._unregister(names[-1], timeout)
             except InferenceServerException as error:
                 if error.status() in UNFINISHED:  # the server is gone, or hangs
                     break
@@ -186,9 +193,10 @@ class SharedMemory:
             names.pop()
         with self._lock:
             self._abandoned += names + used
+        return not names
 
-    def _unregister(self, name: str) -> None:
-        self._client.unregister_system_shared_memory(name, client_timeout=_TIMEOUT)
+    def _unregister(self, name: str, timeout: float = _TIMEOUT) -> None:
+        self._client.unregister_system_shared_memory(name, client_timeout=timeout)
 
     def _sweep(self) -> None:
         """What killed clients left: their files, and what the server keeps of them."""
@@ -199,23 +207,25 @@ class SharedMemory:
                         self._unregister(name)
         for path in FOLDER.glob(f"{OWNER}*"):
             if not _lives(path.name):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # of another user, or gone
+                    path.unlink()
 
 
 class _Owner:
-    """An empty file, by whose lock others see that this client lives, also from another container."""
+    """An empty file, by whose lock others see that this client lives, also from another container. Whoever drops its
+    client without `close` drops the lock too."""
 
     def __init__(self) -> None:
         number = uuid.uuid4().hex
         self.name = f"{OWNER}{number}"
         starting = FOLDER / f"{_NOT_YET}{number}"
-        self._handle = os.open(starting, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._file = os.fdopen(os.open(starting, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "rb")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         starting.rename(FOLDER / self.name)
 
     def close(self) -> None:
         (FOLDER / self.name).unlink(missing_ok=True)
-        os.close(self._handle)
+        self._file.close()
 
 
 def _lives(name: str) -> bool:
