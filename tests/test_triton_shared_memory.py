@@ -363,6 +363,24 @@ def test_a_sweep_leaves_what_it_cannot_remove(server: TritonServer) -> None:
     assert not known(server)
 
 
+def test_a_client_elsewhere_than_on_unix(server: TritonServer) -> None:
+    """It has no fcntl, and goes through gRPC."""
+    program = """
+import sys
+from pathlib import Path
+sys.modules["fcntl"] = None
+from mubic_deploy.triton import client, shared_memory
+shared_memory.FOLDER = Path("/nowhere")
+with client.TritonPredictor(sys.argv[1]) as predictor:
+    print(predictor.transport)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    said = subprocess.run(
+        [sys.executable, "-c", program, server.url], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert said.stdout == "gRPC\n"
+
+
 def test_bytes_of_is_what_tensors_take(predictor: TritonPredictor) -> None:
     tensors = (*predictor.signature.inputs, *predictor.signature.outputs)
     for count in (1, 3):

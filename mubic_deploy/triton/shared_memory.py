@@ -4,7 +4,6 @@ longer than a GPU computes it (docs/measured.md)."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import threading
@@ -18,6 +17,9 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from mubic_deploy.graphs import Tensor
+
+with contextlib.suppress(ImportError):  # Windows has none, and no FOLDER
+    import fcntl
 
 FOLDER = Path("/dev/shm")  # where shm_open has its files, the server's too
 OWNER = "mubic_client_"  # a client's own file, locked for as long as the client lives; its regions' names begin with it
