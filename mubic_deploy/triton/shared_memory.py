@@ -4,10 +4,10 @@ three times the CPU time, and that of several longer than a GPU computes them (d
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +19,9 @@ from tritonclient.utils import InferenceServerException
 
 from mubic_deploy.graphs import Tensor
 
+with contextlib.suppress(ImportError):  # Windows has none, and no FOLDER
+    import fcntl
+
 FOLDER = Path("/dev/shm")  # where shm_open has its files, the server's too
 OWNER = "mubic_client_"  # a client's own file, locked for as long as the client lives; its regions' names begin with it
 _NOT_YET = "mubic_starting_"  # the same before it is locked
@@ -27,6 +30,8 @@ _EXTENSION = "system_shared_memory"
 _OF_FREE = 4  # a region takes at most this part of what is free: the models' processes need room there too
 _ALIGNMENT = 64  # bytes
 _TIMEOUT = 5.0  # s, of what is asked besides clips
+_LINGER = 1.0  # s that `close` waits for a region: the server lets go of it a little after its answer
+_POLL = 0.01  # s
 # what it was asked may still be at work in the server
 UNFINISHED = {"StatusCode.CANCELLED", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.UNAVAILABLE"}
 
@@ -153,7 +158,9 @@ class SharedMemory:
                 return
             self._closed = True
         self.abandon_all()
-        self._unregister_abandoned()
+        end = time.monotonic() + _LINGER
+        while self._unregister_abandoned() and self._abandoned and time.monotonic() < end:
+            time.sleep(_POLL)
         self._owner.close()
 
     def _register(self, size: int, timeout: float = _TIMEOUT) -> Region:
