@@ -9,11 +9,12 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/mubic-deploy demo --out out
 
-# processes that test at once, each on a core of its own: with more threads than cores they wait for each other
+# processes that test at once, each on a core of its own: with more threads than cores they wait for each other; what was
+# compiled for two threads has two all the same, and a thread that waits sleeps, so that the other process has its core
 JOBS ?= 2
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .
