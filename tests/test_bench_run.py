@@ -40,6 +40,18 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CLIPS", 2)
     monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": ((256, 128, 64),)})
     monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(machine, "LIMIT_RULE", FAST)
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported once for all who ask for it."""
+    return sides.Context("demo", 1, tmp_path_factory.mktemp("sampler")).sampler
+
+
+@pytest.fixture
+def one_sampler(sampler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides.Context, "sampler", sampler)
 
 
 @pytest.fixture
@@ -259,6 +271,7 @@ def test_work_that_fails_says_why() -> None:
         child.run("command", "1", "predict", "no_film", "--maps", "maps.npz")
 
 
+@pytest.mark.usefixtures("one_sampler")
 def test_waterfall(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waterfall, "BARS", {k: v for k, v in waterfall.BARS.items() if "folded" not in k})
     measured = measure("waterfall", "demo", 1, quick=True)
@@ -312,6 +325,7 @@ def test_a_metric_that_is_nan_is_a_difference(context: sides.Context, monkeypatc
 
 
 @pytest.mark.parametrize("name", [name for name in sides.SIDES if name != "onnxruntime"])
+@pytest.mark.usefixtures("one_sampler")
 def test_all_sides_compute_the_same_maps(context: sides.Context, name: str) -> None:
     loaded, left_out = sides.load([name, "onnxruntime"], context)
     assert left_out == {}
