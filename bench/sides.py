@@ -117,7 +117,7 @@ def batches(context: Context, predictor: Predictor, batch: int) -> Side:
 def moved_bytes(signature: Signature, weights: int) -> float:
     """What must pass through memory for one clip: weights, inputs and outputs, once. weights: their bytes."""
     tensors = (*signature.inputs, *signature.outputs)
-    return float(weights + sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in tensors))
+    return float(weights + sum(t.nbytes for t in tensors))
 
 
 class Reencoding:

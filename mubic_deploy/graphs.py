@@ -5,6 +5,7 @@ Shapes leave out the batch axis, which is the first and the only dynamic one."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -40,6 +41,11 @@ class Tensor:
     name: str
     dtype: str  # NumPy's name, or BYTES
     shape: tuple[int, ...]  # without the batch axis
+
+    @property
+    def nbytes(self) -> int:
+        """Of one clip."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def check(self, array: ShapedT) -> ShapedT:
         """`array` if it is [B, *shape] of this dtype, else UserError."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import toy_graphs
 import tritonclient.grpc as triton
-from triton_serving import FREE_PORTS, SLOW, clips, good, send, send_right_and_wrong, serving
+from triton_serving import FREE_PORTS, SLOW, clips, good, send, send_right_and_wrong, serving, wait_until
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -250,12 +250,8 @@ def test_a_loop_that_refuses_merges_nothing(toy_artifacts: Artifacts, tmp_path: 
             for answer in [predictor.predict_async(video, audio, seed, 12) for seed in range(8)]:
                 answer.result()
         with triton.InferenceServerClient(server.url) as client:
-            for _ in range(100):  # the last are counted after their answers
-                (statistics,) = client.get_inference_statistics("ddim").model_stats
-                if statistics.inference_count == 8 * 1 + 8 * 3:
-                    break
-                time.sleep(0.05)
-    assert (statistics.inference_count, statistics.execution_count) == (8 * 1 + 8 * 3, 16)
+            wait_until(lambda: client.get_inference_statistics("ddim").model_stats[0].inference_count == 8 * 1 + 8 * 3)
+            assert client.get_inference_statistics("ddim").model_stats[0].execution_count == 16
 
 
 def test_predict_waits_as_long_as_it_is_told(run, server: TritonServer, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from triton_serving import FREE_PORTS, SLOW, clips, processes, serving
+from triton_serving import FREE_PORTS, SLOW, clips, processes, serving, wait_until
 from tritonclient.utils import InferenceServerException
 
 from mubic_deploy import graphs
@@ -73,13 +73,6 @@ def inference(server: TritonServer, model: str = graphs.ENSEMBLE) -> int:
     with triton.InferenceServerClient(server.url) as client:
         (statistics,) = client.get_inference_statistics(model).model_stats
     return statistics.inference_count
-
-
-def wait_until(condition: Any, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.fixture

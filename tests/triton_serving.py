@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,14 @@ def send_right_and_wrong(
                 answer.result()
         else:
             np.testing.assert_allclose(answer.result(), expected, rtol=0, atol=tolerance)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """AssertionError if it does not come true: Triton counts a request, and lets go of its memory, after its answer."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.05)
 
 
 def processes(word: str) -> list[int]:

@@ -164,7 +164,7 @@ class Memory:
     def place(self, tensor: Tensor) -> Any:
         """The device memory of a tensor, for the largest batch."""
         if tensor.name not in self._places:
-            count = self._max_batch * math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+            count = self._max_batch * tensor.nbytes
             self._places[tensor.name] = self._gpu.allocate(count)
         return self._places[tensor.name]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
@@ -236,7 +234,7 @@ def pool_bytes(plans: Plans, settings: GpuSettings) -> int:
     """Of the GPU's memory that a server should keep for what lies between the models: twice what all its loops hold
     with the largest batches, and POOL_BYTES at least."""
     tensors = [t for signature in plans.signatures.values() for t in signature.outputs]
-    clip = sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors)
+    clip = sum(t.nbytes for t in tensors)
     return max(POOL_BYTES, 2 * settings.loops * plans.max_batch * clip)
 
 

@@ -77,7 +77,7 @@ class Region:
 
 def bytes_of(tensors: Iterable[Tensor], clips: int) -> int:
     """What `Region.tensors` of these takes."""
-    return sum(_aligned(clips * int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize) for t in tensors)
+    return sum(_aligned(clips * tensor.nbytes) for tensor in tensors)
 
 
 def _aligned(size: int) -> int:
