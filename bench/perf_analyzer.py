@@ -6,7 +6,9 @@ The wheel's binary wants two libraries that it does not bring: CUDA's runtime, f
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import re
@@ -14,20 +16,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 from bench.serving import HTTP, SHM
 from mubic_deploy import graphs
+from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
+from mubic_deploy.triton.shared_memory import FOLDER
 
 WINDOWS = 3  # of requests, whose mean it reports
 _OUTPUT_BYTES = 1 << 20  # of shared memory for each output
 _STABLE = 10_000  # %: it reports after WINDOWS however much they differ; the spread is ours to judge
 _SECONDS = 900  # longest run
+_LINGER, _POLL = 5.0, 0.05  # s that regions may take to go, and between two tries
 _PERCENTILES = (50, 90, 95, 99)
 
 
@@ -96,8 +104,11 @@ def run(
 ) -> dict[str, float]:
     """Asks the ensemble over a protocol of `serving.PROTOCOLS`, with `concurrency` requests on the way, for WINDOWS
     windows of `requests` answers each. Returns clips_per_s, and latencies in seconds: median_s, p90_s, p95_s, p99_s.
-    UserError if it fails."""
-    with tempfile.TemporaryDirectory(dir=inputs.parent) as folder:
+    UserError if it fails. Over `serving.SHM` the server forgets the regions of all its clients."""
+    with (
+        tempfile.TemporaryDirectory(dir=inputs.parent) as folder,
+        _sharing(address) if protocol == SHM else contextlib.nullcontext(),
+    ):
         report = Path(folder) / "report.csv"
         command = [analyzer.path, "-m", graphs.ENSEMBLE, "-u", address, "--input-data", inputs]
         command += ["-i", "http" if protocol == HTTP else "grpc"]
@@ -130,6 +141,33 @@ def run(
             said = " ".join((done.stderr or done.stdout).split())
             raise UserError(f"perf_analyzer failed ({said[-300:]})")
         return read_report(report)
+
+
+@contextlib.contextmanager
+def _sharing(address: str) -> Iterator[None]:
+    """It names its regions and their files by the tensor alone, so this machine has room for one of it at a time; and
+    where it is refused to unregister what the server used last, it leaves that."""
+    folder = os.open(FOLDER, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+        with InferenceServerClient(address) as server:
+            end = time.monotonic() + _LINGER
+            while (left := _left(server)) and time.monotonic() < end:
+                for name in left:
+                    with contextlib.suppress(InferenceServerException):  # still in use
+                        server.unregister_system_shared_memory(name)
+                time.sleep(_POLL)
+    finally:
+        os.close(folder)
+
+
+def _left(server: InferenceServerClient) -> list[str]:
+    """Its regions: TENSOR_0_0 for what a clip brings, TENSOR for what it asks for."""
+    signature = graphs.pipeline(get_config("demo"))
+    names = "|".join(signature.input_names + signature.output_names)
+    known = server.get_system_shared_memory_status().regions
+    return [name for name in known if re.fullmatch(rf"({names})(_\d+_\d+)?", name)]
 
 
 def read_report(path: Path) -> dict[str, float]:
