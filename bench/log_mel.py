@@ -11,7 +11,7 @@ import torchaudio
 from bench.results import Row
 from bench.sides import onnx_graphs
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
-from mubic_deploy.engines import onnxruntime
+from mubic_deploy.engines import cpu
 from mubic_deploy.graphs import Signature, Tensor, audio
 from mubic_deploy.model.audio import LogMel
 
@@ -26,7 +26,7 @@ def rows(folder: Path) -> list[Row]:
     signature = Signature("log_mel", (audio(),), (Tensor("LOG_MEL", "float32", (SLICES, 96, 64)),))
     path = folder / "log_mel.onnx"
     onnx_graphs().trace(LogMel(), signature, path)
-    engine = onnxruntime.OnnxRuntimeEngine(path, signature)
+    engine = cpu.load_engine("onnxruntime", path, signature)
     found = []
     for name, sound in sounds().items():
         x = torch.tensor(sound[None], dtype=torch.float32)

@@ -25,7 +25,7 @@ from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
 from mubic_deploy.checkpoint import Source
 from mubic_deploy.config import OPTIMISATIONS
 from mubic_deploy.console import Progress
-from mubic_deploy.engines import eager, onnxruntime
+from mubic_deploy.engines import cpu, eager
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
 from mubic_deploy.graphs import FLOAT32, Signature, signatures
@@ -135,7 +135,7 @@ def _export_into(
         trace(exported.graph(name, fixed_steps), signature, path)
         manifest["graphs"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
 
-    candidate = {n: onnxruntime.OnnxRuntimeEngine(folder / f"{n}.onnx", s) for n, s in graphs.items()}
+    candidate = {n: cpu.load_engine("onnxruntime", folder / f"{n}.onnx", s) for n, s in graphs.items()}
 
     def checked(clips: int) -> None:
         progress("checking against eager PyTorch", len(graphs) + clips, total)

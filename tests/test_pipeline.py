@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,19 +148,66 @@ def test_eager_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 0), ("900000 100000", 0), ("", 0)],
+    [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 3), ("900000 100000", 3), ("", 3)],
 )
-def test_a_container_s_quota(monkeypatch: pytest.MonkeyPatch, tmp_path, text: str, found: int) -> None:
+def test_how_many_cores_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, found: int) -> None:
+    """Eight hardware threads of four cores, five of which this process may run on; and a container's quota."""
+    for number in range(8):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
     (tmp_path / "cpu.max").write_text(text + "\n")
     monkeypatch.setattr(cpu, "QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert cpu.quota() == found
+    monkeypatch.setattr(cpu, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 4, 5, 6})
+    assert cpu.cores() == found
 
 
-def test_a_quota_is_how_many_threads_a_graph_gets(demo_artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "quota", lambda: 1)
+def test_cores_without_a_topology(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cpu, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {2, 3, 5})
+    assert cpu.cores() == 3
+
+
+def test_a_graph_gets_a_thread_a_core(demo_artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "cores", lambda: 1)
     engine = cpu.load_engine("openvino", demo_artifacts.file("fusion"), demo_artifacts.signatures["fusion"])
     assert engine._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1  # type: ignore[attr-defined]
+
+
+ALONE = """
+import contextlib, json, os, sys, threading
+from pathlib import Path
+import numpy as np
+from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.engines import cpu
+artifacts = Artifacts.open(Path(sys.argv[1]))
+engine = cpu.load_engine(sys.argv[2], artifacts.file("fusion"), artifacts.signatures["fusion"], int(sys.argv[3]))
+feed = {t.name: np.zeros((1, *t.shape), t.dtype) for t in engine.signature.inputs}
+caller = threading.Thread(target=lambda: [engine(feed) for _ in range(100)])
+caller.start()
+found, most = set(), 0
+while caller.is_alive():
+    threads = os.listdir("/proc/self/task")
+    most = max(most, len(threads))
+    for thread in threads:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            found.add(tuple(sorted(os.sched_getaffinity(int(thread)))))
+print(json.dumps([most, sorted(found)]))
+"""
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("engine", cpu.ENGINES)
+def test_threads_may_run_on_every_core(toy_artifacts: Artifacts, engine: str, threads: int) -> None:
+    """Those of several processes would crowd on the first ones."""
+    command = [sys.executable, "-c", ALONE, str(toy_artifacts.path), engine, str(threads)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    most, found = json.loads(told.stdout)
+    assert most > threads
+    assert found == [sorted(os.sched_getaffinity(0))]
 
 
 def test_frames_are_put_where_the_engines_take_them_from() -> None:

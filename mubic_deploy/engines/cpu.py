@@ -14,18 +14,27 @@ from mubic_deploy.graphs import Signature
 
 ENGINES = ("openvino", "onnxruntime")  # the first is the default: it was the quicker one (docs/measured.md)
 
-
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU, or max, and of how many
+TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
-def quota() -> int:
-    """How many cores' worth of time this process may use, where its container has fewer than it may run on; else 0."""
+def cores() -> int:
+    """How many this process may run on, its hardware threads counted once, or as many as its container has time for:
+    the threads that a graph gets. Told to the engines, because ONNX Runtime pins those that it counts itself."""
+    found = len({_core(number) for number in os.sched_getaffinity(0)})
     try:
         used, period = map(int, QUOTA.read_text().split())
     except (OSError, ValueError):  # no control groups of version 2, or "max"
-        return 0
-    cores = math.ceil(used / period)
-    return cores if cores < len(os.sched_getaffinity(0)) else 0
+        return found
+    return min(found, math.ceil(used / period))
+
+
+def _core(number: int) -> str:
+    """The same for the hardware threads of one core."""
+    try:
+        return (TOPOLOGY / f"cpu{number}" / "topology" / "thread_siblings_list").read_text()
+    except OSError:  # not told in every virtual machine
+        return str(number)
 
 
 class HostEngine(Protocol):
@@ -37,8 +46,9 @@ class HostEngine(Protocol):
 
 
 def load_engine(engine: str, path: Path, signature: Signature, threads: int = 0) -> HostEngine:
-    """One of ENGINES over one ONNX file; threads 0: one a core. UserError for an unknown or a missing one."""
-    threads = threads or quota()  # or the threads of every core of the host would wait for each other
+    """One of ENGINES over one ONNX file; threads 0: one a core, as of `cores`. UserError for an unknown or a
+    missing one."""
+    threads = threads or cores()
     if engine == "openvino":
         from mubic_deploy.engines.openvino import OpenVinoEngine
 

@@ -29,9 +29,9 @@ OF_SHAPES = {
 
 
 class OnnxRuntimeEngine:
-    """A session over one ONNX file on the CPU. `threads` 0 means one a core."""
+    """A session over one ONNX file on the CPU."""
 
-    def __init__(self, path: Path, signature: Signature, threads: int = 0) -> None:
+    def __init__(self, path: Path, signature: Signature, threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,19 @@ def core() -> Any:
 
 
 class OpenVinoEngine:
-    """One ONNX file. `threads` 0 means one a core.
+    """One ONNX file.
 
     Compiled for a single clip, because kernels for fixed shapes are quicker; a batch goes through one clip after the
     other, which is as quick as a graph compiled for that batch and takes the memory of one clip (docs/measured.md)."""
 
-    def __init__(self, path: Path, signature: Signature, threads: int = 0) -> None:
+    def __init__(self, path: Path, signature: Signature, threads: int) -> None:
         self.signature = signature
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",  # or a CPU that has bfloat16 would compute in it
-            "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
+            "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,  # one clip at a time gets all threads
+            # or each process keeps its threads on the first cores, where those of the server's other models are too
+            "ENABLE_CPU_PINNING": False,
         }
         model = core().read_model(str(path))
         model.reshape({t.name: [1, *t.shape] for t in signature.inputs})
