@@ -35,7 +35,7 @@ WINDOWS = 3  # of requests, whose mean it reports
 _OUTPUT_BYTES = 1 << 20  # of shared memory for each output
 _STABLE = 10_000  # %: it reports after WINDOWS however much they differ; the spread is ours to judge
 _SECONDS = 900  # longest run
-_LINGER, _POLL = 5.0, 0.05  # s that regions may take to go, and between two tries
+_LINGER, _POLL = 5.0, 0.05  # s that regions, and answers about them, may take; and between two tries
 _PERCENTILES = (50, 90, 95, 99)
 
 
@@ -150,14 +150,16 @@ def _sharing(address: str) -> Iterator[None]:
     folder = os.open(FOLDER, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-        with InferenceServerClient(address) as server:
-            end = time.monotonic() + _LINGER
-            while (left := _left(server)) and time.monotonic() < end:
-                for name in left:
-                    with contextlib.suppress(InferenceServerException):  # still in use
-                        server.unregister_system_shared_memory(name)
-                time.sleep(_POLL)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(InferenceServerException), InferenceServerClient(address) as server:
+                end = time.monotonic() + _LINGER
+                while (left := _left(server)) and time.monotonic() < end:
+                    for name in left:
+                        with contextlib.suppress(InferenceServerException):  # still in use
+                            server.unregister_system_shared_memory(name, client_timeout=_LINGER)
+                    time.sleep(_POLL)
     finally:
         os.close(folder)
 
@@ -166,7 +168,7 @@ def _left(server: InferenceServerClient) -> list[str]:
     """Its regions: TENSOR_0_0 for what a clip brings, TENSOR for what it asks for."""
     signature = graphs.pipeline(get_config("demo"))
     names = "|".join(signature.input_names + signature.output_names)
-    known = server.get_system_shared_memory_status().regions
+    known = server.get_system_shared_memory_status(client_timeout=_LINGER).regions
     return [name for name in known if re.fullmatch(rf"({names})(_\d+_\d+)?", name)]
 
 

@@ -21,6 +21,7 @@ from bench.sides import Context, Say
 from mubic_deploy.arguments import MOST_PORT
 from mubic_deploy.config import CONFIGS
 from mubic_deploy.console import bar, say, warn
+from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser, suites: list[str]) -> None:
     parser.add_argument("suite", choices=[*suites, "all"], help="what to measure")
     parser.add_argument("--size", choices=list(CONFIGS), default="full", help="default full")
     parser.add_argument("--quick", action="store_true", help="a look: few calls, wide intervals")
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu.cores()
     parser.add_argument("--threads", type=int, default=cores, help=f"of every side (default: one a core, {cores})")
     where = f"default bench/results, or {LOOKS} with --quick, other --threads or --url"
     parser.add_argument("--out", type=Path, help=f"folder of the results ({where})")
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--url is for the suite server, and --http-url goes with it")
     for protocol, where in addresses.items():  # or it would be found out when the machine was measured
         client(where, protocol).close()
-    look = arguments.quick or addresses or arguments.threads != len(os.sched_getaffinity(0))
+    look = arguments.quick or addresses or arguments.threads != cpu.cores()
     out = arguments.out or (LOOKS if look else FOLDER)
     try:
         out.mkdir(parents=True, exist_ok=True)

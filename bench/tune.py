@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -225,7 +224,7 @@ def run(arguments: argparse.Namespace) -> int:
         artifacts = given or context.artifacts
         bench = Bench(artifacts, Path(folder), arguments.protocol, arguments.concurrency, seconds)
         settings = {name: getattr(arguments, name) for name in ("concurrency", "protocol", "target_ms", "quick")}
-        size, cores = artifacts.config.name, len(os.sched_getaffinity(0))
+        size, cores = artifacts.config.name, cpu.cores()
         if given:
             settings["artifacts"] = str(arguments.artifacts)
         found = Results("tune", {"size": size, "threads": cores, "seconds": seconds, **settings})
@@ -263,7 +262,7 @@ def tune(bench: Bench, target_s: float, quick: bool, found: Results, count: Coun
     installed = installed_engines(found.left_out)
     models = [*(name for name in bench.artifacts.signatures if name != SAMPLER), LOOP]
     default = Setting(installed[0])
-    space = Space(installed, models, len(os.sched_getaffinity(0)), bench.concurrency, target_s)
+    space = Space(installed, models, cpu.cores(), bench.concurrency, target_s)
     tried = 0
 
     def measure(setting: Setting) -> Rank | None:

@@ -77,8 +77,9 @@ def test_nothing_stays_in_the_server(toy_server: TritonServer, toy_pipeline, tmp
 def test_a_server_that_is_gone(toy_pipeline, tmp_path: Path) -> None:
     analyzer = perf_analyzer.find(tmp_path)
     inputs = perf_analyzer.write_inputs(tmp_path / "inputs.json", [random_clip(toy_pipeline.config, 0)], 2)
-    with pytest.raises(UserError, match="perf_analyzer failed"):
-        perf_analyzer.run(analyzer, "127.0.0.1:9", "grpc", 1, 10, inputs)
+    for protocol in ("grpc", "shm"):
+        with pytest.raises(UserError, match="perf_analyzer failed"):
+            perf_analyzer.run(analyzer, "127.0.0.1:9", protocol, 1, 10, inputs)
 
 
 def test_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from bench.run import limits, measure
 from bench.serving import PROTOCOLS, addresses, serving
 from bench.suites import SUITES, batch, engines, growth, parity, server, steps, waterfall
 from mubic_deploy.config import get_config
+from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import cost
 from mubic_deploy.parity import random_clip
@@ -428,6 +429,7 @@ def test_a_look_replaces_no_results(
     monkeypatch.setattr(run, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(run, "LOOKS", tmp_path / "looks")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(cpu, "cores", lambda: 2)
     monkeypatch.chdir(tmp_path)
     assert main(["run", "server", *arguments]) == 0
     assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*.json")] == [Path(folder) / "server_full.json"]

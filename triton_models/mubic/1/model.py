@@ -50,8 +50,7 @@ class TritonPythonModel(GraphModel):
 
     def initialize(self, args: dict[str, str]) -> None:
         settings = parameters.PackageSettings.from_strings(parameters.from_model_config(args["model_config"]))
-        if threads := settings.threads or cpu.quota():
-            torch.set_num_threads(threads)
+        torch.set_num_threads(settings.threads or cpu.cores())
         self.engine = Chain(settings)
         self.allocate = self.engine.pipeline.allocate
 
