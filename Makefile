@@ -20,6 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	for model in triton_models/*/1/model.py; do $(BIN)/mypy $$model || exit 1; done  # all have one name
 
 # renders scenes, trains the checkpoint that ships, packs it, evaluates it on scenes of another seed
 checkpoint: .venv/installed

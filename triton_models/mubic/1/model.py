@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils  # a module of the server
 
 from mubic_deploy import graphs
 from mubic_deploy.diffusion import check_seeds
-from mubic_deploy.engines import HostArrays, cpu
+from mubic_deploy.engines import Arrays, HostArrays, cpu
 from mubic_deploy.pipeline import Pipeline, StepsError, check_sound
 from mubic_deploy.triton import parameters
 from mubic_deploy.triton.graph_model import GraphModel
@@ -31,15 +31,17 @@ class Chain:
         arrays = {t.name: np.zeros((batch, *t.shape), t.dtype) for t in self.signature.inputs}
         return {**arrays, "STEPS": np.full((batch, 1), steps, np.int32)}
 
-    def __call__(self, arrays: HostArrays) -> HostArrays:
+    def __call__(self, inputs: Arrays) -> HostArrays:
         """On a GPU in parts of the sizes that have CUDA graphs: others would be captured while a client waits, and each
         keeps memory of its own."""
+        arrays = {name: np.asarray(array) for name, array in inputs.items()}
         results, first, clips = [], 0, len(arrays["VIDEO"])
         while first < clips:
             size = next((n for n in self.sizes if n <= clips - first), clips)
             part = {name: array[first : first + size] for name, array in arrays.items()}
             seed, steps = part["SEED"][:, 0], part["STEPS"][:, 0]
-            results.append(self.pipeline.predict(part["VIDEO"], part.get("AUDIO"), seed, steps))
+            sound = part.get("AUDIO", np.empty((size, 0), np.float32))  # visual_only hears nothing
+            results.append(self.pipeline.predict(part["VIDEO"], sound, seed, steps))
             first += size
         saliency, used = (np.concatenate(each) for each in zip(*results, strict=True))
         return {"SALIENCY": saliency, "STEPS_USED": used}
@@ -51,8 +53,8 @@ class TritonPythonModel(GraphModel):
     def initialize(self, args: dict[str, str]) -> None:
         settings = parameters.PackageSettings.from_strings(parameters.from_model_config(args["model_config"]))
         torch.set_num_threads(settings.threads or cpu.cores())
-        self.engine = Chain(settings)
-        self.allocate = self.engine.pipeline.allocate
+        self.engine = chain = Chain(settings)
+        self.pipeline, self.allocate = chain.pipeline, chain.pipeline.allocate
 
     def execute(self, requests: list[Any]) -> list[Any]:
         try:
@@ -69,6 +71,6 @@ class TritonPythonModel(GraphModel):
     def _check(self, request: Any, feed: HostArrays) -> None:
         check_seeds(feed["SEED"][:, 0])
         for n in feed["STEPS"][:, 0]:
-            self.engine.pipeline.config.check_steps(int(n))
+            self.pipeline.config.check_steps(int(n))
         if "AUDIO" in feed:
             check_sound(feed["AUDIO"])
