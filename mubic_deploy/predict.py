@@ -14,6 +14,7 @@ from typing import Protocol
 
 import av
 
+from mubic_deploy.beside import Behind, ahead
 from mubic_deploy.config import Config, check_fit
 from mubic_deploy.errors import UserError
 from mubic_deploy.media.clips import Clip, Clipper
@@ -27,6 +28,8 @@ from mubic_deploy.pipeline import Predictor, stacked
 
 Target = str | os.PathLike[str]
 Progress = Callable[[int, int | None], None]
+BESIDE = 16  # frames and clips that a thread reads ahead, or as many as a batch needs; as many wait to be written
+BESIDE_BYTES = 128 << 20  # of the former and of the latter at most
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "contact sheet": (".png",)}
 
 
@@ -78,11 +81,13 @@ def predict_film(
     seed           of the noise; the same for every clip, so that maps do not flicker
     fit            letterbox, stretch or crop (see `make_fit`), None for what the model was trained with
     batch          clips that are predicted at once: the same maps, sooner where a GPU has room for more than one; the
-                   frames since the first of them are held in memory
+                   frames since the first of them are held in memory, and up to BESIDE_BYTES before and after them
     progress       called with the frames done and, if the container says it, their number
 
-    The outputs appear together at the end; after any error or interrupt the targets are as they were. UserError for
-    a film, an output or a setting that cannot work, mostly before anything is predicted."""
+    While clips are predicted, one thread reads what comes next and another writes what was before; `predictor` and
+    `progress` are called in the caller's own. The outputs appear together at the end; after any error or interrupt the
+    targets are as they were. UserError for a film, an output or a setting that cannot work, mostly before anything is
+    predicted."""
     began = time.monotonic()
     targets = _targets(overlay, maps, contact_sheet)
     _check_settings(predictor.config, steps, seed, stride, fit, batch)
@@ -96,16 +101,22 @@ def predict_film(
                 with naming(kind, targets[kind]):
                     sinks[kind] = _sink(kind, path, film)
                 stack.callback(sinks[kind].close)
-            for item in _run(predictor, film, steps, seed, stride, fit, batch):
+
+            def write(item: Frame | FilmMap) -> None:
                 for kind, sink in sinks.items():
                     with naming(kind, targets[kind]):
                         sink.add_frame(item) if isinstance(item, Frame) else sink.add_map(item)
+
+            behind = stack.enter_context(Behind(_beside(film, stride, batch)))
+            for item in _run(predictor, film, steps, seed, stride, fit, batch):
+                behind(write, item)
                 if isinstance(item, FilmMap):
                     counts[item.steps_used] += 1
                     continue
                 frames += 1
                 if progress is not None:
                     progress(frames, film.expected)
+            behind.drain()
             for kind, sink in sinks.items():
                 with naming(kind, targets[kind]):
                     sink.finish()
@@ -152,6 +163,7 @@ def _run(
     """Every frame, and every map after the last frame of its clip. With a batch they come some frames late, in the same
     order."""
     clipper = Clipper(film, predictor.config, stride, fit)
+    items = ahead(_read(film, clipper), _beside(film, stride, batch))
     held: list[Frame | Clip] = []  # from the first clip that waits for its batch
 
     def predicted() -> Iterator[Frame | FilmMap]:
@@ -168,25 +180,40 @@ def _run(
 
     try:
         waiting = 0
-        for frame in film.frames():
+        for item in items:
+            waiting += isinstance(item, Clip)
             if waiting:
-                held.append(frame)
-            else:
-                yield frame
-            clip = clipper.push(frame)
-            if clip is not None:
-                held.append(clip)
-                waiting += 1
+                held.append(item)
+            elif isinstance(item, Frame):
+                yield item
             if waiting == batch:
                 yield from predicted()
                 waiting = 0
-        clip = clipper.finish()
-        if clip is not None:
-            held.append(clip)
         if held:
             yield from predicted()
     finally:
+        items.close()
         clipper.close()
+
+
+def _read(film: Film, clipper: Clipper) -> Iterator[Frame | Clip]:
+    """Every frame, and behind it the clip that it completes."""
+    for frame in film.frames():
+        clip = clipper.push(frame)  # first: a frame that was handed on is for others
+        yield frame
+        if clip is not None:
+            yield clip
+    clip = clipper.finish()
+    if clip is not None:
+        yield clip
+
+
+def _beside(film: Film, stride: int, batch: int) -> int:
+    """How many frames and clips may be read before they are wanted, and as many wait to be written: so many that
+    neither stops while a batch is predicted, if they are not too large."""
+    height, width = film.size
+    most = BESIDE_BYTES // (height * width * 3 // 2)  # 4:2:0, 8 bits
+    return max(4, min(most, max(BESIDE, batch * (stride + 1))))
 
 
 def _targets(overlay: Target | None, maps: Target | None, contact_sheet: Target | None) -> dict[str, Path]:

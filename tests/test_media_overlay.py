@@ -252,17 +252,16 @@ def test_frames_wait_only_for_the_next_map(tmp_path, monkeypatch):
 
 def test_frames_of_a_live_stream_do_not_wait_for_a_first_map(tmp_path):
     """A camera goes on while the server is away; a film waits for its own maps."""
-    shown = []
-    live = Matcher(lambda frame, saliency: shown.append((frame.index, saliency.max())), live=True)
-    film = Matcher(lambda frame, saliency: shown.append((frame.index, saliency.max())))
+    live, film, shown = Matcher(live=True), Matcher(), []
     for i in range(100):
         image = av.VideoFrame(16, 16, "yuv420p")
-        live.add_frame(Frame(i, i / 25, image))
-        film.add_frame(Frame(i, i / 25, image))
+        shown += [(frame.index, saliency.max()) for frame, saliency in live.add_frame(Frame(i, i / 25, image))]
+        assert not list(film.add_frame(Frame(i, i / 25, image)))
     assert (live.waiting, film.waiting) == (64, 100)
     assert shown == [(i, 0) for i in range(36)]
-    live.add_map(FilmMap(50, 2.0, np.ones((4, 4), np.float32), 4))
-    assert shown[36:] == [(i, 1) for i in range(36, 51)]
+    bright = FilmMap(50, 2.0, np.ones((4, 4), np.float32), 4)
+    found = [(frame.index, saliency.max()) for frame, saliency in live.add_map(bright)]
+    assert found == [(i, 1) for i in range(36, 51)]
 
 
 def test_a_large_stride_holds_the_map_and_then_moves_to_the_next(tmp_path, monkeypatch):

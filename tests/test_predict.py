@@ -6,7 +6,10 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,7 +17,9 @@ import pytest
 from films import Brightness, frame_times, quadrants, write_film
 
 from mubic_deploy.errors import UserError
-from mubic_deploy.predict import predict_clips, predict_film
+from mubic_deploy.media.film import Resizer
+from mubic_deploy.media.overlay import OverlayWriter
+from mubic_deploy.predict import _beside, predict_clips, predict_film
 
 BRIGHT_RIGHT = np.zeros((90, 160, 3), np.uint8)
 BRIGHT_RIGHT[:, 80:] = 200
@@ -237,7 +242,62 @@ def test_frames_are_let_go_without_the_garbage_collector(tmp_path):
         predict_film(Brightness(), path, overlay=tmp_path / "out.mp4", maps=tmp_path / "maps.npz")
         gc.collect()
         frames = [o for o in gc.garbage if isinstance(o, av.VideoFrame)]
+        coders = [o for o in gc.garbage if isinstance(o, av.CodecContext | av.container.Container)]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
     assert len(frames) <= 2
+    assert not coders  # x264 holds some 80 MB of a film of 720p
+
+
+def test_reading_and_writing_go_on_while_clips_are_predicted(film, out, monkeypatch):
+    """The third clip is not predicted before 30 frames were read and 10 written, of 24 and 0 that must have been."""
+    enough, counts, threads = threading.Event(), Counter(), {}
+    resize, add_frame = Resizer.__call__, OverlayWriter.add_frame
+
+    def counted(what):
+        counts[what] += 1
+        threads[what] = threading.current_thread()
+        if counts["read"] >= 30 and counts["written"] >= 10:
+            enough.set()
+
+    def read(self, image, size, pixels):
+        if pixels == "rgb24":
+            counted("read")
+        return resize(self, image, size, pixels)
+
+    def written(self, frame):
+        counted("written")
+        add_frame(self, frame)
+
+    class Waiting(Brightness):
+        def predict(self, *args, **kwargs):
+            threads["predicted"] = threading.current_thread()
+            assert len(self.calls) != 2 or enough.wait(20), counts
+            return super().predict(*args, **kwargs)
+
+    monkeypatch.setattr(Resizer, "__call__", read)
+    monkeypatch.setattr(OverlayWriter, "add_frame", written)
+    said = set()
+    predict_film(Waiting(), film, overlay=out / "o.mp4", progress=lambda *_: said.add(threading.current_thread()))
+    assert counts == {"read": 40, "written": 40}
+    assert said == {threads["predicted"]} == {threading.main_thread()}
+    assert len(set(threads.values())) == 3
+    assert not [t for t in threading.enumerate() if t.name.startswith("mubic-")]
+
+
+def test_clips_that_nobody_wants_any_more_leave_no_thread(film):
+    clips = predict_clips(Brightness(), film)
+    next(clips)
+    assert [t for t in threading.enumerate() if t.name.startswith("mubic-ahead")]
+    clips.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("mubic-ahead")]
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "batch", "count"),
+    [((720, 1280), 4, 1, 16), ((720, 1280), 4, 8, 40), ((720, 1280), 4, 64, 97), ((4320, 7680), 4, 1, 4)],
+)
+def test_what_waits_is_bounded(size, stride, batch, count):
+    """A batch's frames and clips, 128 MB of frames (720p in 4:2:0 has 1.38 MB each), or four of the largest."""
+    assert _beside(SimpleNamespace(size=size), stride, batch) == count

@@ -46,7 +46,7 @@ class Window:
         self._stop: Callable[[], None] = lambda: None
         self._name = ""
         self._size = LARGEST
-        self._matcher = Matcher(self._show, live=True)
+        self._matcher = Matcher(live=True)
         self._due: deque[tuple[Frame, np.ndarray]] = deque()
         self._shown_s, self._shown_at = 0.0, -np.inf  # a time stamp, and when it is due on the window's clock
         self._resize, self._convert, self._heat = Resizer(), Resizer(), HeatBlend("yuv420p")
@@ -83,11 +83,11 @@ class Window:
 
     def add_frame(self, frame: Frame) -> None:
         if self._root is not None:
-            self._matcher.add_frame(frame)
+            self._due.extend(self._matcher.add_frame(frame))
 
     def add_map(self, item: FilmMap) -> None:
         if self._root is not None:
-            self._matcher.add_map(item)
+            self._due.extend(self._matcher.add_map(item))
 
     def refresh(self) -> None:
         """Shows the frame that is due, if any, and hears keys."""
@@ -100,7 +100,7 @@ class Window:
 
     def finish(self) -> None:
         """Shows what is left, in its time."""
-        self._matcher.finish()
+        self._due.extend(self._matcher.finish())
         while self._root is not None and self._due:
             self.refresh()
             time.sleep(0.01)
@@ -116,9 +116,6 @@ class Window:
     def _closed(self) -> None:
         self.close()
         self._stop()
-
-    def _show(self, frame: Frame, saliency: np.ndarray) -> None:
-        self._due.append((frame, saliency))
 
     def _next(self, now_s: float) -> tuple[Frame, np.ndarray] | None:
         """The frame to be drawn now, if another one is due."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -80,6 +80,7 @@ class Film:
         self.close()
 
     def close(self) -> None:
+        self._decoded.close()  # it holds the film, which would wait with its decoder for the garbage collector
         self._container.close()
 
     @property
@@ -120,7 +121,7 @@ class Film:
         for image in self._decoded:
             yield self._upright(image)
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
+    def _decode(self) -> Generator[av.VideoFrame]:
         packets = demux(self._container, self._stream, self.source)
         while True:
             try:

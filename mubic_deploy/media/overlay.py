@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -36,18 +36,20 @@ class Shown(Protocol):
     has_sound: bool
 
 
+Matched = tuple[Frame, np.ndarray]
+
+
 class Matcher:
-    """Finds the map of every frame. Frames and maps go in as they come, in order; a frame waits until the next map is
-    there.
+    """Finds the map of every frame. Frames and maps go in as they come, in order, and frames with their maps, float32
+    [h, w] in [0, 1], come out in order; a frame waits until the next map is there.
 
     Between two predicted frames the maps are interpolated linearly in time; before the first and after the last they
     stand still. No more than MAX_WAITING frames wait: with a larger stride a map stands still first and then moves to
     the next one. Before the first map all wait, or in a live stream go without one."""
 
-    def __init__(self, show: Callable[[Frame, np.ndarray], None], live: bool = False) -> None:
-        """show: gets each frame in order, with its map, float32 [h, w] in [0, 1]; live: frames come whether there are
-        maps or not."""
-        self._show, self._live = show, live
+    def __init__(self, live: bool = False) -> None:
+        """live: frames come whether there are maps or not."""
+        self._live = live
         self._waiting: deque[Frame] = deque()
         self._before: FilmMap | None = None
 
@@ -56,32 +58,32 @@ class Matcher:
         """Frames that wait for a map."""
         return len(self._waiting)
 
-    def add_frame(self, frame: Frame) -> None:
+    def add_frame(self, frame: Frame) -> Iterator[Matched]:
         self._waiting.append(frame)
         if len(self._waiting) <= MAX_WAITING:
             return
         if self._before is not None:
             oldest = self._waiting.popleft()
-            self._show(oldest, self._before.saliency)
+            yield oldest, self._before.saliency
             self._before = replace(self._before, time_s=oldest.time_s)
         elif self._live:
-            self._show(self._waiting.popleft(), NOTHING)
+            yield self._waiting.popleft(), NOTHING
 
-    def add_map(self, item: FilmMap) -> None:
-        """Shows the frames up to this map's."""
+    def add_map(self, item: FilmMap) -> Iterator[Matched]:
+        """The frames up to this map's."""
         before = self._before or item
         span = item.time_s - before.time_s
         while self._waiting and self._waiting[0].index <= item.frame_index:
             frame = self._waiting.popleft()
             part = np.clip((frame.time_s - before.time_s) / span, 0, 1) if span > 0 else 1.0
-            self._show(frame, before.saliency + np.float32(part) * (item.saliency - before.saliency))
+            yield frame, before.saliency + np.float32(part) * (item.saliency - before.saliency)
         self._before = item
 
-    def finish(self) -> None:
-        """Shows what is left; there must have been a map."""
+    def finish(self) -> Iterator[Matched]:
+        """What is left; there must have been a map."""
         while self._waiting:
             assert self._before is not None, "a film has at least one map"
-            self._show(self._waiting.popleft(), self._before.saliency)
+            yield self._waiting.popleft(), self._before.saliency
 
     def clear(self) -> None:
         """Gives up the frames that wait."""
@@ -100,7 +102,7 @@ class OverlayWriter:
         # 4:2:0 has no odd sizes
         self._pixels = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
         self._film = film
-        self._matcher = Matcher(self._write, live)
+        self._matcher = Matcher(live)
         self._resize = Resizer()
         self._heat = HeatBlend(self._pixels)
         self._output = av.open(path, "w")
@@ -113,16 +115,16 @@ class OverlayWriter:
         self._sound = SoundTrack(film.source, self._output) if film.has_sound else None
 
     def add_frame(self, frame: Frame) -> None:
-        self._matcher.add_frame(frame)
+        self._write_all(self._matcher.add_frame(frame))
 
     def add_map(self, item: FilmMap) -> None:
         """Writes the frames up to this map's."""
-        self._matcher.add_map(item)
+        self._write_all(self._matcher.add_map(item))
 
     def finish(self, whole: bool = True) -> None:
         """Writes what is left and closes the file. whole: with the sound to the film's end, not only to the last
         frame's."""
-        self._matcher.finish()
+        self._write_all(self._matcher.finish())
         self._mux(self._stream.encode(None))
         if self._sound is not None:
             self._sound.mux_until(None if whole else self._last_s)
@@ -135,6 +137,10 @@ class OverlayWriter:
             self._sound.close()
         with suppress(av.FFmpegError, OSError):  # of a file that is thrown away
             self._output.close()
+
+    def _write_all(self, matched: Iterator[Matched]) -> None:
+        for frame, saliency in matched:
+            self._write(frame, saliency)
 
     def _write(self, frame: Frame, saliency: np.ndarray) -> None:
         if self._colours_known and not self._wanted():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import av
 import numpy as np
@@ -154,6 +154,7 @@ class Sound:
         self.finished = False
 
     def close(self) -> None:
+        self._frames.close()  # it holds this object, which would wait with its decoder for the garbage collector
         self._container.close()
 
     def excerpt(self, time_s: float) -> np.ndarray:
@@ -206,7 +207,7 @@ class Sound:
             found.append(f"the sound of {name} is damaged: silence is used where it cannot be decoded")
         return found
 
-    def _decode(self) -> Iterator[av.AudioFrame]:
+    def _decode(self) -> Generator[av.AudioFrame]:
         packets = demux(self._container, self._stream, self._source)
         while True:
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 
@@ -41,6 +41,7 @@ class SoundTrack:
         self._next: av.Packet | None = None
 
     def close(self) -> None:
+        self._packets.close()  # it holds this object, which would wait with its encoder for the garbage collector
         self._container.close()
 
     def mux_until(self, time_s: float | None) -> None:
@@ -59,12 +60,12 @@ class SoundTrack:
         except av.FFmpegError:  # the file is damaged from here on; the prediction warns of it
             return
 
-    def _copy(self) -> Iterator[av.Packet]:
+    def _copy(self) -> Generator[av.Packet]:
         for packet in self._growing(self._demux()):
             packet.stream = self._stream
             yield packet
 
-    def _growing(self, packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+    def _growing(self, packets: Iterable[av.Packet]) -> Generator[av.Packet]:
         """Containers refuse time stamps that do not grow, as damaged files have them, or joined ones."""
         last: int | None = None
         for packet in packets:
@@ -72,7 +73,7 @@ class SoundTrack:
                 last = packet.dts
                 yield packet
 
-    def _encode(self) -> Iterator[av.Packet]:
+    def _encode(self) -> Generator[av.Packet]:
         frames = itertools.chain(self._resampled(), [None])
         return self._growing(packet for frame in frames for packet in self._stream.encode(frame))
 

@@ -1,0 +1,127 @@
+"""Threads beside: what they do ahead, what behind, and what is left of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from mubic_deploy.beside import Behind, ahead
+
+
+class Counting:
+    """0, 1, 2 .. and how many were made; `failing` raises in its place."""
+
+    def __init__(self, end: int, failing: int | None = None) -> None:
+        self.made, self.thread = 0, None
+        self._end, self._failing = end, failing
+
+    def __iter__(self):
+        for i in range(self._end):
+            if i == self._failing:
+                raise KeyError(i)
+            self.made += 1
+            self.thread = threading.current_thread()
+            yield i
+
+
+def until(true) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def mubics() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("mubic-")]
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_the_same_items_in_order(count):
+    source = Counting(20)
+    assert list(ahead(source, count)) == list(range(20))
+    assert source.thread is not threading.current_thread()
+    assert not mubics()
+
+
+def test_as_many_ahead_as_asked_for_and_no_more():
+    source = Counting(20)
+    items = ahead(source, 3)
+    assert next(items) == 0
+    until(lambda: source.made == 4)  # one was taken, three wait
+    time.sleep(0.05)
+    assert source.made == 4
+    items.close()
+    assert source.made == 4
+    assert not mubics()
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_an_error_comes_in_its_place(count):
+    items = ahead(Counting(20, failing=5), count)
+    assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(KeyError, match="5"):
+        next(items)
+    assert not mubics()
+
+
+def test_calls_are_made_in_order_by_one_thread():
+    made = []
+    with Behind(4) as behind:
+        for i in range(50):
+            behind(lambda i: made.append((i, threading.current_thread().name)), i)
+        behind.drain()
+        assert made == [(i, "mubic-behind_0") for i in range(50)]
+    assert not mubics()
+
+
+def test_who_hands_over_too_many_waits():
+    go, handed = threading.Event(), []
+
+    def hand_over(behind):
+        for i in range(5):
+            behind(go.wait)
+            handed.append(i)
+
+    with Behind(3) as behind:
+        thread = threading.Thread(target=hand_over, args=(behind,))
+        thread.start()
+        until(lambda: len(handed) == 3)
+        time.sleep(0.05)
+        assert len(handed) == 3
+        go.set()
+        thread.join(10)
+        assert len(handed) == 5
+
+
+def test_the_first_error_is_raised_and_the_rest_is_left():
+    made = []
+
+    def call(i):
+        made.append(i)
+        if i in (2, 3):
+            raise KeyError(i)
+
+    with Behind(8) as behind:
+        behind(call, 2)
+        until(lambda: behind._waiting[0].done())
+        with pytest.raises(KeyError, match="2"):
+            behind(call, 3)
+        assert made == [2]
+    with Behind(8) as behind:
+        for i in range(5):
+            behind(call, i)
+        with pytest.raises(KeyError, match="2"):
+            behind.drain()
+
+
+def test_what_was_not_drained_is_left():
+    go, made = threading.Event(), []
+    with Behind(8) as behind:
+        behind(go.wait)
+        for i in range(5):
+            behind(made.append, i)
+        threading.Timer(0.05, go.set).start()
+    assert made == []
+    assert not mubics()
