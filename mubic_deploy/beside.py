@@ -1,5 +1,5 @@
-"""Work that goes on in a thread beside: reading ahead of whoever wants the items, and writing behind whoever has them.
-Decoders, encoders and engines let Python's other threads run while they work."""
+"""Work that goes on in threads beside: reading ahead of whoever wants the items, and writing behind whoever has them.
+Decoders, encoders, engines and NumPy let Python's other threads run while they work."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 P = ParamSpec("P")
 END: Any = object()
 
@@ -25,6 +26,22 @@ def ahead(items: Iterable[Item], count: int) -> Generator[Item]:
                 yield item
         finally:
             thread.shutdown(cancel_futures=True)
+
+
+def in_order(make: Callable[[Item], Made], items: Iterable[Item], count: int, threads: int) -> Generator[Made]:
+    """`make` of each item, in the items' order, by some threads. The items are asked for in the caller's own, while up
+    to `count` of those before are being made. What making one raises is raised in its place."""
+    with ThreadPoolExecutor(threads, "mubic-beside") as pool:
+        waiting: deque[Future[Made]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Behind:

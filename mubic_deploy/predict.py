@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +107,7 @@ def predict_film(
                     with naming(kind, targets[kind]):
                         sink.add_frame(item) if isinstance(item, Frame) else sink.add_map(item)
 
-            behind = stack.enter_context(Behind(_beside(film, stride, batch)))
+            behind = stack.enter_context(Behind(_beside(film.size, stride, batch)))
             for item in _run(predictor, film, steps, seed, stride, fit, batch):
                 behind(write, item)
                 if isinstance(item, FilmMap):
@@ -144,7 +144,7 @@ def predict_clips(
     fit: str | None = None,
     batch: int = 1,
     warnings: list[str] | None = None,
-) -> Iterator[FilmMap]:
+) -> Generator[FilmMap]:
     """The maps of a film as they are predicted, without writing anything. Settings as in `predict_film`.
 
     warnings: a list that is filled with what the film lacks."""
@@ -163,7 +163,7 @@ def _run(
     """Every frame, and every map after the last frame of its clip. With a batch they come some frames late, in the same
     order."""
     clipper = Clipper(film, predictor.config, stride, fit)
-    items = ahead(_read(film, clipper), _beside(film, stride, batch))
+    items = ahead(_read(film, clipper), _beside(film.size, stride, batch))
     held: list[Frame | Clip] = []  # from the first clip that waits for its batch
 
     def predicted() -> Iterator[Frame | FilmMap]:
@@ -208,10 +208,10 @@ def _read(film: Film, clipper: Clipper) -> Iterator[Frame | Clip]:
         yield clip
 
 
-def _beside(film: Film, stride: int, batch: int) -> int:
+def _beside(size: tuple[int, int], stride: int, batch: int) -> int:
     """How many frames and clips may be read before they are wanted, and as many wait to be written: so many that
-    neither stops while a batch is predicted, if they are not too large."""
-    height, width = film.size
+    neither stops while a batch is predicted, if they are not too large. size: the frames' (height, width)."""
+    height, width = size
     most = BESIDE_BYTES // (height * width * 3 // 2)  # 4:2:0, 8 bits
     return max(4, min(most, max(BESIDE, batch * (stride + 1))))
 

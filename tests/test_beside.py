@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mubic_deploy.beside import Behind, ahead
+from mubic_deploy.beside import Behind, ahead, in_order
 
 
 class Counting:
@@ -66,6 +66,48 @@ def test_an_error_comes_in_its_place(count):
     assert not mubics()
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_several_threads_make_keeps_its_order(threads):
+    def squared(i):
+        time.sleep(0.003 * (i % 3))
+        return i * i
+
+    assert list(in_order(squared, range(20), 5, threads)) == [i * i for i in range(20)]
+    assert not mubics()
+
+
+def test_items_are_asked_for_while_those_before_are_made():
+    source, go = Counting(20), threading.Event()
+    begun: list[int] = []
+    asked: list[int] = []
+
+    def slow(i):
+        begun.append(i)
+        assert go.wait(10)
+        return i
+
+    made = in_order(slow, source, 3, threads=2)
+
+    def let_go():
+        asked.append(source.made)
+        asked.append(len(begun))
+        go.set()
+
+    threading.Timer(0.1, let_go).start()
+    assert next(made) == 0
+    assert asked == [4, 2]  # the first must be made before the fifth is asked for
+    assert source.thread is threading.current_thread()
+    assert list(made) == list(range(1, 20))
+
+
+def test_an_error_of_one_item_comes_in_its_place():
+    made = in_order(lambda i: 6 // (3 - i), range(20), 4, threads=3)
+    assert [next(made) for _ in range(3)] == [2, 3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(made)
+    assert not mubics()
+
+
 def test_calls_are_made_in_order_by_one_thread():
     made = []
     with Behind(4) as behind:
@@ -117,7 +159,8 @@ def test_the_first_error_is_raised_and_the_rest_is_left():
 
 
 def test_what_was_not_drained_is_left():
-    go, made = threading.Event(), []
+    go = threading.Event()
+    made: list[int] = []
     with Behind(8) as behind:
         behind(go.wait)
         for i in range(5):

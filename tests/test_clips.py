@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from mubic_deploy.config import AUDIO_SAMPLES, DEMO, get_config
 from mubic_deploy.errors import UserError
-from mubic_deploy.media.fit import BAR, make_fit
+from mubic_deploy.media.fit import BAR, Fit, make_fit
+from mubic_deploy.training import clips as clips_module
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.layout import read_density, read_sound
 
@@ -46,6 +49,27 @@ def test_windows_and_labels(shared):
         assert clip[name].shape == shape
     with pytest.raises(IndexError):
         clips[7]
+
+
+def test_neighbours_read_a_frame_once(shared, monkeypatch):
+    read: list[Path] = []
+    read_small = clips_module._read_small
+
+    def counted(path: Path, fit: Fit) -> np.ndarray:
+        read.append(path)
+        return read_small(path, fit)
+
+    monkeypatch.setattr(clips_module, "_read_small", counted)
+    clips = Clips(shared, DEMO, stride=4)
+    order = [0, 1, 3, 4, 0]  # of the first video two, of the second two, one of the first
+    assert [str(clips.video(i)) for i in order] == [f"Scenes/{v}" for v in ("one", "one", "two", "two", "one")]
+    counts = []
+    for index in order:
+        read.clear()
+        item = clips[index]
+        counts.append(len(read))
+        assert item["VIDEO"].equal(Clips(shared, DEMO, stride=4)[index]["VIDEO"])
+    assert counts == [16, 4, 16, 4, 16]
 
 
 @pytest.mark.parametrize(("video", "stride", "index"), [(0, 4, 1), (0, 1, 4), (1, 4, 0), (2, 4, 0)])

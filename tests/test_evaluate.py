@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from scipy.io import savemat
 
 from mubic_deploy import metrics
 from mubic_deploy.config import DEMO, Config
+from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.training import curves, samples
 from mubic_deploy.training.clips import Clips
@@ -128,9 +130,44 @@ def test_any_batch_gives_the_same(clips, batch):
     result = evaluate(predictor, clips, batch=batch, progress=lambda *done: seen.append(done))
     sizes = [n for n, *_ in predictor.calls]
     assert max(sizes) == min(batch, 7)
-    assert seen == [(min((k + 1) * batch, 7), 7) for k in range(len(sizes))]
+    assert seen == [(done, 7) for done in range(1, 8)]
     assert result.values == evaluate(Known(clips, random_maps), clips).values
     assert sum(sizes) == 7
+
+
+def test_any_number_of_threads_gives_the_same_and_asks_the_predictor_in_the_callers_own(clips, monkeypatch):
+    class Own(Known):
+        def predict(self, *args, **kwargs):
+            assert threading.current_thread() is threading.main_thread()
+            return super().predict(*args, **kwargs)
+
+    results = []
+    for cores in (1, 5):
+        monkeypatch.setattr(cpu, "cores", lambda cores=cores: cores)
+        results.append(evaluate(Own(clips, random_maps), clips, batch=2).values)
+        results.append(evaluate_maps(lambda truth: random_maps(truth.frame, truth.density), clips).values)
+    assert results[:2] == results[2:]
+    assert not [t for t in threading.enumerate() if t.name.startswith("mubic-")]
+
+
+@pytest.mark.parametrize("where", ["predictor", "clip", "fixations"])
+def test_an_error_ends_it_and_leaves_no_thread(field, where):
+    class Failing(Known):
+        def predict(self, *args, **kwargs):
+            if where == "predictor" and len(self.calls) == 2:
+                raise UserError("the predictor is gone")
+            return super().predict(*args, **kwargs)
+
+    clips = Clips(field, DEMO)
+    predictor = Failing(clips)
+    if where == "clip":
+        field[0].frame(20).unlink()
+    if where == "fixations":
+        field[0].fixations(13).unlink()
+    text = {"predictor": "is gone", "clip": r"00020\.jpg", "fixations": r"fixMap_00013\.mat"}[where]
+    with pytest.raises(UserError, match=text):
+        evaluate(predictor, clips, batch=2)
+    assert not [t for t in threading.enumerate() if t.name.startswith("mubic-")]
 
 
 def test_seed_and_steps_are_handed_on(clips):
@@ -201,6 +238,7 @@ def test_negatives_are_of_other_videos_and_the_same_for_every_model(tmp_path, mo
         return 0.5
 
     monkeypatch.setattr(metrics, "auc_shuffled", spy)
+    monkeypatch.setattr(cpu, "cores", lambda: 1)  # for the order of the calls
     evaluate(Known(clips), clips)
     first = drawn.copy()
     assert len(first) == 23
@@ -241,6 +279,7 @@ def test_negatives_of_the_own_video_are_all_its_fixations_but_the_frames_own(tmp
         return 0.5
 
     monkeypatch.setattr(metrics, "auc_shuffled", spy)
+    monkeypatch.setattr(cpu, "cores", lambda: 1)  # for the order of the calls
     evaluate(Known(clips), clips, negatives="video")
     evaluate_maps(lambda truth: truth.density, clips, negatives="video")
     assert len(drawn) == 2 * len(clips) > 8

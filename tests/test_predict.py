@@ -9,7 +9,6 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -252,7 +251,8 @@ def test_frames_are_let_go_without_the_garbage_collector(tmp_path):
 
 def test_reading_and_writing_go_on_while_clips_are_predicted(film, out, monkeypatch):
     """The third clip is not predicted before 30 frames were read and 10 written, of 24 and 0 that must have been."""
-    enough, counts, threads = threading.Event(), Counter(), {}
+    enough, threads = threading.Event(), {}
+    counts: Counter[str] = Counter()
     resize, add_frame = Resizer.__call__, OverlayWriter.add_frame
 
     def counted(what):
@@ -300,4 +300,4 @@ def test_clips_that_nobody_wants_any_more_leave_no_thread(film):
 )
 def test_what_waits_is_bounded(size, stride, batch, count):
     """A batch's frames and clips, 128 MB of frames (720p in 4:2:0 has 1.38 MB each), or four of the largest."""
-    assert _beside(SimpleNamespace(size=size), stride, batch) == count
+    assert _beside(size, stride, batch) == count

@@ -94,6 +94,7 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
             starts = self._labelled_starts(number, stride)
             windows += [(number, start) for start in starts]
         self._windows = np.array(windows, np.int64).reshape(-1, 2)
+        self._last: tuple[int, dict[int, np.ndarray]] = 0, {}  # the clip before's video, and its frames by number
         self._late_s = SHIFT_S if sound == "shifted" else 0.0
         if sound == "muted":
             self._sounds = [np.zeros(0, np.int16)] * len(self._sounds)
@@ -110,7 +111,10 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         number, start, mirrored = self._drawn(index)
         video, fit = self.videos[number], self._fits[number]
         shown = [min(start + i, video.frames) for i in range(self.config.frames)]
-        small = {i: fit.place(_read_small(video.frame(i), fit)) for i in sorted(set(shown))}
+        last, known = self._last  # neighbours have most frames in common
+        small = {i: known[i] for i in shown if i in known} if last == number else {}
+        small |= {i: fit.place(_read_small(video.frame(i), fit)) for i in sorted(set(shown) - set(small))}
+        self._last = number, small
         clip = np.stack([small[i] for i in shown])
         label = self._label(number, start)
         target = place_density(self._density(number, label), fit, self.config)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mubic_deploy import metrics
+from mubic_deploy.beside import ahead, in_order
+from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Predictor, stacked
 from mubic_deploy.training.clips import Clips, GroundTruth
@@ -27,7 +32,7 @@ class Evaluation:
 
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     steps_used: list[int] = field(default_factory=list)
-    seconds: float = 0.0  # in the predictor
+    seconds: float = 0.0  # in the predictor, while other threads read clips and score maps
 
     @property
     def clips(self) -> int:
@@ -64,25 +69,36 @@ def evaluate(
 ) -> Evaluation:
     """Predicts the clips (all, or those of `indices`) and scores each map at its ground truth's own size. All clips
     start from the noise of `seed`, as the frames of a film do. shuffled: with the shuffled AUC, the slowest; negatives:
-    its own, see `make_negatives`."""
+    its own, see `make_negatives`.
+
+    While a batch is predicted, in the caller's thread, others read the next clips and score the maps before."""
     chosen = list(range(len(clips)) if indices is None else indices)
     result, of = Evaluation(), make_negatives(clips, negatives)
-    for first in range(0, len(chosen), batch):
-        part = chosen[first : first + batch]
-        items = [clips[i] for i in part]
-        video, audio = (stacked(predictor, [item[name].numpy() for item in items]) for name in ("VIDEO", "AUDIO"))
-        began = time.perf_counter()
-        maps, used = predictor.predict(video, audio, seed, steps)
-        result.seconds += time.perf_counter() - began
-        result.steps_used += [int(n) for n in used[:, 0]]
-        for index, saliency in zip(part, maps, strict=True):
-            truth = clips.ground_truth(index)
-            prediction = truth.fit.back(saliency, truth.density.shape)
-            scores = score(prediction, truth)
-            if shuffled:
-                scores["auc_shuffled"] = metrics.auc_shuffled(prediction, truth.fixations, of(index, truth))
-            result.add(str(truth.video), scores)
-        progress(min(first + batch, len(chosen)), len(chosen))
+
+    def predicted(items: Iterator[dict[str, torch.Tensor]]) -> Iterator[tuple[int, np.ndarray]]:
+        for first in range(0, len(chosen), batch):
+            part = chosen[first : first + batch]
+            clip = list(itertools.islice(items, len(part)))
+            video, audio = (stacked(predictor, [item[name].numpy() for item in clip]) for name in ("VIDEO", "AUDIO"))
+            began = time.perf_counter()
+            maps, used = predictor.predict(video, audio, seed, steps)
+            result.seconds += time.perf_counter() - began
+            result.steps_used += [int(n) for n in used[:, 0]]
+            yield from zip(part, maps, strict=True)
+
+    def scored(item: tuple[int, np.ndarray]) -> tuple[str, dict[str, float]]:
+        index, saliency = item
+        truth = clips.ground_truth(index)
+        prediction = truth.fit.back(saliency, truth.density.shape)
+        return str(truth.video), score(prediction, truth, of(index, truth) if shuffled else None)
+
+    with (
+        closing(ahead((clips[i] for i in chosen), batch)) as items,
+        closing(in_order(scored, predicted(items), batch, cpu.cores())) as scores,
+    ):
+        for done, (video, values) in enumerate(scores, 1):
+            result.add(video, values)
+            progress(done, len(chosen))
     return result
 
 
@@ -93,13 +109,18 @@ def evaluate_maps(
     *,
     negatives: str = OTHERS,
 ) -> Evaluation:
-    """Scores maps [H, W] that need no model: what any prediction must beat. negatives: see `make_negatives`."""
+    """Scores maps [H, W] that need no model: what any prediction must beat. Several threads ask `maps` for them.
+    negatives: see `make_negatives`."""
+    chosen = range(len(clips)) if indices is None else indices
     result, of = Evaluation(), make_negatives(clips, negatives)
-    for index in range(len(clips)) if indices is None else indices:
+
+    def scored(index: int) -> tuple[str, dict[str, float]]:
         truth = clips.ground_truth(index)
-        prediction = maps(truth)
-        shuffled = metrics.auc_shuffled(prediction, truth.fixations, of(index, truth))
-        result.add(str(truth.video), {**score(prediction, truth), "auc_shuffled": shuffled})
+        return str(truth.video), score(maps(truth), truth, of(index, truth))
+
+    with closing(in_order(scored, chosen, 2 * cpu.cores(), cpu.cores())) as scores:
+        for video, values in scores:
+            result.add(video, values)
     return result
 
 
@@ -137,14 +158,17 @@ def _scaled(saliency: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
-def score(prediction: np.ndarray, truth: GroundTruth) -> dict[str, float]:
-    """The metrics of one map [H, W] that need no other frame."""
-    return {
+def score(prediction: np.ndarray, truth: GroundTruth, others: np.ndarray | None = None) -> dict[str, float]:
+    """The metrics of one map [H, W]; those that need other frames' fixations, bool [H, W], where they are given."""
+    scores = {
         "cc": metrics.cc(prediction, truth.density),
         "nss": metrics.nss(prediction, truth.fixations),
         "sim": metrics.sim(prediction, truth.density),
         "auc_judd": metrics.auc_judd(prediction, truth.fixations),
     }
+    if others is not None:
+        scores["auc_shuffled"] = metrics.auc_shuffled(prediction, truth.fixations, others)
+    return scores
 
 
 Negatives = Callable[[int, GroundTruth], np.ndarray]
@@ -171,9 +195,10 @@ def _own_video() -> Negatives:
 
     def of(_: int, truth: GroundTruth) -> np.ndarray:
         nonlocal known
-        if known is None or known[0] != truth.video:
-            known = truth.video, _looked_at(truth.video, truth.fixations.shape)
-        return known[1] & ~truth.fixations
+        found = known  # threads that score clips of two videos each keep their own
+        if found is None or found[0] != truth.video:
+            found = known = truth.video, _looked_at(truth.video, truth.fixations.shape)
+        return found[1] & ~truth.fixations
 
     return of
 
