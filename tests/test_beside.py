@@ -14,7 +14,8 @@ class Counting:
     """0, 1, 2 .. and how many were made; `failing` raises in its place."""
 
     def __init__(self, end: int, failing: int | None = None) -> None:
-        self.made, self.thread = 0, None
+        self.made = 0
+        self.thread: threading.Thread | None = None
         self._end, self._failing = end, failing
 
     def __iter__(self):
