@@ -66,9 +66,11 @@ def test_neighbours_read_a_frame_once(shared, monkeypatch):
     counts = []
     for index in order:
         read.clear()
-        item = clips[index]
+        inputs = clips.inputs(index)
         counts.append(len(read))
-        assert item["VIDEO"].equal(Clips(shared, DEMO, stride=4)[index]["VIDEO"])
+        whole = Clips(shared, DEMO, stride=4)[index]
+        assert inputs.keys() == whole.keys() - {"TARGET"}
+        assert all(inputs[name].equal(whole[name]) for name in inputs)
     assert counts == [16, 4, 16, 4, 16]
 
 

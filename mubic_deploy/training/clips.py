@@ -108,7 +108,18 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         """VIDEO   uint8 [16, H, W, 3], RGB
         AUDIO   float32 [16608] in [-1, 1], 16 kHz, centred on the label frame; zero beyond the sound's ends
         TARGET  float32 [1, h, w] in [0, 1], peak 1, zero in the bars"""
-        number, start, mirrored = self._drawn(index)
+        number, start, mirrored = drawn = self._drawn(index)
+        inputs = self._inputs(*drawn)
+        target = place_density(self._density(number, self._label(number, start)), self._fits[number], self.config)
+        if mirrored:
+            target = np.flip(target, 1).copy()
+        return {**inputs, "TARGET": torch.from_numpy(target / target.max())[None]}
+
+    def inputs(self, index: int) -> dict[str, torch.Tensor]:
+        """VIDEO and AUDIO alone: the label is not read."""
+        return self._inputs(*self._drawn(index))
+
+    def _inputs(self, number: int, start: int, mirrored: bool) -> dict[str, torch.Tensor]:
         video, fit = self.videos[number], self._fits[number]
         shown = [min(start + i, video.frames) for i in range(self.config.frames)]
         last, known = self._last  # neighbours have most frames in common
@@ -116,15 +127,10 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         small |= {i: fit.place(_read_small(video.frame(i), fit)) for i in sorted(set(shown) - set(small))}
         self._last = number, small
         clip = np.stack([small[i] for i in shown])
-        label = self._label(number, start)
-        target = place_density(self._density(number, label), fit, self.config)
         if mirrored:
-            clip, target = np.flip(clip, 2).copy(), np.flip(target, 1).copy()
-        return {
-            "VIDEO": torch.from_numpy(clip),
-            "AUDIO": torch.from_numpy(excerpt(self._sounds[number], (label - 1) / video.fps - self._late_s)),
-            "TARGET": torch.from_numpy(target / target.max())[None],
-        }
+            clip = np.flip(clip, 2).copy()
+        time_s = (self._label(number, start) - 1) / video.fps - self._late_s
+        return {"VIDEO": torch.from_numpy(clip), "AUDIO": torch.from_numpy(excerpt(self._sounds[number], time_s))}
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses which clips are mirrored, and how much later each starts. Call it before the epoch's DataLoader

@@ -93,8 +93,8 @@ def evaluate(
         return str(truth.video), score(prediction, truth, of(index, truth) if shuffled else None)
 
     with (
-        closing(ahead((clips[i] for i in chosen), batch)) as items,
-        closing(in_order(scored, predicted(items), batch, cpu.cores())) as scores,
+        closing(ahead(map(clips.inputs, chosen), batch)) as items,
+        closing(in_order(scored, predicted(items), batch + cpu.cores(), cpu.cores())) as scores,
     ):
         for done, (video, values) in enumerate(scores, 1):
             result.add(video, values)
