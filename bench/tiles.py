@@ -366,14 +366,19 @@ def summary(results: Results) -> Table:
 
 
 def run(config: Config, batches: Sequence[int], minutes: float, out: Path, device: str = "cuda") -> Results:
-    """All of it on the device, each batch size for as long, once all is compiled. What there is is written also where
-    it ends before."""
+    """All of it on the device, each batch size for as long, once all is compiled. What there is is written after each
+    launch: a machine that is lent may be taken back at any time."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     path, console = out / f"tiles_{config.name}_{text.slug(name)}.json", Console(stderr=True)
     results = Results("tiles", {"size": config.name, "steps": DEFAULT_STEPS, "precision": FLOAT16, "quick": False})
 
     def say(what: str) -> None:
         console.print(what, markup=False, soft_wrap=True)
+
+    def done(what: str) -> None:
+        say(what)
+        results.finish()
+        results.write(path)
 
     with switches(REFERENCE):
         results.limits = machine.limits(device)
@@ -382,15 +387,12 @@ def run(config: Config, batches: Sequence[int], minutes: float, out: Path, devic
         for batch in batches:
             compile_all(model, batch)
         ends = time.monotonic() + 60 * minutes
-        try:
-            for left, batch in zip(range(len(batches), 0, -1), batches, strict=True):
-                until = time.monotonic() + (ends - time.monotonic()) / left
-                found = launches(model, batch, device)
-                say(f"batch {batch}: {len(found)} launches")
-                measure(found, batch, results, device, until, say)
-        finally:
-            results.finish()
-            results.write(path)
+        for left, batch in zip(range(len(batches), 0, -1), batches, strict=True):
+            until = time.monotonic() + (ends - time.monotonic()) / left
+            found = launches(model, batch, device)
+            say(f"batch {batch}: {len(found)} launches")
+            measure(found, batch, results, device, until, done)
+        done("done")  # with what there was no time for
     return results
 
 

@@ -6,8 +6,8 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +29,7 @@ from mubic_deploy.pipeline import Predictor, stacked
 Target = str | os.PathLike[str]
 Progress = Callable[[int, int | None], None]
 BESIDE = 16  # frames and clips that a thread reads ahead, or as many as a batch needs; as many wait to be written
-BESIDE_BYTES = 128 << 20  # of the former and of the latter at most
+BESIDE_BYTES = 128 << 20  # of the former and of the latter at most, unless four have more
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "contact sheet": (".png",)}
 
 
@@ -81,7 +81,7 @@ def predict_film(
     seed           of the noise; the same for every clip, so that maps do not flicker
     fit            letterbox, stretch or crop (see `make_fit`), None for what the model was trained with
     batch          clips that are predicted at once: the same maps, sooner where a GPU has room for more than one; the
-                   frames since the first of them are held in memory, and up to BESIDE_BYTES before and after them
+                   frames since the first of them are held in memory, and about BESIDE_BYTES before and after them
     progress       called with the frames done and, if the container says it, their number
 
     While clips are predicted, one thread reads what comes next and another writes what was before; `predictor` and
@@ -107,8 +107,11 @@ def predict_film(
                     with naming(kind, targets[kind]):
                         sink.add_frame(item) if isinstance(item, Frame) else sink.add_map(item)
 
-            behind = stack.enter_context(Behind(_beside(film.size, stride, batch)))
-            for item in _run(predictor, film, steps, seed, stride, fit, batch):
+            clipper = stack.enter_context(closing(Clipper(film, predictor.config, stride, fit)))
+            count = _beside(film.frame_bytes, predictor.config, stride, batch)
+            items = stack.enter_context(closing(ahead(_read(film, clipper), count)))
+            behind = stack.enter_context(Behind(count))
+            for item in _run(predictor, clipper, items, steps, seed, batch):
                 behind(write, item)
                 if isinstance(item, FilmMap):
                     counts[item.steps_used] += 1
@@ -152,18 +155,23 @@ def predict_clips(
     with Film(source) as film:
         if warnings is not None:
             film.warnings = warnings
-        for item in _run(predictor, film, steps, seed, stride, fit, batch):
-            if isinstance(item, FilmMap):
-                yield item
+        with closing(Clipper(film, predictor.config, stride, fit)) as clipper:
+            # no thread: a generator may be left at any time, anywhere
+            for item in _run(predictor, clipper, _read(film, clipper), steps, seed, batch):
+                if isinstance(item, FilmMap):
+                    yield item
 
 
 def _run(
-    predictor: Predictor, film: Film, steps: int | None, seed: int, stride: int, fit: str | None, batch: int
+    predictor: Predictor,
+    clipper: Clipper,
+    items: Iterable[Frame | Clip],
+    steps: int | None,
+    seed: int,
+    batch: int,
 ) -> Iterator[Frame | FilmMap]:
-    """Every frame, and every map after the last frame of its clip. With a batch they come some frames late, in the same
-    order."""
-    clipper = Clipper(film, predictor.config, stride, fit)
-    items = ahead(_read(film, clipper), _beside(film.size, stride, batch))
+    """Every frame of `items`, see `_read`, and every map after the last frame of its clip. With a batch they come some
+    frames late, in the same order."""
     held: list[Frame | Clip] = []  # from the first clip that waits for its batch
 
     def predicted() -> Iterator[Frame | FilmMap]:
@@ -178,28 +186,25 @@ def _run(
                 yield FilmMap(item.frame_index, item.time_s, clipper.fit.back(saliency), int(used))
         held.clear()
 
-    try:
-        waiting = 0
-        for item in items:
-            waiting += isinstance(item, Clip)
-            if waiting:
-                held.append(item)
-            elif isinstance(item, Frame):
-                yield item
-            if waiting == batch:
-                yield from predicted()
-                waiting = 0
-        if held:
+    waiting = 0
+    for item in items:
+        waiting += isinstance(item, Clip)
+        if waiting:
+            held.append(item)
+        elif isinstance(item, Frame):
+            yield item
+        if waiting == batch:
             yield from predicted()
-    finally:
-        items.close()
-        clipper.close()
+            waiting = 0
+    if held:
+        yield from predicted()
 
 
 def _read(film: Film, clipper: Clipper) -> Iterator[Frame | Clip]:
     """Every frame, and behind it the clip that it completes."""
     for frame in film.frames():
-        clip = clipper.push(frame)  # first: a frame that was handed on is for others
+        # before the frame is handed on to another thread: to resize one PyAV writes its colours for a moment
+        clip = clipper.push(frame)
         yield frame
         if clip is not None:
             yield clip
@@ -208,11 +213,11 @@ def _read(film: Film, clipper: Clipper) -> Iterator[Frame | Clip]:
         yield clip
 
 
-def _beside(size: tuple[int, int], stride: int, batch: int) -> int:
+def _beside(frame_bytes: int, config: Config, stride: int, batch: int) -> int:
     """How many frames and clips may be read before they are wanted, and as many wait to be written: so many that
-    neither stops while a batch is predicted, if they are not too large. size: the frames' (height, width)."""
-    height, width = size
-    most = BESIDE_BYTES // (height * width * 3 // 2)  # 4:2:0, 8 bits
+    neither stops while a batch is predicted, if they are not too large."""
+    clip_bytes = 3 * config.frames * config.height * config.width
+    most = (stride + 1) * BESIDE_BYTES // (stride * frame_bytes + clip_bytes)
     return max(4, min(most, max(BESIDE, batch * (stride + 1))))
 
 

@@ -90,15 +90,29 @@ def test_items_are_asked_for_while_those_before_are_made():
     made = in_order(slow, source, 3, threads=2)
 
     def let_go():
+        until(lambda: source.made == 4 and len(begun) == 2)
+        time.sleep(0.05)
         asked.append(source.made)
         asked.append(len(begun))
         go.set()
 
-    threading.Timer(0.1, let_go).start()
+    threading.Thread(target=let_go).start()
     assert next(made) == 0
     assert asked == [4, 2]  # the first must be made before the fifth is asked for
     assert source.thread is threading.current_thread()
     assert list(made) == list(range(1, 20))
+
+
+def test_an_error_of_asking_comes_behind_what_was_asked_for_before():
+    made = in_order(lambda i: 12 // (3 - i), Counting(20, failing=5), 8, threads=2)
+    assert [next(made) for _ in range(3)] == [4, 6, 12]
+    with pytest.raises(ZeroDivisionError):  # of 3, though 5 was asked for already
+        next(made)
+    made = in_order(lambda i: i, Counting(20, failing=5), 8, threads=2)
+    assert [next(made) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(KeyError, match="5"):
+        next(made)
+    assert not mubics()
 
 
 def test_an_error_of_one_item_comes_in_its_place():
@@ -157,6 +171,7 @@ def test_the_first_error_is_raised_and_the_rest_is_left():
             behind(call, i)
         with pytest.raises(KeyError, match="2"):
             behind.drain()
+    assert made == [2, 0, 1, 2]  # none after one that failed
 
 
 def test_what_was_not_drained_is_left():
@@ -166,6 +181,12 @@ def test_what_was_not_drained_is_left():
         behind(go.wait)
         for i in range(5):
             behind(made.append, i)
-        threading.Timer(0.05, go.set).start()
+        futures = list(behind._waiting)
+
+        def let_go():
+            until(lambda: all(future.cancelled() for future in futures[1:]))
+            go.set()
+
+        threading.Thread(target=let_go).start()
     assert made == []
     assert not mubics()

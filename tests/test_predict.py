@@ -9,14 +9,16 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from films import Brightness, frame_times, quadrants, write_film
 
+from mubic_deploy.config import DEMO, FULL
 from mubic_deploy.errors import UserError
-from mubic_deploy.media.film import Resizer
+from mubic_deploy.media.film import Film, Resizer
 from mubic_deploy.media.overlay import OverlayWriter
 from mubic_deploy.predict import _beside, predict_clips, predict_film
 
@@ -286,18 +288,71 @@ def test_reading_and_writing_go_on_while_clips_are_predicted(film, out, monkeypa
     assert not [t for t in threading.enumerate() if t.name.startswith("mubic-")]
 
 
-def test_clips_that_nobody_wants_any_more_leave_no_thread(film):
+def test_clips_have_no_thread(film):
+    """Their generator may be left anywhere; the garbage collector would then wait for the thread, in any other."""
     clips = predict_clips(Brightness(), film)
     next(clips)
-    assert [t for t in threading.enumerate() if t.name.startswith("mubic-ahead")]
-    clips.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("mubic-ahead")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("mubic-")]
+
+
+def test_interrupted_twice(film, out, tmp_path):
+    """The second Ctrl-C while the writer is being waited for: its file must not be closed under it."""
+    code = f"""
+import os, signal, sys, threading, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from films import Brightness
+from mubic_deploy.media.overlay import OverlayWriter
+from mubic_deploy.predict import predict_film
+write, close = OverlayWriter.add_frame, OverlayWriter.close
+def slow(self, frame):
+    writing.append(1)
+    time.sleep(0.5)
+    write(self, frame)
+    writing.pop()
+def closed(self):
+    print("closed under the writer" if writing else "closed at rest", flush=True)
+    close(self)
+writing = []
+OverlayWriter.add_frame, OverlayWriter.close = slow, closed
+def interrupt():
+    while not writing:
+        time.sleep(0.01)
+    for _ in range(3):
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    predict_film(Brightness(), {str(film)!r}, overlay={str(out / "o.mp4")!r})
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "closed at rest\ninterrupted\n", "")
+    assert names(out) == []
 
 
 @pytest.mark.parametrize(
-    ("size", "stride", "batch", "count"),
-    [((720, 1280), 4, 1, 16), ((720, 1280), 4, 8, 40), ((720, 1280), 4, 64, 97), ((4320, 7680), 4, 1, 4)],
+    ("size", "config", "stride", "batch", "count"),
+    [
+        ((720, 1280), DEMO, 4, 1, 16),
+        ((720, 1280), DEMO, 4, 8, 40),
+        ((720, 1280), DEMO, 4, 64, 102),  # of which 20 clips
+        ((360, 640), FULL, 1, 64, 59),  # every other a clip, 12 times as large as a frame
+        ((4320, 7680), DEMO, 4, 1, 4),
+    ],
 )
-def test_what_waits_is_bounded(size, stride, batch, count):
-    """A batch's frames and clips, 128 MB of frames (720p in 4:2:0 has 1.38 MB each), or four of the largest."""
-    assert _beside(size, stride, batch) == count
+def test_what_waits_is_bounded(size, config, stride, batch, count):
+    """A batch's frames and clips, 128 MB of them, or four of the largest."""
+    frame_bytes = size[0] * size[1] * 3 // 2  # 4:2:0
+    assert _beside(frame_bytes, config, stride, batch) == count
+    clip_bytes = 16 * config.height * config.width * 3
+    held = count / (stride + 1) * (stride * frame_bytes + clip_bytes)
+    assert held <= 128 << 20 or count == 4
+
+
+def test_the_bytes_of_a_frame(tmp_path):
+    options = {"codec_options": {"crf": "0"}}
+    with Film(write_film(tmp_path / "film.mp4", frame_times(25, 3), quadrants(48, 80), **options)) as film:
+        (first, *_) = film.frames()
+        assert film.frame_bytes == sum(plane.buffer_size for plane in first.image.planes) >= 48 * 80 * 3 // 2

@@ -67,6 +67,14 @@ def test_same_maps_as_in_process(predictor: TritonPredictor, toy_pipeline: Pipel
     assert saliency.std() > 0.01  # there is something to compare
 
 
+def test_the_toy_graphs_tell_clips_apart(toy_pipeline: Pipeline) -> None:
+    """Or a server that mixes clips up would pass the tests that compare maps to 1e-5."""
+    (video, other), audio = clips(toy_pipeline.config, 2)
+    first = toy_pipeline.predict(video[None], audio[:1], 1, 2)[0]
+    for inputs in ((other[None], audio[:1], 1), (video[None], audio[1:], 1), (video[None], audio[:1], 2)):
+        assert np.abs(toy_pipeline.predict(*inputs, 2)[0] - first).max() > 0.01
+
+
 def test_batch_of_different_steps_and_seeds(predictor: TritonPredictor, toy_pipeline: Pipeline) -> None:
     count = predictor.max_batch + 3  # more than the server takes at once
     video, audio = clips(toy_pipeline.config, count)

@@ -45,11 +45,12 @@ class Film:
 
     source: a path, or a URL that FFmpeg can read. UserError if there is nothing to predict in it.
 
-    size       (height, width) of its frames, upright
-    display    the same in square pixels
-    rate       average frames per second, for encoders; the time stamps are what counts
-    expected   number of frames the container promises, None if it does not say
-    warnings   one line each for what was found missing or damaged, complete when the frames were read"""
+    size         (height, width) of its frames, upright
+    display      the same in square pixels
+    frame_bytes  of one of them in memory
+    rate         average frames per second, for encoders; the time stamps are what counts
+    expected     number of frames the container promises, None if it does not say
+    warnings     one line each for what was found missing or damaged, complete when the frames were read"""
 
     def __init__(self, source: Source) -> None:
         self.source = plain_source(source)
@@ -71,6 +72,7 @@ class Film:
             raise UserError(f"{self.name}: no frame can be decoded: convert it to H.264 in MP4, or get it again")
         self._first = self._upright(first)
         self.size = self._first.height, self._first.width
+        self.frame_bytes = sum(plane.buffer_size for plane in self._first.planes)
         self.display = self._upright.display(self._first, self._stream.sample_aspect_ratio)
 
     def __enter__(self) -> Film:

@@ -218,7 +218,7 @@ def _looked_at(video: Video, shape: tuple[int, ...]) -> np.ndarray:
 
 class _Others:
     """Fixations of DRAWN frames of other videos, drawn by the clip's index alone, so the same for every model. Each
-    frame's are read once."""
+    frame's are kept when they were read."""
 
     def __init__(self, clips: Clips) -> None:
         self._clips = clips
