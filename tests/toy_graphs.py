@@ -47,7 +47,7 @@ class _Builder:
         flat = self.op("Reshape", tensor.name, self.constant(np.array([-1, size], np.int64)))
         flat = self.op("Cast", flat, to=TensorProto.FLOAT)
         # drawn: waves, as `pattern` makes them, would cancel out under weights that are one too
-        weights = np.random.default_rng(size).choice(np.float32([-1, 1]), (size, 1)) * np.float32(size**-0.5)
+        weights = np.random.default_rng(size).choice([-1, 1], (size, 1)).astype(np.float32) * np.float32(size**-0.5)
         if tensor.dtype == "uint8":
             weights /= 255
         return self.op("MatMul", flat, self.constant(weights))
