@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from films import Brightness, frame_times, quadrants, write_film
 
 from mubic_deploy.config import DEMO, FULL
 from mubic_deploy.errors import UserError
+from mubic_deploy.media.clips import Clip, Clipper
 from mubic_deploy.media.film import Film, Resizer
 from mubic_deploy.media.overlay import OverlayWriter
-from mubic_deploy.predict import _beside, predict_clips, predict_film
+from mubic_deploy.predict import _beside, _read, predict_clips, predict_film
 
 BRIGHT_RIGHT = np.zeros((90, 160, 3), np.uint8)
 BRIGHT_RIGHT[:, 80:] = 200
@@ -286,6 +288,21 @@ def test_reading_and_writing_go_on_while_clips_are_predicted(film, out, monkeypa
     assert said == {threads["predicted"]} == {threading.main_thread()}
     assert len(set(threads.values())) == 3
     assert not [t for t in threading.enumerate() if t.name.startswith("mubic-")]
+
+
+def test_a_frame_is_resized_before_it_is_handed_on(film):
+    """PyAV writes a frame's colours for a moment while it resizes, and another thread may read them."""
+    pushed = []
+
+    class Recording(Clipper):
+        def push(self, frame):
+            pushed.append(frame.index)
+            return super().push(frame)
+
+    with Film(film) as opened, closing(Recording(opened, DEMO)) as clipper:
+        for item in _read(opened, clipper):
+            assert isinstance(item, Clip) or pushed[-1] == item.index
+    assert pushed == list(range(40))
 
 
 def test_clips_have_no_thread(film):
