@@ -37,7 +37,8 @@ with outputs.replacing({"maps": path, "sheet": path.with_suffix(".png")}) as sta
     sys.stdin.read()
 """
 OCCUPIES = PROGRAM.format("occupied", "pass")
-FORKS = PROGRAM.format("occupied", "child = os.fork() or time.sleep(60); print(child)")
+RUNS = "r, w = os.pipe(); child = os.fork() or (os.write(w, b'.'), time.sleep(60)); os.read(r, 1); print(child)"
+FORKS = PROGRAM.format("occupied", RUNS)  # its child is at work, not only begun
 
 
 def write(out: Path, text: str) -> None:
