@@ -21,6 +21,7 @@ from mubic_deploy.config import DEMO, Config
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.training import curves, samples
+from mubic_deploy.training import evaluate as evaluation
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import DRAWN, Evaluation, centre_bias, evaluate, evaluate_maps, video_means
 from mubic_deploy.training.layout import Video, read_density
@@ -288,6 +289,23 @@ def test_negatives_of_the_own_video_are_all_its_fixations_but_the_frames_own(tmp
         number = videos.index(truth.video)
         frames = set(range(1, specs[number].frames + 1)) - {truth.frame} - ({3} if number == 0 else set())
         assert {tuple(place) for place in np.argwhere(others)} == {(10 + number, i) for i in frames}
+
+
+@pytest.mark.parametrize("cores", [1, 5])
+def test_the_fixations_of_the_own_video_are_read_once(field, monkeypatch, cores):
+    """However many threads score its clips."""
+    monkeypatch.setattr(cpu, "cores", lambda: cores)
+    read: list[Path] = []
+    read_fixations = evaluation.read_fixations
+
+    def counted(path: Path) -> np.ndarray:
+        read.append(path)
+        return read_fixations(path)
+
+    monkeypatch.setattr(evaluation, "read_fixations", counted)
+    clips = Clips(field, DEMO, stride=1)
+    evaluate(Known(clips), clips, negatives="video")
+    assert len(read) == len(set(read)) == sum(video.frames for video in field)
 
 
 def test_fixation_maps_of_different_sizes_in_one_video_and_unknown_negatives_are_refused(tmp_path):

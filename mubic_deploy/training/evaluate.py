@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -191,14 +193,13 @@ def make_negatives(clips: Clips, kind: str) -> Negatives:
 
 
 def _own_video() -> Negatives:
-    known: tuple[Video, np.ndarray] | None = None  # of the last video: its clips come one after the other
+    looked_at = functools.lru_cache(maxsize=8)(_looked_at)  # a video's clips come one after the other
+    alone = threading.Lock()  # or threads that come together read the same files
 
     def of(_: int, truth: GroundTruth) -> np.ndarray:
-        nonlocal known
-        found = known  # threads that score clips of two videos each keep their own
-        if found is None or found[0] != truth.video:
-            found = known = truth.video, _looked_at(truth.video, truth.fixations.shape)
-        return found[1] & ~truth.fixations
+        with alone:
+            places = looked_at(truth.video, truth.fixations.shape)
+        return places & ~truth.fixations
 
     return of
 
