@@ -204,12 +204,10 @@ def test_transport() -> None:
         medians[row.side, row.axes["batch"]] = row.timing.median
     assert medians.keys() == {(protocol, batch) for protocol in PROTOCOLS for batch in (1, 8)}
     assert medians["shm", 8] < min(medians["grpc", 8], medians["http", 8])
-    cpu_s = {}
     for protocol in PROTOCOLS:
         values = measured.row("server", "our clients", protocol=protocol, concurrency=4).values
-        cpu_s[protocol] = sum(values[f"cpu_s_{who}"] for who in ("bench", "tritonserver", "models"))
-        assert 0 < values["clips_per_s"] * cpu_s[protocol] < 2 * len(os.sched_getaffinity(0))
-    assert cpu_s["shm"] < min(cpu_s["grpc"], cpu_s["http"])
+        cpu_s = sum(values[f"cpu_s_{who}"] for who in ("bench", "tritonserver", "models"))
+        assert 0 < values["clips_per_s"] * cpu_s < 2 * len(os.sched_getaffinity(0))
 
 
 def test_a_server_that_runs_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
