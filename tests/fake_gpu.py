@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 HANDLE = 77  # of the stream
+CU_STREAM_NON_BLOCKING = 1  # in cuda.h
 
 
 class Driver(ModuleType):
@@ -69,8 +70,9 @@ class Driver(ModuleType):
         class Stream:
             handle = HANDLE
 
-            def __init__(self) -> None:
+            def __init__(self, flags: int = 0) -> None:
                 driver.require_active()
+                assert flags == CU_STREAM_NON_BLOCKING
 
             def synchronize(self) -> None:
                 assert driver.recording is None, "synchronising inside a capture is an error"

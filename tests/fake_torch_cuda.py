@@ -206,7 +206,7 @@ class Gpu:
         self.current = before
 
     @contextlib.contextmanager
-    def graph(self, graph: Graph, pool: object, stream: Stream) -> Iterator[None]:
+    def graph(self, graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         self.finish()
         self.pools.append(pool)
         # else the memory of what was captured there before could be given away

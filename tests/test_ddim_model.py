@@ -22,12 +22,20 @@ from mubic_deploy.sources import load_script, source_dir
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor], list[str]]]:
-    """Model, inputs and wanted outputs of each call. `denoiser` adds 1 to S_T; everything it gives is on the device."""
+    """Model, inputs and wanted outputs of each call. `denoiser` adds 1 to S_T; what it gives is on the device, unless
+    it is wanted on the host."""
     made: list[tuple[str, dict[str, Tensor], list[str]]] = []
 
     class InferenceRequest:
-        def __init__(self, model_name: str, requested_output_names: list[str], inputs: list[Tensor]) -> None:
+        def __init__(
+            self,
+            model_name: str,
+            requested_output_names: list[str],
+            inputs: list[Tensor],
+            preferred_memory: str | None = None,
+        ) -> None:
             self.call = (model_name, {t.name: t for t in inputs}, requested_output_names)
+            self.on_device = preferred_memory != "CPU 0"
 
         async def async_exec(self) -> Any:
             made.append(self.call)
@@ -35,11 +43,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Tensor],
             if model == "host":
                 result = Tensor(output, inputs["ADAPTIVE_STEPS"].values)
             else:
-                result = Tensor(output, inputs["S_T"].values + 1, on_device=True)
+                result = Tensor(output, inputs["S_T"].values + 1, self.on_device)
             return SimpleNamespace(has_error=lambda: False, tensors={output: result})
 
     logger = SimpleNamespace(log_error=lambda text: None)
-    double = backend_utils(InferenceRequest=InferenceRequest, Logger=logger)
+    double = backend_utils(
+        InferenceRequest=InferenceRequest,
+        Logger=logger,
+        PreferredMemory=lambda kind, number: f"{kind} {number}",
+        TRITONSERVER_MEMORY_CPU="CPU",
+    )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", double)
     return made
 
@@ -64,11 +77,11 @@ def request(steps: list[int], adaptive: list[int], **on_device: bool) -> Any:
     return SimpleNamespace(tensors=tensors)
 
 
-def test_fixed_steps_bring_nothing_to_the_host(calls) -> None:
+def test_fixed_steps_bring_nothing_but_the_map_to_the_host(calls) -> None:
     answer = run([2, 2], [5, 5])
     assert [(model, wanted) for model, _, wanted in calls] == [("denoiser", ["S_NEXT"]), ("denoiser", ["S_0"])]
     saliency, used = answer.out
-    assert (saliency.name, saliency.on_device) == ("SALIENCY", True)
+    assert (saliency.name, saliency.on_device) == ("SALIENCY", False)
     assert used.values.tolist() == [[2], [2]]
     for (_, inputs, _), step in zip(calls, schedule(np.array([2, 2])).step, strict=True):
         assert {t.name for t in graphs.conditioning(DEMO)} < set(inputs)
@@ -81,12 +94,12 @@ def test_a_call_that_fails_is_an_error_of_its_request_alone(calls, monkeypatch: 
     """The server may have no GPU memory for what a call gives; it says so by an exception."""
     model, call = loop(), {}
 
-    async def fails_once(name: str, inputs: list[Tensor], output: str) -> Any:
+    async def fails_once(name: str, inputs: list[Tensor], output: str, on_host: bool) -> Any:
         if "failed" not in call:
             call["failed"] = True
             raise RuntimeError("Failed to provide the GPU buffer")
         await asyncio.sleep(0.01)
-        return await type(model).call(model, name, inputs, output)
+        return await type(model).call(model, name, inputs, output, on_host)
 
     monkeypatch.setattr(model, "call", fails_once)
     broken, whole = asyncio.run(model.execute([request([2], [2]), request([2], [2])]))

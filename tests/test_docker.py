@@ -215,8 +215,10 @@ def test_server_is_found_and_watched_where_clients_look() -> None:
     ports = (HTTP_PORT, GRPC_PORT, METRICS_PORT)
     assert server["ports"] == [f"127.0.0.1:{port}:{port}" for port in ports]
     assert ("EXPOSE", " ".join(map(str, ports))) in stages()["serve"]
-    how, python, _, module, port = server["healthcheck"]["test"]
-    assert (how, python, module, port) == ("CMD", "python3", health.__name__, str(HTTP_PORT))
+    how, python, _, module, port, first = server["healthcheck"]["test"]
+    assert (how, python, module, port, first) == ("CMD", "python3", health.__name__, str(HTTP_PORT), "1")
+    assert "init" not in server  # which would be the first process instead
+    assert option("model-load-thread-count") == "1"
     assert not third_party(reached([module]))  # nor time to import it, each time
     assert int(server["healthcheck"]["timeout"].removesuffix("s")) > health.TIMEOUT
     assert (option("model-control-mode"), option("exit-on-error")) == ("none", "true")

@@ -56,6 +56,7 @@ def test_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("cause", [OF_TORCH, OF_CUDA, OF_A_PACKAGE], ids=["torch", "cuda", "package"])
 @pytest.mark.parametrize("when", ["loaded", "run"])
 def test_aotinductor(monkeypatch: pytest.MonkeyPatch, when: str, cause: RuntimeError) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (300_000_000, 80_000_000_000))
     monkeypatch.setattr(aotinductor, "to_torch", lambda array, device: torch.from_numpy(array))
 
@@ -84,6 +85,17 @@ def test_other_errors_of_a_package_are_not_about_memory(monkeypatch: pytest.Monk
         with pytest.raises(RuntimeError) as error:
             aotinductor.loaded(Path("fusion.pt2"), SIGNATURE, device)
         assert error.value is cause
+
+
+def test_a_gpu_that_is_lost_to_the_process_is_not_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", raising(lost))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", raising(lost))
+    monkeypatch.setattr(aotinductor, "AOTIModelPackageLoader", raising(OF_A_PACKAGE))
+    with pytest.raises(RuntimeError) as error:
+        aotinductor.loaded(Path("fusion.pt2"), SIGNATURE, GPU)
+    assert error.value is OF_A_PACKAGE
+    assert not aotinductor.computes()
 
 
 @pytest.mark.parametrize("cause", [OF_THE_ARENA, OF_THE_PROVIDER], ids=["arena", "provider"])

@@ -232,6 +232,24 @@ def test_batch_sizes_share_pinned_memory(gpu: Gpu) -> None:
     assert [len(x) for x in gpu.pinned] == [2, 4]
 
 
+def test_a_host_that_has_no_more_pinned_memory_is_only_slower(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "CUDA error: out of memory"
+
+    def none_left(x: Tensor) -> Tensor:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(replay, "pinned", none_left)
+    replayed, _ = counted(lambda x: (x + 1,), torch.device("cpu"))
+    given = [torch.randn(2, 5) for _ in range(3)]
+    with gpu.late(newest_first=True):
+        got = [kept(y) for x in given for y in replayed(host(x))]
+    for y, x in zip(got, given, strict=True):
+        torch.testing.assert_close(y, x + 1, rtol=0, atol=0)
+    said = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal"):
+        replayed(host(torch.randn(2, 5)), host(torch.randn(2, 5)))
+
+
 def test_pinned_memory_is_written_in_other_modes_too() -> None:
     replayed, x = Replayed(lambda x: (2 * x,), torch.device("cpu")), host(torch.randn(1, 5))
     for mode in (torch.inference_mode(), torch.no_grad()):

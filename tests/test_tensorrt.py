@@ -157,6 +157,26 @@ def test_a_plan_that_computes_something_else_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+def test_plans_that_are_right_for_one_clip_alone_are_not_kept(
+    trt: ModuleType, half_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with https://github.com/NVIDIA/TensorRT/issues/4853."""
+    original = tensorrt.TensorRTEngine.__call__
+
+    def first_alone(self, inputs):
+        outputs = {k: np.asarray(v) for k, v in original(self, inputs).items()}
+        return {k: v[:1].repeat(len(v), 0) if k == "CONTEXT2" else v for k, v in outputs.items()}
+
+    monkeypatch.setattr(tensorrt.TensorRTEngine, "__call__", first_alone)
+    says = (
+        "of 8 clips at once TensorRT's engines differ .*, of one they do not: CONTEXT2 of .*; build with --max-batch 1"
+    )
+    with pytest.raises(UserError, match=says):
+        tensorrt_engines.build(half_artifacts, tmp_path / "e")
+    assert not list(tmp_path.iterdir())
+    assert tensorrt_engines.build(half_artifacts, tmp_path / "e", tensorrt_engines.Options(max_batch=1)).max_batch == 1
+
+
 # ---- running
 
 

@@ -79,6 +79,18 @@ def test_a_gpu_that_refuses_to_capture_is_said(plans: Plans, driver: fake_gpu.Dr
         load_engines(plans)["audio_encoder"]({"AUDIO": random_clip(TINY, 0)["AUDIO"]})
 
 
+def test_an_engine_that_cannot_be_captured_is_said(
+    plans: Plans, trt: ModuleType, driver: fake_gpu.Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT itself refuses, not the driver, and it ran just before."""
+    ran = trt.IExecutionContext.execute_async_v3
+    monkeypatch.setattr(
+        trt.IExecutionContext, "execute_async_v3", lambda *given: driver.recording is None and ran(*given)
+    )
+    with pytest.raises(UserError, match=r"could not run audio_encoder at a batch of 1 .*: it runs without CUDA graphs"):
+        load_engines(plans)["audio_encoder"]({"AUDIO": random_clip(TINY, 0)["AUDIO"]})
+
+
 def test_batches_of_different_size_are_refused(plans: Plans) -> None:
     engine = load_engines(plans)["denoiser"]
     inputs = {t.name: np.zeros((2 if t.name == "STEP" else 1, *t.shape), t.dtype) for t in engine.signature.inputs}

@@ -183,17 +183,19 @@ def test_the_command_says_how_to_serve(
     shared, pool = "--backend-config=python,shm-default-byte-size=16777216", "--cuda-memory-pool-byte-size=0:2147483648"
     files = [(Path(__file__).parents[1] / name).read_text() for name in ("docs/deployment.md", "compose.yaml")]
     assert all(
-        shared in text and pool in text.replace("${MUBIC_POOL_BYTES:-2147483648}", "2147483648") for text in files
+        {shared, pool, "--model-load-thread-count=1"}
+        <= set(text.replace("${MUBIC_POOL_BYTES:-2147483648}", "2147483648").split())
+        for text in files
     )
     ran = run("repository", toy_artifacts.path, "--out", tmp_path / "a cpu")
-    assert (shared in ran.out, "pool" in ran.out) == (True, False)
+    assert (shared in ran.out, "pool" in ran.out, "load-thread" in ran.out) == (True, False, False)
     assert f"'--model-repository={tmp_path / 'a cpu'}'" in ran.out  # for a shell
     for compatible in (False, True):
         built = Plans(plans.path, plans.config, {**plans.manifest, "version_compatible": compatible})
         monkeypatch.setattr(Plans, "open", lambda _, built=built: built)
         ran = run("repository", "engines", "--engine", "tensorrt", "--out", tmp_path / "gpu")
         assert ran.code == 0
-        assert f"--model-repository={tmp_path / 'gpu'} {shared} {pool}" in ran.out
+        assert f"--model-repository={tmp_path / 'gpu'} {shared} {pool} --model-load-thread-count=1" in ran.out
         assert ("--backend-config=tensorrt,version-compatible=true" in ran.out) == compatible
     full = {"config": get_config("full").to_json(), "profile": {"max": 16}}
     large = Plans(plans.path, get_config("full"), {**plans.manifest, **full})

@@ -16,6 +16,7 @@ from triton_serving import FREE_PORTS, serving
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts
+from mubic_deploy.errors import UserError
 from mubic_deploy.triton import health
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
@@ -29,6 +30,13 @@ class TritonPythonModel(TritonPythonModel):
         answers = super().execute(requests)
         before, self.before = getattr(self, "before", answers), answers
         return before
+"""
+FIRST_ALONE = """
+class TritonPythonModel(TritonPythonModel):
+    def _run(self, feeds):
+        if len(feeds) == 1 and len(feeds[0]["A"]) == {batch}:
+            feeds = [{{name: array[:1].repeat({batch}, 0) for name, array in feeds[0].items()}}]
+        return super()._run(feeds)
 """
 NOT_FINITE = """
 class TritonPythonModel(TritonPythonModel):
@@ -67,8 +75,57 @@ def test_one_of_several_processes_is_gone(toy_artifacts: Artifacts, tmp_path: Pa
     with serving(toy_artifacts, tmp_path, instances={"ddim": 2}) as server:
         check(server)
         kill_one(server, "ddim")
-        with pytest.raises(ValueError, match="ddim has 1 of its 2 processes"):
+        with pytest.raises(health.GoneError, match="ddim has 1 of its 2 processes"):
             check(server)
+
+
+def test_a_server_with_a_model_that_is_gone_is_ended(
+    toy_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For whoever starts it again, as Docker does."""
+    with serving(toy_artifacts, tmp_path) as server:
+        all_models = health.model_processes
+        monkeypatch.setattr(health, "model_processes", lambda *_: all_models(server.shm_prefix))  # others run here
+        stub = next(iter(health.model_processes()))
+        number = Path(f"/proc/{stub}/stat").read_text().rpartition(")")[2].split()[1]  # its parent: proc(5)
+        command = str(server.http_port), number
+        assert health.main(*command) == 0
+        kill_one(server, "ddim")
+        assert health.main(command[0]) == 1
+        assert Path("/proc", number).exists()
+        assert health.main(*command) == 1
+        assert capsys.readouterr().out.splitlines() == [
+            *["GoneError: ddim has 0 of its 1 processes"] * 2,
+            f"ending the server, process {number}",
+        ]
+        end = time.monotonic() + 60
+        while Path("/proc", number).exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        with pytest.raises(UserError, match="the Triton server ended by itself"):
+            server.check()
+
+
+@pytest.mark.parametrize("then", [ConnectionRefusedError("it has ended"), ValueError("another one"), None])
+def test_a_server_that_ends_by_itself_is_left_alone(then: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its models' processes go first."""
+    found: list[Exception | None] = [health.GoneError("gone"), then]
+
+    def check(port: int, processes: Counter[str]) -> None:
+        if (error := found.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(health, "check", check)
+    monkeypatch.setattr(health, "AGAIN", 0.0)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("it was ended"))
+    assert health.main("8000", "1") == 1
+    assert found == []
+
+
+def test_a_process_that_triton_only_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no arguments."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"/opt/{health.STUB}\0")
+    assert health.model_of(1) == ""
 
 
 def test_a_model_that_does_not_answer(
@@ -100,6 +157,21 @@ def test_results_of_an_earlier_request(toy_artifacts: Artifacts, tmp_path: Path,
         check(server)
 
 
+@pytest.mark.parametrize("batch", [2, 8])
+def test_a_batch_of_which_only_the_first_is_right(toy_artifacts: Artifacts, tmp_path: Path, batch: int) -> None:
+    """As with https://github.com/NVIDIA/TensorRT/issues/4853."""
+    repository = tmp_path / "repository"
+    write_repository(toy_artifacts, repository)
+    with (repository / "fusion" / "1" / "model.py").open("a") as file:
+        file.write(FIRST_ALONE.format(batch=batch))
+    text = f"two maps of one clip of mubic, one in a batch of {batch} differ by .*--no-cuda-graphs"
+    with (
+        TritonServer(repository, log=tmp_path / "triton.log", **FREE_PORTS) as server,
+        pytest.raises(ValueError, match=text),
+    ):
+        check(server)
+
+
 def test_maps_that_are_not_finite(toy_artifacts: Artifacts, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     write_repository(toy_artifacts, repository)
@@ -114,20 +186,21 @@ def test_maps_that_are_not_finite(toy_artifacts: Artifacts, tmp_path: Path) -> N
 
 def test_a_busy_server_is_asked_once(toy_server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others wait while it computes."""
-    asked: list[tuple[str, int]] = []
+    asked: list[tuple[str, tuple[int, ...]]] = []
     infer = health.infer
 
-    def counted(port: int, config: dict[str, Any], turn: int) -> Any:
-        asked.append((config["name"], turn))
-        return infer(port, config, turn)
+    def counted(port: int, config: dict[str, Any], clips: tuple[int, ...]) -> Any:
+        asked.append((config["name"], clips))
+        return infer(port, config, clips)
 
     monkeypatch.setattr(health, "infer", counted)
     check(toy_server)
-    assert asked == [(name, turn) for name in ("mubic", "mubic_fixed") for turn in (0, 0, 1, 1, 0)]
+    clips = [(0,), (0,), (1,), (1,), (0,), (0, 1), (0, 1, 0, 1, 0, 1, 0, 1)]
+    assert asked == [(name, each) for name in ("mubic", "mubic_fixed") for each in clips]
     asked.clear()
     monkeypatch.setattr(health, "BUSY", 0.0)
     check(toy_server)
-    assert asked == [("mubic", 0)]
+    assert asked == [("mubic", (0,))]
 
 
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:

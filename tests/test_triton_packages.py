@@ -32,6 +32,21 @@ from mubic_deploy.triton.server import TritonServer
 
 pytest_plugins = ("half_fixtures",)
 TOLERANCE = 1e-5
+# at the end of the model's code:
+FAULT = """
+aotinductor.computes = lambda: {computes}
+
+
+class TritonPythonModel(TritonPythonModel):
+    def initialize(self, args):
+        super().initialize(args)
+        self.on_gpu = True
+
+    def _run(self, feeds):
+        if any(666 in feed["SEED"] for feed in feeds):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super()._run(feeds)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +108,27 @@ def test_requests_are_merged_and_only_the_wrong_ones_fail(server: TritonServer, 
         send_right_and_wrong(server.url, right, expected, 8, TOLERANCE)
         clips_more, runs_more = (b - a for a, b in zip(before, counts(), strict=True))
     assert runs_more < clips_more
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_gpu_that_is_lost_to_the_process_ends_it(packages: Packages, tmp_path: Path, lost: bool) -> None:
+    """After a fault CUDA refuses every call of a process; without one the next request is computed."""
+    write_package_repository(packages, tmp_path / "repository", threads=1)
+    with (tmp_path / "repository" / "mubic" / "1" / "model.py").open("a") as file:
+        file.write(FAULT.format(computes=not lost))
+    with TritonServer(tmp_path / "repository", log=tmp_path / "triton.log", **FREE_PORTS) as server:
+        send(server.url, good(TINY))
+        with pytest.raises(InferenceServerException, match=None if lost else "an illegal memory access"):
+            send(server.url, good(TINY) | {"SEED": np.array([[666]])})
+        log = (tmp_path / "triton.log").read_text()
+        assert ("the GPU is lost to this process, which ends" in log) == lost
+        if lost:
+            assert "an illegal memory access" in log
+            with pytest.raises(UserError, match="the process of the model mubic ended by itself"):
+                server.check()
+        else:
+            send(server.url, good(TINY))
+            server.check()
 
 
 def test_the_commands(run, server: TritonServer, packages: Packages, tmp_path: Path) -> None:

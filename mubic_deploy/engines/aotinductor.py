@@ -159,7 +159,8 @@ def loaded(path: Path, signature: Signature, device: torch.device, channels_last
 
 @contextlib.contextmanager
 def on_gpu(what: str, device: torch.device) -> Iterator[None]:
-    """A GPU that runs out of memory inside is a UserError. what: that needed it.
+    """A GPU that runs out of memory inside is a UserError. what: that needed it. One that is lost to this process
+    (`computes`) is not.
 
     A package writes the cause of a failure to the error stream and raises no more than that there was one."""
     try:
@@ -169,11 +170,23 @@ def on_gpu(what: str, device: torch.device) -> Iterator[None]:
             raise short_of_memory(what, error) from None
         if device.type != "cuda" or "API call failed" not in str(error):
             raise
+        if not computes():
+            raise
         free, total = (n / 1e9 for n in torch.cuda.mem_get_info())
         raise UserError(
             f"{what} failed on the GPU ({first_line(error)}), where {free:.1f} of {total:.1f} GB are free: if that is "
             f"little, {REMEDY}"
         ) from error
+
+
+def computes() -> bool:
+    """Whether the GPU takes calls of this process: after a fault, such as an illegal address, CUDA refuses all of
+    them until the process ends."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def load_engines(packages: Packages, cuda_graphs: bool = True) -> dict[str, AOTInductorEngine]:

@@ -23,6 +23,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Tensor
 
 CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: while it captures, other threads may go on with the default stream
 OLDEST_DRIVER = 12_000  # as cuDriverGetVersion counts: CUDA 12.0
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -63,7 +64,7 @@ class GPU:
             self.facts = Facts(device.name(), f"{major}.{minor}", version, device.total_memory())
             self._context = device.retain_primary_context()
             with self.active():
-                self.stream = driver.Stream()
+                self.stream = driver.Stream(NON_BLOCKING)
         except driver.MemoryError as error:
             raise short_of_memory("a context", error) from None
         except driver.Error as error:

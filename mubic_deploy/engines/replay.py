@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mubic_deploy.engines.memory import is_short
+
 Run = Callable[..., Sequence[Tensor]]
 WARM_UPS = 3  # before a capture: what is set up lazily must not be captured
 PART = 2**20  # elements of the host's that go up at once: while they do, the next are brought into pinned memory
@@ -47,20 +49,30 @@ class Uploads:
         there = is_pinned(x)
         if not there:
             done.synchronize()
-            if index not in self._pinned or len(self._pinned[index]) < len(x):
-                self._pinned[index] = pinned(x)
+        staged_in = None if there else self._place_on_host(index, x)
         with torch.cuda.stream(self._stream):
             free.wait()
-            if there:
+            if staged_in is None:
                 place.copy_(x, non_blocking=True)
             else:
-                whole = (x, self._pinned[index][: len(x)], place)
+                whole = (x, staged_in, place)
                 parts = zip(*map(split, whole), strict=True) if place.is_contiguous() else [whole]
                 for source, staged, part in parts:
                     np.copyto(staged.numpy(), source.numpy())
                     part.copy_(staged, non_blocking=True)
             done.record()
         return done
+
+    def _place_on_host(self, index: int, x: Tensor) -> Tensor | None:
+        """Pinned memory for x; None where a machine has no more of that, and the driver finds some of its own."""
+        if index not in self._pinned or len(self._pinned[index]) < len(x):
+            try:
+                self._pinned[index] = pinned(x)
+            except RuntimeError as error:
+                if not is_short(error):
+                    raise
+                return None
+        return self._pinned[index][: len(x)]
 
 
 class Places:
@@ -141,7 +153,8 @@ def captured(
                 run(*places)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        # what other threads do meanwhile, on streams of theirs, is not in the way
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = run(*places)
     return graph, outputs
 

@@ -19,6 +19,7 @@ from mubic_deploy.graphs import Signature
 MANIFEST = "engines.json"
 FORMAT = 2
 AGAIN = "build it here with mubic-deploy engines"
+WITHOUT = "it runs without CUDA graphs, use --no-cuda-graphs"
 NEEDS: Needs = {
     **SEED,
     ("profile", "max"): int,
@@ -142,7 +143,7 @@ class TensorRTEngine:
             else:
                 self._enqueue(batch)  # once outside of a graph: what TensorRT sets up at first must not be captured
                 self._gpu.stream.synchronize()
-                self._graphs[batch] = CapturedGraph(self._gpu, lambda: self._enqueue(batch))
+                self._graphs[batch] = CapturedGraph(self._gpu, lambda: self._enqueue(batch, WITHOUT))
         return {t.name: self._memory.array(t, batch) for t in self.signature.outputs}
 
     def _context(self, batch: int) -> Any:
@@ -165,11 +166,11 @@ class TensorRTEngine:
             self._contexts[batch] = context
         return self._contexts[batch]
 
-    def _enqueue(self, batch: int) -> None:
+    def _enqueue(self, batch: int, remedy: str = "see whether another process uses the GPU") -> None:
         context = self._context(batch)
         if not context.execute_async_v3(self._gpu.stream.handle):
             said = f"TensorRT could not run {self.signature.name} at a batch of {batch}"
-            raise self._failure(said, self.signature.name, "see whether another process uses the GPU")
+            raise self._failure(said, self.signature.name, remedy)
 
     def _failure(self, said: str, what: str, remedy: str) -> UserError:
         """`said`, with what TensorRT logged last, and the remedy; if that is about memory, what says so of `what`."""

@@ -150,7 +150,7 @@ def repository(arguments: Namespace) -> int:
         plans = Plans.open(arguments.artifacts)
         settings = GpuSettings(**given)
         write_gpu_repository(plans, arguments.out, settings)
-        served.append(f"--cuda-memory-pool-byte-size=0:{pool_bytes(plans, settings)}")
+        served += [f"--cuda-memory-pool-byte-size=0:{pool_bytes(plans, settings)}", "--model-load-thread-count=1"]
         if plans.manifest["version_compatible"]:
             served.append("--backend-config=tensorrt,version-compatible=true")
     elif given:

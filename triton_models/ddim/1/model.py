@@ -93,13 +93,15 @@ class TritonPythonModel:
         for left, arrays in zip(reversed(range(len(calls))), calls, strict=True):
             names = ("STEP", "ALPHA_NOW", "ALPHA_NEXT")
             step = [pb_utils.Tensor(name, array) for name, array in zip(names, arrays, strict=True)]
-            # only the tensor that is needed comes back: the next S_T, at last the map
-            result = await self.call("denoiser", [*cond, s_t, *step], "S_NEXT" if left else "S_0")
+            # only the tensor that is needed comes back: the next S_T, at last the map, which goes to the host
+            result = await self.call("denoiser", [*cond, s_t, *step], "S_NEXT" if left else "S_0", on_host=not left)
             s_t = pb_utils.Tensor.from_dlpack("S_T" if left else "SALIENCY", result)
         return [s_t, pb_utils.Tensor("STEPS_USED", steps)]
 
-    async def call(self, model: str, inputs: list[Any], output: str) -> Any:
-        request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[output], inputs=inputs)
+    async def call(self, model: str, inputs: list[Any], output: str, on_host: bool = False) -> Any:
+        """A tensor of a model's answer, where the model leaves it, or on the host."""
+        where = {"preferred_memory": pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)} if on_host else {}
+        request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[output], inputs=inputs, **where)
         response = await request.async_exec()
         if response.has_error():
             raise CallError(f"{model}: {response.error().message()}")

@@ -1,6 +1,9 @@
 """Triton's Python backend: the whole chain in one process, of AOTInductor's packages. Of other engines' graphs `mubic`
 is an ensemble, and has no code."""
 
+import os
+import sys
+import traceback
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ import triton_python_backend_utils as pb_utils  # a module of the server
 
 from mubic_deploy import graphs
 from mubic_deploy.diffusion import check_seeds
-from mubic_deploy.engines import Arrays, HostArrays, cpu
+from mubic_deploy.engines import Arrays, HostArrays, aotinductor, cpu
 from mubic_deploy.pipeline import Pipeline, StepsError, check_sound
 from mubic_deploy.triton import parameters
 from mubic_deploy.triton.graph_model import GraphModel
@@ -55,12 +58,20 @@ class TritonPythonModel(GraphModel):
         torch.set_num_threads(settings.threads or cpu.cores())
         self.engine = chain = Chain(settings)
         self.pipeline, self.allocate = chain.pipeline, chain.pipeline.allocate
+        self.on_gpu = bool(settings.sizes)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         try:
             return super().execute(requests)
         except StepsError:  # of one of them, which the others shall not suffer for
             return [self.alone(request) for request in requests]
+        except Exception:
+            if self.on_gpu and not aotinductor.computes():
+                # every request would fail from now on: whoever watches the server sees a process that has ended
+                traceback.print_exc()
+                print("the GPU is lost to this process, which ends", file=sys.stderr, flush=True)
+                os._exit(1)
+            raise
 
     def alone(self, request: Any) -> Any:
         try:
