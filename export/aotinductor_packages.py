@@ -40,9 +40,10 @@ from mubic_deploy.folders import replacing, require_replaceable
 from mubic_deploy.graphs import FLOAT16, FLOAT32, Signature, signatures
 from mubic_deploy.model.inductor import barriers
 from mubic_deploy.model.mubic import MUBiC, traced_with
-from mubic_deploy.model.precision import prepared
+from mubic_deploy.model.precision import prepared, recorded, require_small
 from mubic_deploy.model.tokens import INDUCTOR
-from mubic_deploy.parity import CLIPS, compare
+from mubic_deploy.parity import CLIPS, compare, random_clip
+from mubic_deploy.pipeline import Pipeline
 
 LEAST_CAPABILITY = 8.0  # of a GPU, for PyTorch's flash kernel
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
@@ -109,6 +110,7 @@ def build(
     """Packages of all graphs of `model` into `out`, which may hold earlier ones (they are replaced).
 
     UserError without the device or a C++ compiler, for one as of `require_shared_runtime`, for a GPU too old for FP16,
+    for activations too large for it,
     if `out` is something else or cannot be written, or if a package does not compute what eager PyTorch does."""
     device = torch.device(options.device)
     facts = aotinductor.facts(device)
@@ -138,6 +140,8 @@ def _build_into(
 ) -> None:
     device, steps = torch.device(options.device), options.fixed_steps
     model = copy.deepcopy(model).eval().to(device)
+    if options.chosen_precision != FLOAT32:  # else it would be said after minutes
+        require_small(activations_of(model))
     compiled = contiguous_convolutions(prepared(model, options.chosen_precision, options.rewrites))
     graphs = signatures(model.config, options.chosen_precision, sampler=steps is not None)
     total = len(graphs) + CLIPS
@@ -182,6 +186,14 @@ def _build_into(
     compare(model.config, reference, candidate, 1, batch=options.max_batch, **more).require(*said)
     manifest["parity"] = parity.to_json()
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def activations_of(model: MUBiC) -> dict[str, float]:
+    """What random clips make of `model`, see `recorded`."""
+    clips = random_clip(model.config, 0, CLIPS)
+    with recorded(model) as activations:
+        Pipeline(model.config, eager.load_engines(model)).predict(clips["VIDEO"], clips["AUDIO"], 0)
+    return activations
 
 
 def require_shared_runtime() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zipfile
 from pathlib import Path
@@ -93,6 +94,23 @@ def test_a_gpu_too_old_for_half_precision(monkeypatch: pytest.MonkeyPatch, tmp_p
             tiny_model, checkpoint.Source("test", 0), tmp_path / "out", packages_script.Options("cuda")
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_activations_too_large_for_half_precision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: MUBiC
+) -> None:
+    """Said before anything is compiled."""
+    monkeypatch.setattr(aotinductor, "facts", lambda _: {"name": "NVIDIA H100", "compute_capability": "9.0"})
+    monkeypatch.setattr(MUBiC, "to", lambda model, device: model)
+    monkeypatch.setattr(packages_script, "compile_part", lambda *_: pytest.fail("it is compiled"))
+    model = copy.deepcopy(tiny_model)
+    weight = model.get_parameter("fusion.contexts.3.weight")
+    weight.data.mul_(1e4 / float(weight.detach().abs().max()))
+    says = r"activations of fusion.* reach .*, too large for FP16: use --precision float32"
+    with pytest.raises(UserError, match=says):
+        packages_script.build(model, checkpoint.Source("test", 0), tmp_path / "out", packages_script.Options("cuda"))
+    assert list(tmp_path.iterdir()) == []
+    assert "fusion.contexts.3" in packages_script.activations_of(tiny_model)
 
 
 @pytest.mark.parametrize(

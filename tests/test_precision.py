@@ -191,7 +191,7 @@ def test_an_activation_that_is_too_large_is_named(tiny_model: MUBiC) -> None:
     clip = random_clip(TINY, 0)
     with recorded(large) as activations:
         Pipeline(TINY, eager.load_engines(large)).predict(clip["VIDEO"], clip["AUDIO"])
-    with pytest.raises(UserError, match=r"activations of fusion.*too large for FP16: export in FP32"):
+    with pytest.raises(UserError, match=r"activations of fusion.*too large for FP16: use --precision float32"):
         require_small(activations)
     with pytest.raises(UserError, match="activations of x reach nan"):
         require_small({"x": float("nan")})

@@ -57,7 +57,7 @@ def half(model: MUBiC) -> MUBiC:
             continue
         for key, value in module.named_parameters(recurse=False):
             if not value.abs().max() <= LARGEST:  # NaN too
-                raise UserError(f"{name}.{key} reaches {value.abs().max():.3g}, too large for FP16: export in FP32")
+                raise UserError(f"{name}.{key} reaches {value.abs().max():.3g}, too large for FP16: use --precision {FLOAT32}")
             value.data = value.data.half()
         if isinstance(module, PRODUCTS):
             module.register_forward_pre_hook(lambda _, args: tuple(x.half() for x in args))
@@ -69,7 +69,7 @@ def require_small(activations: Mapping[str, float]) -> None:
     """UserError that names the module with the largest activation if that is near what FP16 holds, or is NaN."""
     for name, value in activations.items():
         if not value <= LARGEST:
-            raise UserError(f"activations of {name} reach {value:.3g}, too large for FP16: export in FP32")
+            raise UserError(f"activations of {name} reach {value:.3g}, too large for FP16: use --precision {FLOAT32}")
 
 
 @contextmanager

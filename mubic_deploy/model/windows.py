@@ -92,6 +92,12 @@ def _beside(
 
 
 @triton.jit
+def _relu(x):
+    """NaN stays: where something is wrong, no map shall look right."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _finished(
     acc,
     bias,
@@ -109,13 +115,13 @@ def _finished(
     """What follows a product, written."""
     acc += bias
     if MODULATED > 0:
-        modulated = tl.maximum(acc * (1 + scale) + shift, 0.0)
+        modulated = _relu(acc * (1 + scale) + shift)
         acc = tl.where((columns < MODULATED)[None, :], modulated, acc)
     if RELU == 2:  # BEFORE
-        acc = tl.maximum(acc, 0.0)
+        acc = _relu(acc)
     acc += residual
     if RELU == 1:  # LAST
-        acc = tl.maximum(acc, 0.0)
+        acc = _relu(acc)
     at = (rows.to(tl.int64) * N)[:, None] + columns[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), (rows < M)[:, None] & (columns < N)[None, :])
 
