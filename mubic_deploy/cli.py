@@ -380,9 +380,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """What `work` returns, as an exit code; 2 and one line where it cannot be done, 130 where it was interrupted."""
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     for each, handler in before.items():
-        if handler != signal.SIG_IGN:  # as nohup has it
+        if each != signal.SIGINT and handler != signal.SIG_IGN:  # as nohup has it
             signal.signal(each, _terminate)
     try:
         code = work()
@@ -407,6 +407,7 @@ def guarded(work: Callable[[], int]) -> int:
         print(f"mubic-deploy: {package} is missing: {INSTALL.format(EXTRAS.get(package, 'torch'))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to interrupt
         print("mubic-deploy: interrupted", file=sys.stderr)
         return 130
     finally:

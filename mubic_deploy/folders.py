@@ -86,8 +86,20 @@ def _new_beside(out: Path) -> Iterator[tuple[Path, Path]]:
         try:
             yield fresh, old
         finally:
-            for folder in (fresh, old):
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove(fresh, old)
+
+
+def _remove(*folders: Path) -> None:
+    """Also where Ctrl-C comes a second time."""
+    interrupted = None
+    for folder in folders:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except KeyboardInterrupt as error:
+            interrupted = error
+            shutil.rmtree(folder, ignore_errors=True)
+    if interrupted is not None:
+        raise interrupted
 
 
 def _beside(out: Path, token: str) -> tuple[Path, Path]:

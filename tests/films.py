@@ -75,6 +75,7 @@ def write_film(
     hflip: bool = False,
     sar: Fraction | None = None,
     interleave: bool = True,
+    b_frames: int = 0,
 ) -> Path:
     """A film of `picture(i)`, uint8 RGB [h, w, 3], at `times` seconds, with `sound` float32 [channels, n].
 
@@ -86,7 +87,9 @@ def write_film(
     with av.open(path, "w", container_options={} if interleave else {"max_interleave_delta": "1"}) as output:
         span = float(times[-1] - times[0])
         fps = Fraction(round((len(times) - 1) / span)) if span else Fraction(25)
-        stream = output.add_stream("libx264", rate=fps, options={"qp": "10", "preset": "ultrafast"})
+        stream = output.add_stream(
+            "libx264", rate=fps, options={"qp": "10", "preset": "ultrafast", "bf": str(b_frames)}
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p" if odd else "yuv420p"
         stream.time_base = stream.codec_context.time_base = CLOCK
         if sar is not None:

@@ -360,6 +360,21 @@ sys.exit(main(sys.argv[1:]))
     assert np.load(tmp_path / "m.npz")["maps"].shape == (2, 216, 384)
 
 
+def test_a_second_interrupt_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first one is said."""
+
+    def work() -> int:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        assert guarded(work) == 130
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_file_that_may_not_be_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> int:
         raise PermissionError(13, "Permission denied", "/somebody/checkpoint")

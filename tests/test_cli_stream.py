@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from films import frame_times, write_film
+from films import frame_times, quadrants, write_film
 from triton_serving import processes, serving
 
 from mubic_deploy.artifacts import Artifacts
@@ -572,6 +574,36 @@ sys.exit(cli.main(["stream", "-", "--url", "127.0.0.1:9"]))
             assert running.wait(5) == code
         finally:
             running.kill()
+
+
+def test_a_standard_input_that_is_closed_is_said() -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m mubic_deploy.cli stream - --url 127.0.0.1:9 <&-"
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    said = "mubic-deploy: standard input cannot be opened (Bad file descriptor): check the address"
+    assert (ran.returncode, ran.stdout, ran.stderr[: len(said)]) == (2, "", said)
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("start", [0, 7, 36_000])
+def test_an_overlay_does_not_leap_with_the_clock_of_its_source(
+    run, toy_server: TritonServer, tmp_path: Path, start: int
+) -> None:
+    """Of an encoder that was restarted; an MP4 counts no more than some hours."""
+    parts = []
+    for first in (5, start):
+        times = [first + t for t in frame_times(25, 50)]
+        parts.append(write_film(tmp_path / f"{first}.ts", times, quadrants(48, 80)).read_bytes())
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(b"".join(parts)))
+    writer.start()
+    ran = run("stream", pipe, "--url", toy_server.url, "--on-lag", "queue", "-o", tmp_path / "o.mp4")
+    writer.join()
+    assert ran.code == 0
+    with av.open(tmp_path / "o.mp4") as overlay:
+        clock = [frame.time for frame in overlay.decode(video=0)]
+    assert len(clock) == 100
+    assert max(b - a for a, b in itertools.pairwise(clock)) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -293,21 +293,24 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
 FULL_S = Fraction(2**33, 90_000)  # what a transport stream's clock can count
 
 
+@pytest.mark.parametrize("b_frames", [0, 3])
 @pytest.mark.parametrize(
     ("starts", "seam"),
     [((1000, 5), (1006, 5)), ((5, 1000), (11, 1000)), ((FULL_S - 4,), (float(FULL_S), 0))],
     ids=["restarted", "ahead", "full"],
 )
 def test_a_transport_stream_whose_clock_jumps(
-    tmp_path: Path, starts: tuple[Fraction | int, ...], seam: tuple[float, float]
+    tmp_path: Path, starts: tuple[Fraction | int, ...], seam: tuple[float, float], b_frames: int
 ) -> None:
-    """An encoder that was restarted goes back to where its clock says; so does one whose clock of 33 bits is full."""
+    """An encoder that was restarted goes back to where its clock says; so does one whose clock of 33 bits is full, also
+    for frames that were sent before that and are shown after it."""
     parts = []
     for i, start in enumerate(starts):
         times = [start + t for t in frame_times(25, 25 * 6)]
         sound = np.zeros((2, 48_000 * 6), np.float32)
         path = tmp_path / f"{i}.ts"
-        write_film(path, times, DARK, sound=sound, sound_start=Fraction(start), codec="aac")
+        options = {"sound_start": Fraction(start), "codec": "aac", "b_frames": b_frames}
+        write_film(path, times, DARK, sound=sound, **options)
         parts.append(path.read_bytes())
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

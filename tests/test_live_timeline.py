@@ -285,6 +285,24 @@ def test_sound_whose_time_stands_still_is_bounded(count: int) -> None:
     assert len(timeline.sound(0)) <= 2 * 80
 
 
+@pytest.mark.parametrize(("apart_s", "whole"), [(2, True), (8, True), (20, True), (60, False)])
+def test_frames_that_are_far_apart_have_their_sound(apart_s: int, whole: bool) -> None:
+    """As slides with a talk: up to where it would take too much memory."""
+    timeline, heard, most = Timeline(DEMO, stride=4), [], 0
+    for i in range(40):
+        for _ in range(apart_s):  # the client sends it 10 s ahead of the frames
+            start = 10 * 16_000 if timeline.heard is None else timeline.heard
+            timeline.add_sound(start, np.zeros(16_000, np.float32))
+        timeline.add_frame(image(i), 10.0 + i * apart_s)
+        most = max(most, timeline.held[1])
+        for k in timeline.advance():
+            heard.append(timeline.cut(k).heard)
+        timeline.forget()
+    assert len(heard) == 7
+    assert (heard == [1.0] * 7) == whole
+    assert most <= 240 * 16_000
+
+
 def test_what_cannot_come_next() -> None:
     timeline = Timeline(DEMO, stride=1)
     feed(timeline, 3)

@@ -17,7 +17,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from films import COLOURS, bunny, corners, frame_times, quadrants, write_film
+from films import COLOURS, bunny, click, corners, frame_times, quadrants, write_film
 
 from mubic_deploy.config import DEMO, FULL
 from mubic_deploy.errors import UserError
@@ -275,6 +275,48 @@ def test_films_that_were_joined_byte_by_byte_are_refused(tmp_path, heard):
     if heard:
         with pytest.raises(UserError, match=said):
             Sound(str(path), "joined.ts").excerpt(10.0)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_joined_film_whose_clock_is_taken_for_a_full_one_is_refused(tmp_path, heard):
+    """The second part begins a minute and more before the first: FFmpeg adds the 26.5 hours of a transport stream's
+    clock. One recording whose clock was full goes on."""
+    full, sound = Fraction(2**33, 90_000), np.zeros((1, 48_000 * 2), np.float32) if heard else None
+    for start in (200, 30, full - 1):
+        times = [start + t for t in frame_times(25, 50)]
+        options = {"sound": sound, "sound_start": Fraction(start), "codec": "aac"}
+        write_film(tmp_path / f"{float(start):.0f}.ts", times, quadrants(48, 80), **options)
+    path = tmp_path / "joined.ts"
+    path.write_bytes((tmp_path / "200.ts").read_bytes() + (tmp_path / "30.ts").read_bytes())
+    said = r"joined\.ts: its time stamps leap from 20\d\.\d\d s to 9547\d\.\d\d s, .*ffmpeg -i \S*joined\.ts -c copy"
+    with pytest.raises(UserError, match=said), Film(path) as film:
+        list(film.frames())
+    if heard:
+        with pytest.raises(UserError, match=said):
+            Sound(str(path), "joined.ts").excerpt(1e5)
+    with Film(tmp_path / "95443.ts") as film:
+        assert len(list(read_clips(film, DEMO))) == 9
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_sound_that_is_longer_than_the_pictures(tmp_path, count):
+    """Of few pictures FFmpeg takes the length of all for theirs: a cover with music, slides with a talk."""
+    sound = np.zeros((1, 48_000 * 40), np.float32)
+    path = tmp_path / "film.mkv"
+    write_film(path, [i * Fraction(1) for i in range(count)], quadrants(48, 80), sound=sound, codec="aac")
+    with Film(path) as film:
+        assert len(list(film.frames())) == count
+    assert film.warnings == []
+
+
+def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    """As cameras name what they record."""
+    write_film(tmp_path / "2024-01-01T10:00:00.mkv", frame_times(25, 20), quadrants(48, 80), sound=click(0.1, 1))
+    monkeypatch.chdir(tmp_path)
+    for name in ("2024-01-01T10:00:00.mkv", "file:2024-01-01T10:00:00.mkv"):
+        with Film(name) as film:
+            assert len(list(read_clips(film, DEMO))) == 2
+            assert film.name == "2024-01-01T10:00:00.mkv"
 
 
 def test_memory_does_not_grow(tmp_path, monkeypatch):

@@ -47,6 +47,27 @@ def test_time_stamps_are_kept_exactly(tmp_path, when, suffix):
     assert len(times(path)) == 40
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_the_last_frame_is_held_as_long_as_in_the_film(tmp_path, suffix):
+    path = write_film(tmp_path / "film.mp4", frame_times(25, 20), quadrants(48, 80))
+    held = tmp_path / "held.mp4"
+    with av.open(path) as source, av.open(held, "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        packets = [p for p in source.demux(video=0) if p.dts is not None]
+        packets[-1].duration = round(5 / packets[-1].time_base)
+        for packet in packets:
+            packet.stream = stream
+            output.mux(packet)
+    lasts = []
+    predict_film(Brightness(), held, overlay=tmp_path / f"overlay{suffix}")
+    for film in (held, tmp_path / f"overlay{suffix}"):
+        with av.open(film) as container:
+            assert container.duration is not None
+            lasts.append(container.duration / av.time_base)
+    assert lasts[0] == pytest.approx(5.76, abs=0.01)
+    assert lasts[1] == pytest.approx(lasts[0], abs=0.01)
+
+
 def test_time_stamps_and_sound_of_the_real_clip(tmp_path):
     result = predict_film(Brightness(), bunny(), overlay=tmp_path / "out.mp4")
     assert (result.frames, result.maps, result.warnings) == (132, 30, [])

@@ -28,6 +28,7 @@ from mubic_deploy.predict import naming
 
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}
 STDOUT = Path("-")
+_LEAP_S = 600.0  # without a frame, and the overlay does not show the last one for so long
 _TICK_S = 0.02  # between two looks at whether a reader takes lines
 _PATIENCE_S = 10.0  # with a reader of lines that takes none, where nothing may wait for it
 _LAST_S = 1.0  # for the reader, when the stream was stopped
@@ -144,13 +145,15 @@ class Outputs:
                 time.sleep(_TICK_S)
 
     def _keep_growing(self, frame: Frame) -> None:
-        """An overlay's time stamps must grow, whatever the source's clock does."""
+        """An overlay's time stamps must grow, and not leap, whatever the source's clock does."""
         image = frame.image
         pts = (image.pts or 0) + self._shift
-        if self._last_pts is not None and pts <= self._last_pts:
+        last, leap = self._last_pts, _LEAP_S / self._source.time_base
+        leapt = last is not None and pts > last + leap and isinstance(self._source, LiveSource)  # a film has one clock
+        if last is not None and (pts <= last or leapt):
             step = max(1, round(1 / (self._source.rate * self._source.time_base)))
-            self._shift += self._last_pts + step - pts
-            pts = self._last_pts + step
+            self._shift += last + step - pts
+            pts = last + step
         image.pts = self._last_pts = pts
 
     def show_map(self, found: LiveMap) -> None:

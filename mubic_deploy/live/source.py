@@ -19,7 +19,7 @@ from mubic_deploy.live.seam import one_seam
 from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
-from mubic_deploy.media.source import STRAY_S, comes_once, is_file, mode_of, reason
+from mubic_deploy.media.source import STRAY_S, WRAP_S, comes_once, is_file, mode_of, reason
 
 STDIN = "-"
 _TICK_S = 0.1  # in which a signal is heard
@@ -195,6 +195,7 @@ class LiveSource:
         if self._deaf:
             yield SoundEnd()
         for decoded in self._decode():
+            self._on_its_own_clock(decoded)
             if isinstance(decoded, av.AudioFrame):
                 yield from (Heard(*piece) for piece in placer.push(decoded))
                 continue
@@ -210,6 +211,13 @@ class LiveSource:
             index += 1
         yield from (Heard(*piece) for piece in placer.flush())
         self._damaged += placer.damaged
+
+    def _on_its_own_clock(self, decoded: av.VideoFrame | av.AudioFrame) -> None:
+        """When a transport stream's clock is full, FFmpeg adds WRAP_S to the frames that were sent before that and are
+        shown after it: other frames between which they are shown have none."""
+        full = decoded.time is not None and decoded.time >= WRAP_S and self._container.format.name == "mpegts"
+        if full and decoded.pts is not None and decoded.time_base is not None:
+            decoded.pts -= round(WRAP_S / decoded.time_base)
 
     def _decode(self) -> Iterator[av.VideoFrame | av.AudioFrame]:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]
@@ -252,11 +260,11 @@ def open_live(source: str, name: str, timeout_s: float) -> av.container.InputCon
     if source.startswith(_RTSP):
         options["rtsp_transport"] = "tcp"
     place, kind = source, None
-    if source == STDIN:
-        place = f"pipe:{os.dup(0)}"
-    elif source.startswith("/dev/video"):
+    if source.startswith("/dev/video"):
         kind = "v4l2"
     try:
+        if source == STDIN:
+            place = f"pipe:{os.dup(0)}"
         return av.open(place, format=kind, options=options, timeout=timeout_s if "://" in source else None)
     except av.error.ProtocolNotFoundError as error:
         scheme = source.partition("://")[0]

@@ -19,6 +19,7 @@ from mubic_deploy.media.sound import JUMP_S, Blocks, excerpt_start
 SOUND_WAIT_S = 2.0  # sound that is later than this is missing: its window goes without
 FRAMES_WAIT = 256  # frames of one window's wait for sound, whatever the frame rate
 SOUND_KEPT_S = 60.0  # of sound without frames
+BEHIND_S = 180.0  # of sound that is older than the newest frame, as it is wanted where frames are far apart
 MAX_TIME_S = 2.0**33  # two and a half centuries
 
 
@@ -65,10 +66,11 @@ class Timeline:
     zero. All times are seconds of one clock, the stream's."""
 
     def __init__(self, config: Config, stride: int = 4, kept_s: float = SOUND_KEPT_S) -> None:
-        """kept_s: sound of this length at most is held. UserError for a stride below 1."""
+        """kept_s: sound of this length at most is held, and as much of BEHIND_S as the next window needs. UserError
+        for a stride below 1."""
         self.stride = check_stride(stride)
         self._config = config
-        self._kept = round(kept_s * SAMPLE_RATE)
+        self._kept, self._behind = round(kept_s * SAMPLE_RATE), round(BEHIND_S * SAMPLE_RATE)
         self._frames: dict[int, tuple[float, Any]] = {}  # by index, oldest first
         self._sound = Blocks()
         self._heard: int | None = None  # the sample up to which sound has arrived
@@ -142,7 +144,8 @@ class Timeline:
         self._sound.add(start, samples)
         end = start + len(samples)
         self._heard = end if self._heard is None else max(self._heard, end)
-        return self._sound.keep(self._kept)
+        behind = 0 if self._next is None else round(self._last_s * SAMPLE_RATE) - self._needed_from(self._next)
+        return self._sound.keep(self._kept + min(behind, self._behind))
 
     def end_sound(self) -> None:
         """There is no sound, or no more."""
@@ -190,9 +193,13 @@ class Timeline:
             return
         while self._frames and (oldest := next(iter(self._frames))) < k * self.stride:
             del self._frames[oldest]
+        self._sound.trim(self._needed_from(k))
+
+    def _needed_from(self, k: int) -> int:
+        """The first sample of what window k hears, or of what it may hear: a frame that is still to come is later than
+        the newest one."""
         middle = self._frames.get(k * self.stride + self._config.middle)
-        # a frame that is still to come is later than the newest one
-        self._sound.trim(excerpt_start(self._last_s if middle is None else middle[0]))
+        return excerpt_start(self._last_s if middle is None else middle[0])
 
     def middle(self, k: int) -> tuple[int, float]:
         """Index and time stamp of the middle frame of a complete window. In a short stream it is the last one's."""

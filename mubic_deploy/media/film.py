@@ -17,14 +17,14 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Sound
 from mubic_deploy.media.source import (
-    STRAY_S,
     Source,
+    another_clock,
     comes_once,
     demux,
+    is_another_clock,
     open_container,
     plain_source,
     reason,
-    went_back,
 )
 
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
@@ -93,15 +93,15 @@ class Film:
     def frames(self) -> Iterator[Frame]:
         """All frames in display order, once. Times are seconds of the film's own clock, strictly increasing.
 
-        UserError where that clock goes back, and after the last frame if the container promises more."""
+        UserError where that clock begins anew, and after the last frame if the container promises more."""
         previous: Frame | None = None
         for index, image in enumerate(self._images()):
             pts = image.pts
             if previous is not None:
                 last = previous.image.pts
                 assert last is not None
-                if pts is not None and (last - pts) * self.time_base > STRAY_S:
-                    raise went_back(self.source, previous.time_s, float(pts * self.time_base))
+                if pts is not None and is_another_clock(previous.time_s, float(pts * self.time_base)):
+                    raise another_clock(self.source, previous.time_s, float(pts * self.time_base))
                 step = max(1, round(1 / (self.rate * self.time_base)))
                 pts = last + step if pts is None else max(pts, last + 1)
             image.pts, image.time_base = pts or 0, self.time_base
@@ -144,14 +144,20 @@ class Film:
 
     def _seconds(self) -> float | None:
         """How long the container says the pictures last. None if it does not say."""
-        if self._stream.duration:
-            return float(self._stream.duration * self.time_base)
-        tag = self._stream.metadata.get("DURATION", "")  # Matroska: 00:01:02.5
+        if not self._is_matroska:
+            return float(self._stream.duration * self.time_base) if self._stream.duration else None
+        # a stream of it has a tag, as 00:01:02.5, or nothing: what FFmpeg fills in is that of all of them
+        tag = self._stream.metadata.get("DURATION", "")
         try:
             hours, minutes, seconds = (float(part) for part in tag.split(":"))
         except ValueError:
-            return None
+            alone = len(self._container.streams) == 1
+            return self._container.duration / av.time_base if alone and self._container.duration else None
         return hours * 3600 + minutes * 60 + seconds
+
+    @property
+    def _is_matroska(self) -> bool:
+        return "matroska" in self._container.format.name
 
     def _count(self) -> int | None:
         stored = self._stream.frames
@@ -167,7 +173,7 @@ class Film:
             seconds = None
         if seconds is not None:
             # Matroska's durations count from the film's zero, the others from the stream's first frame
-            start = 0 if "DURATION" in self._stream.metadata else (self._stream.start_time or 0) * self.time_base
+            start = 0 if self._is_matroska else (self._stream.start_time or 0) * self.time_base
             missing = float(start + seconds) - end
             if missing > max(MISSING_S, 2.5 / self.rate):
                 repair = f"ffmpeg -i {shlex.quote(self.source)} -c copy REPAIRED.mkv"

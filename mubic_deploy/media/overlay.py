@@ -125,7 +125,10 @@ class OverlayWriter:
         """Writes what is left and closes the file. whole: with the sound to the film's end, not only to the last
         frame's."""
         self._write_all(self._matcher.finish())
-        self._mux(self._stream.encode(None))
+        packets = self._stream.encode(None)
+        if packets and self._output.format.name in ("mp4", "mov"):
+            _hold(packets)
+        self._mux(packets)
         if self._sound is not None:
             self._sound.mux_until(None if whole else self._last_s)
         self._output.close()
@@ -157,10 +160,11 @@ class OverlayWriter:
         self._mux(self._stream.encode(out))
 
     def _tag_colours(self, image: av.VideoFrame) -> None:
-        """Players must read the colours as they were meant."""
+        """Players must read the colours as they were meant, and show each frame for as long. Before the first one."""
         context = self._stream.codec_context
         for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
             setattr(context, name, int(getattr(image, name)))
+        context.flags |= int(av.codec.context.Flags.frame_duration)  # or the last frame would not be held
         self._colours_known = True
 
     def _mux(self, packets: list[av.Packet]) -> None:
@@ -168,6 +172,13 @@ class OverlayWriter:
             if self._sound is not None and packet.dts is not None:
                 self._sound.mux_until(float(packet.dts * packet.time_base))
             self._output.mux(packet)
+
+
+def _hold(packets: list[av.Packet]) -> None:
+    """The last packets of an MP4, whose length is up to the end of the last one, until the last frame ends: that need
+    not be in the last packet."""
+    end = max((p.pts or 0) + (p.duration or 0) for p in packets)
+    packets[-1].duration = end - (packets[-1].pts or 0)
 
 
 def overlay_size(film: Shown) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import av
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
-from mubic_deploy.media.source import STRAY_S, demux, open_again, went_back
+from mubic_deploy.media.source import another_clock, demux, is_another_clock, open_again
 
 SHORTEST = SAMPLE_RATE // 80  # samples that a block has on average, at least
 JOINED = SAMPLE_RATE // 10  # samples of a block up to which what goes on from it is joined to it
@@ -169,16 +169,16 @@ class Sound:
 
     def read(self) -> list[tuple[int, np.ndarray]]:
         """What is decoded next: (first sample, float32 [n]) of each piece. Where time stamps go back, what is known
-        already counts, and only what is new comes. `finished` is set at the end. UserError if they go back further
-        than STRAY_S."""
+        already counts, and only what is new comes. `finished` is set at the end. UserError where they are of
+        another clock."""
         frame = next(self._frames, None)
         if frame is None:
             self.finished = True
             pieces = self._placer.flush()
         else:
             last_s = None if self._placer.start_s is None else self._placer.next_s
-            if last_s is not None and frame.time is not None and frame.time < last_s - STRAY_S:
-                raise went_back(self._source, last_s, frame.time)
+            if last_s is not None and frame.time is not None and is_another_clock(last_s, frame.time):
+                raise another_clock(self._source, last_s, frame.time)
             pieces = self._placer.push(frame)
         new = []
         for at, samples in pieces:

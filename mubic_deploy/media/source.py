@@ -16,6 +16,7 @@ from mubic_deploy.errors import UserError
 Source = str | os.PathLike[str]
 PATIENCE_S = 30.0  # that an address may take to open, and for each packet
 STRAY_S = 1.0  # by which time stamps may go back; more is another clock
+WRAP_S = 2**33 / 90_000  # after which a transport stream's clock begins anew: FFmpeg adds it where that goes back
 Stream = TypeVar("Stream", av.VideoStream, av.AudioStream)
 
 
@@ -53,9 +54,14 @@ def reason(error: Exception) -> str:
 def open_container(source: str) -> av.container.InputContainer:
     """UserError if an address is silent; FFmpeg's own errors for everything else."""
     try:
-        return av.open(source, timeout=None if is_file(source) else PATIENCE_S)
+        return av.open(for_ffmpeg(source), timeout=None if is_file(source) else PATIENCE_S)
     except av.error.ExitError as error:
         raise _silent(source) from error
+
+
+def for_ffmpeg(source: str) -> str:
+    """A path as FFmpeg takes it: what stands before a colon, as in 10:30:00.mp4, is a protocol to it."""
+    return str(Path.cwd() / source) if ":" in source and mode_of(source) is not None else source
 
 
 def open_again(source: str) -> av.container.InputContainer:
@@ -76,11 +82,18 @@ def demux(container: av.container.InputContainer, stream: Stream, source: str) -
         raise _silent(source) from error
 
 
-def went_back(source: str, at_s: float, to_s: float) -> UserError:
+def is_another_clock(at_s: float, to_s: float) -> bool:
+    """Whether a time stamp is of another clock than the one before: further back than stray ones, or so far on as it
+    is where FFmpeg took a clock that begins anew for one that was full."""
+    return to_s < at_s - STRAY_S or to_s > at_s + WRAP_S / 2
+
+
+def another_clock(source: str, at_s: float, to_s: float) -> UserError:
     """For a film with a clock that begins anew: pictures and sound do it at different places, so that what belongs
     together after it is not known here."""
+    way = "go back" if to_s < at_s else "leap"
     return UserError(
-        f"{source}: its time stamps go back from {at_s:.2f} s to {to_s:.2f} s, as where films were joined: give it one "
+        f"{source}: its time stamps {way} from {at_s:.2f} s to {to_s:.2f} s, as where films were joined: give it one "
         f"clock with ffmpeg -i {shlex.quote(source)} -c copy JOINED.mkv"
     )
 

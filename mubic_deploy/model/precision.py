@@ -57,7 +57,9 @@ def half(model: MUBiC) -> MUBiC:
             continue
         for key, value in module.named_parameters(recurse=False):
             if not value.abs().max() <= LARGEST:  # NaN too
-                raise UserError(f"{name}.{key} reaches {value.abs().max():.3g}, too large for FP16: use --precision {FLOAT32}")
+                raise UserError(
+                    f"{name}.{key} reaches {value.abs().max():.3g}, too large for FP16: use --precision {FLOAT32}"
+                )
             value.data = value.data.half()
         if isinstance(module, PRODUCTS):
             module.register_forward_pre_hook(lambda _, args: tuple(x.half() for x in args))
