@@ -3,7 +3,6 @@ compares tiles, with Triton's interpreter, in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from half_fixtures import TINY
-from interpreted import interpreted
+from interpreted import interpreted, report
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -253,4 +252,4 @@ def _interpreted() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_interpreted()))
+    report(_interpreted)

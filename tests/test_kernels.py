@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import interpreted
+from interpreted import interpreted, report
 from torch import Tensor
 
 from mubic_deploy.model import tokens
@@ -137,10 +136,12 @@ def differences() -> dict[str, float]:
             given = [x[:1] if isinstance(x, Tensor) and x.dim() == 3 else x for x in given]
             got = kernels.launched(*given, tile=tile)
             out[name] = max(out[name], float((got - reference(*given)).abs().max()))
-    half = [x.half() if isinstance(x, Tensor) else x for x in arguments(*CASES[0])]
-    got = kernels.depthwise_norm(*half)
-    assert got.dtype == torch.float16
-    out["half"] = float((got - reference(*(x.float() if isinstance(x, Tensor) else x for x in half))).abs().max())
+    for i, case in enumerate(CASES):
+        half = [x.half() if isinstance(x, Tensor) else x for x in arguments(*case)]
+        expected = reference(*(x.float() if isinstance(x, Tensor) else x for x in half)).half()
+        got = kernels.depthwise_norm(*half)
+        assert got.dtype == torch.float16
+        out[f"half {i}"] = float((got != expected).float().mean())
     for make in MODULES:
         torch.manual_seed(3)
         module, inputs = make()
@@ -178,8 +179,10 @@ def test_all_tiles_give_the_same(found: dict[str, float]) -> None:
     assert {name: x for name, x in of_tiles.items() if not x < 1e-5} == {}
 
 
-def test_half_precision_is_summed_in_full(found: dict[str, float]) -> None:
-    assert found["half"] < 2e-3  # of values up to 4, whose last place is 2e-3
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_half_precision_is_summed_in_full(found: dict[str, float], case: int) -> None:
+    """It is rounded once, at the end: hardly any value is another than FP32's, rounded."""
+    assert found[f"half {case}"] < 0.01
 
 
 @pytest.mark.parametrize("make", MODULES)
@@ -188,4 +191,4 @@ def test_a_module_of_kernels_is_the_same(found: dict[str, float], make: Callable
 
 
 if __name__ == "__main__":
-    print(json.dumps(differences()))
+    report(differences)

@@ -4,14 +4,13 @@ own."""
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import interpreted
+from interpreted import interpreted, report
 from torch import Tensor, nn
 
 from mubic_deploy.model import tokens
@@ -203,4 +202,4 @@ def test_an_input_in_fp32_is_rounded_as_the_weights_are(found: dict[str, float])
 
 
 if __name__ == "__main__":
-    print(json.dumps(differences()))
+    report(differences)
