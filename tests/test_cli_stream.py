@@ -192,7 +192,7 @@ def test_a_source_that_cannot_wait_is_not_held_back_by_a_slow_overlay(
     monkeypatch.setattr(StreamClient, "frame", timed)
     monkeypatch.setattr(OverlayWriter, "_write", written)
     monkeypatch.setattr(Outputs, "add_map", mapped)
-    monkeypatch.setattr("mubic_deploy.live.feeder.FRAMES", 16)
+    monkeypatch.setattr("mubic_deploy.live.feeder.most_waiting", lambda _: 16)
     settings = ("--realtime", "--stride", 8, "--steps", 1, "-o", tmp_path / "o.mp4", "--json")
     ran = run("stream", film, "--url", toy_server.url, *settings)
     assert ran.code == 0, ran.err

@@ -285,6 +285,16 @@ def test_frames_of_a_live_stream_do_not_wait_for_a_first_map(tmp_path):
     assert found == [(i, 1) for i in range(36, 51)]
 
 
+def test_few_large_frames_wait():
+    """A second of 4K, in 300 MB, and two and a half of 1080p."""
+    for size, most in (((3840, 2160), 24), ((1920, 1080), 64), ((64, 48), 64)):
+        live = Matcher(live=True)
+        image = av.VideoFrame(*size, "yuv420p")
+        for i in range(70):
+            list(live.add_frame(Frame(i, i / 25, image)))
+        assert live.waiting == most
+
+
 def test_a_large_stride_holds_the_map_and_then_moves_to_the_next(tmp_path, monkeypatch):
     """Maps at frames 8 and 108, 64 frames wait: frame 30 stands still, frame 100 is on its way."""
     monkeypatch.setattr(OverlayWriter, "_write", lambda self, frame, saliency: shown.append(saliency[0, 0]))

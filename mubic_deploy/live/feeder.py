@@ -13,9 +13,7 @@ from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.items import Heard
 from mubic_deploy.live.pace import Pace
 from mubic_deploy.live.source import FileSource, LiveSource
-from mubic_deploy.media.film import Frame
-
-FRAMES = 64  # that wait for the outputs
+from mubic_deploy.media.film import Frame, most_waiting
 
 
 class Feeder:
@@ -39,7 +37,7 @@ class Feeder:
     ) -> None:
         """frames: the outputs want them; drop: the source does not wait for the outputs; paced: no frame goes on before
         its time, however early it comes."""
-        self.waiting: queue.Queue[Frame] = queue.Queue(FRAMES)
+        self.waiting: queue.Queue[Frame] = queue.Queue(most_waiting(source.frame_bytes))
         self.fed = self.left_out = 0
         self.problem: UserError | None = None
         self._source, self._client, self._stopped = source, client, stopped

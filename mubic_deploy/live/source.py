@@ -16,7 +16,7 @@ from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.items import Heard, Item, SoundEnd
 from mubic_deploy.live.seam import one_seam
-from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, first_video
+from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, bytes_of, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
 from mubic_deploy.media.source import STRAY_S, WRAP_S, comes_once, is_file, mode_of, reason
@@ -77,7 +77,7 @@ class LiveSource:
     An address of a live stream that breaks off is opened again until `patience_s` has passed without a frame; its
     clock may have jumped by then. Everything else ends where it ends.
 
-    size, display, rate, time_base  see `Film`; they are what an overlay is made with
+    size, display, rate, time_base, frame_bytes  see `Film`; they are what an overlay is made with
     has_sound  whether it can be opened a second time for its sound
     warnings   one line each for what was missing, complete at the end"""
 
@@ -98,6 +98,7 @@ class LiveSource:
         self._first: list[Item] = []
         image = self._wait_for_a_frame()
         self.size = image.height, image.width
+        self.frame_bytes = bytes_of(image)
         self.display = self._upright.display(image, self._video.sample_aspect_ratio)
 
     @property

@@ -28,6 +28,8 @@ from mubic_deploy.media.source import (
 )
 
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
+MOST_WAITING, LEAST_WAITING = 64, 24  # frames that wait for a map, or somewhere else on their way
+WAITING_BYTES = 256 << 20  # of them, between these two
 MISSING_S = 0.25  # a film that ends this much too early is cut off
 
 
@@ -72,7 +74,7 @@ class Film:
             raise UserError(f"{self.name}: no frame can be decoded: convert it to H.264 in MP4, or get it again")
         self._first = self._upright(first)
         self.size = self._first.height, self._first.width
-        self.frame_bytes = sum(plane.buffer_size for plane in self._first.planes)
+        self.frame_bytes = bytes_of(self._first)
         self.display = self._upright.display(self._first, self._stream.sample_aspect_ratio)
 
     def __enter__(self) -> Film:
@@ -186,6 +188,16 @@ class Film:
                 f"{self.name} is damaged: {self._damaged} part(s) of its pictures could not be decoded; "
                 f"the last frame read is at {last.time_s:.2f} s"
             )
+
+
+def bytes_of(image: av.VideoFrame) -> int:
+    """Of a frame in memory."""
+    return sum(plane.buffer_size for plane in image.planes)
+
+
+def most_waiting(frame_bytes: int) -> int:
+    """How many frames of this size may wait in one place: all of 1080p, fewer of larger ones."""
+    return max(LEAST_WAITING, min(MOST_WAITING, WAITING_BYTES // frame_bytes))
 
 
 class Upright:

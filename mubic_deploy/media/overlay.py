@@ -15,12 +15,11 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from mubic_deploy.media import heat
-from mubic_deploy.media.film import Frame, Resizer
+from mubic_deploy.media.film import Frame, Resizer, bytes_of, most_waiting
 from mubic_deploy.media.maps import FilmMap
 from mubic_deploy.media.track import SoundTrack
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # hold H.264 with any time stamps
-MAX_WAITING = 64  # frames; 90 MB at 720p
 NOTHING = np.zeros((16, 16), np.float32)  # a map without anything
 CRF, PRESET = "20", "superfast"
 
@@ -44,8 +43,8 @@ class Matcher:
     [h, w] in [0, 1], come out in order; a frame waits until the next map is there.
 
     Between two predicted frames the maps are interpolated linearly in time; before the first and after the last they
-    stand still. No more than MAX_WAITING frames wait: with a larger stride a map stands still first and then moves to
-    the next one. Before the first map all wait, or in a live stream go without one."""
+    stand still. No more than `most_waiting` frames wait: with a larger stride a map stands still first and then moves
+    to the next one. Before the first map all wait, or in a live stream go without one."""
 
     def __init__(self, live: bool = False) -> None:
         """live: frames come whether there are maps or not."""
@@ -60,7 +59,7 @@ class Matcher:
 
     def add_frame(self, frame: Frame) -> Iterator[Matched]:
         self._waiting.append(frame)
-        if len(self._waiting) <= MAX_WAITING:
+        if len(self._waiting) <= most_waiting(bytes_of(frame.image)):
             return
         if self._before is not None:
             oldest = self._waiting.popleft()
