@@ -294,8 +294,18 @@ def side(launch: Launch, tile: Tile, device: str) -> timing.Side:
 def sides(launch: Launch, device: str, unable: Callable[[Tile, str], None]) -> dict[Tile, timing.Side]:
     """What times each tile. unable: is told of the others, and why they cannot be timed. A GPU that runs nothing any
     more raises what was the last error."""
-    right = launch(launch.tile)
     able: dict[Tile, timing.Side] = {}
+
+    def failed(tile: Tile, error: Exception) -> None:
+        unable(tile, text.reason(error))
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    try:
+        right = launch(launch.tile)
+    except Exception as error:  # then it is not known what is right
+        failed(launch.tile, error)
+        return able
     for tile in neighbours(launch.tile):
         try:
             far = [distance(x, y) for x, y in zip(launch(tile), right, strict=True)]
@@ -304,9 +314,7 @@ def sides(launch: Launch, device: str, unable: Callable[[Tile, str], None]) -> d
             else:
                 unable(tile, f"differs by {', '.join(f'{d:.2g}' for d in far)} of the largest value")
         except Exception as error:  # too much shared memory, what cannot be compiled, an access beside a tensor
-            unable(tile, text.reason(error))
-            if device == "cuda":
-                torch.cuda.synchronize()
+            failed(tile, error)
     return able
 
 
@@ -330,7 +338,7 @@ def measure(
 
         named = {written(tile): call for tile, call in sides(launch, device, unable).items()}
         axes: dict[str, int | str] = {"batch": batch, "own": written(launch.tile)}
-        for tile, timed in timing.measure(named, RULE, clock).items():
+        for tile, timed in (timing.measure(named, RULE, clock) if named else {}).items():
             each = replace(timed, samples=tuple(s / REPEATS for s in timed.samples))
             results.rows.append(Row(launch.name, tile, axes, each, values))
         say(f"{launch.name}, batch {batch}: {len(named)} of {len(neighbours(launch.tile))} tiles")

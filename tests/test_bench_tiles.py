@@ -3,6 +3,7 @@ compares tiles, with Triton's interpreter, in a process of its own."""
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -153,6 +154,19 @@ def test_what_is_no_number_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(torch.AcceleratorError):
         tiles.sides(made_by(launch), "cuda", told.__setitem__)
     assert BROKEN in told
+
+
+def test_a_launch_whose_own_tile_fails_does_not_end_the_run() -> None:
+    def launch(tile: products.Tile) -> tuple[Tensor, ...]:
+        raise RuntimeError("out of resource: shared memory")
+
+    made = made_by(launch)
+    vars(made)["values"] = lambda: {"macs": 1, "bytes": 1, "times": 1}
+    found = results.Results("tiles", {})
+    tiles.measure([made], 2, found, "cpu", math.inf, lambda _: None)
+    assert found.rows == []
+    assert [*found.left_out.values()] == ["RuntimeError: out of resource: shared memory"]
+    assert tiles.written(OWN) in next(iter(found.left_out))
 
 
 def test_what_differs_in_one_number() -> None:
