@@ -367,6 +367,7 @@ def test_guide_knows_every_variable_and_its_commands_are_ours() -> None:
     table = dict(re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]+?)`? \|", GUIDE, flags=re.M))
     assert table.pop("TRITON_RELEASE") == "the Dockerfile's"
     assert defaults.pop("TRITON_RELEASE") == "default"  # in the name of a file
+    assert (table.pop("MUBIC_REPOSITORY_OPTIONS"), defaults.pop("MUBIC_REPOSITORY_OPTIONS")) == ("none", "")
     assert table == defaults
     said = list(commands("\n".join(re.findall(r"^```\n(.*?)^```", GUIDE, flags=re.M | re.S))))
     assert {"export", "repository", "predict", "stream"} <= {arguments.command for arguments in said}
