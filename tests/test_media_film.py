@@ -26,6 +26,7 @@ from mubic_deploy.media.clips import read_clips
 from mubic_deploy.media.film import Film, Resizer, lacks_its_index
 from mubic_deploy.media.fit import BAR
 from mubic_deploy.media.sound import Sound
+from mubic_deploy.media.source import sound_of
 from mubic_deploy.media.track import SoundTrack
 
 TIMES = frame_times(25, 20)
@@ -317,6 +318,68 @@ def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
         with Film(name) as film:
             assert len(list(read_clips(film, DEMO))) == 2
             assert film.name == "2024-01-01T10:00:00.mkv"
+
+
+def two_programmes(folder: Path, television: Path) -> Path:
+    """A transport stream with silent radio as its first programme, and `television`."""
+    radio = folder / "radio.ts"
+    options = {"mpegts_start_pid": "512", "mpegts_pmt_start_pid": "4352", "mpegts_service_id": "2"}
+    with av.open(radio, "w", options=options) as output:
+        track = output.add_stream("mp2", rate=48_000)
+        for start in range(0, 2 * 48_000, 1152):
+            block = av.AudioFrame.from_ndarray(np.zeros((1, 2304), np.int16), "s16", "stereo")
+            block.sample_rate, block.pts, block.time_base = 48_000, start, Fraction(1, 48_000)
+            output.mux(track.encode(block))
+        output.mux(track.encode(None))
+
+    def packets(path: Path) -> list[tuple[int, bytes]]:
+        data = path.read_bytes()
+        parts = (data[i : i + 188] for i in range(0, len(data), 188))
+        return [((part[1] & 31) << 8 | part[2], part) for part in parts]
+
+    def table(part: bytes) -> int:
+        """Where the programme's map is, of a programme association table of one programme (ISO/IEC 13818-1, 2.4.4)."""
+        return (part[5 + 10] & 31) << 8 | part[5 + 11]
+
+    def crc(data: bytes) -> bytes:
+        value = 0xFFFFFFFF
+        for byte in data:
+            value ^= byte << 24
+            for _ in range(8):
+                value = (value << 1 ^ (0x04C11DB7 if value >> 31 else 0)) & 0xFFFFFFFF
+        return value.to_bytes(4, "big")
+
+    first, second = packets(radio), packets(television)
+    maps = [next(table(part) for pid, part in each if pid == 0) for each in (first, second)]
+    programmes = b"".join(bytes([0, 2 - i, 0xE0 | pid >> 8, pid & 255]) for i, pid in enumerate(maps))
+    section = bytes([0, 0xB0, len(programmes) + 9, 0, 1, 0xC1, 0, 0]) + programmes
+    both = bytes([0x47, 0x40, 0, 0x10, 0]) + section + crc(section)
+    path = folder / "both.ts"
+    known = {0, 17}  # the table, and descriptions
+    rest = [
+        part
+        for i in range(max(map(len, (first, second))))
+        for each in (first, second)
+        for pid, part in each[i : i + 1]
+        if pid not in known
+    ]
+    path.write_bytes(both.ljust(188, b"\xff") + b"".join(rest))
+    return path
+
+
+def test_sound_is_of_the_films_programme(tmp_path):
+    """Also in an overlay, and in a stream."""
+    sound = click(0.5, 2)
+    television = write_film(tmp_path / "tv.ts", frame_times(25, 50), quadrants(48, 80), sound=sound, codec="aac")
+    path = two_programmes(tmp_path, television)
+    with av.open(path) as container:
+        assert [stream.type for stream in container.streams].count("audio") == 2
+        assert sound_of(container) not in (None, container.streams.audio[0])
+    peaks = []
+    for film in (television, path):
+        with Film(film) as opened:
+            peaks.append(max(np.abs(clip.audio).max() for clip in read_clips(opened, DEMO)))
+    assert peaks[1] == peaks[0] > 0.1
 
 
 def test_memory_does_not_grow(tmp_path, monkeypatch):

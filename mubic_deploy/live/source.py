@@ -19,7 +19,7 @@ from mubic_deploy.live.seam import one_seam
 from mubic_deploy.media.film import MAX_RATE, Film, Frame, Upright, bytes_of, first_video
 from mubic_deploy.media.fit import map_shape
 from mubic_deploy.media.sound import Placer, excerpt_start
-from mubic_deploy.media.source import STRAY_S, WRAP_S, comes_once, is_file, mode_of, reason
+from mubic_deploy.media.source import STRAY_S, WRAP_S, comes_once, is_file, mode_of, reason, sound_of
 
 STDIN = "-"
 _TICK_S = 0.1  # in which a signal is heard
@@ -153,9 +153,7 @@ class LiveSource:
         self._container = open_live(self.source, self.name, self._timeout_s)
         self._video = first_video(self._container, self.name)
         self._video.thread_type = "SLICE"  # frame threads hold frames back
-        sounds = self._container.streams.audio
-        heard = sounds and sounds[0].codec_context is not None and not self._deaf
-        self._audio = sounds[0] if heard else None
+        self._audio = None if self._deaf else sound_of(self._container)
         self.time_base = self._video.time_base or Fraction(1, 90_000)
         rate = self._video.average_rate or self._video.guessed_rate or Fraction(25)
         self.rate = rate if 0 < rate <= MAX_RATE else Fraction(25)

@@ -23,8 +23,10 @@ from mubic_deploy.media.source import (
     demux,
     is_another_clock,
     open_container,
+    pictures_of,
     plain_source,
     reason,
+    sound_of,
 )
 
 MAX_RATE = 240  # frames per second; containers that claim more have no rate, only time stamps
@@ -61,8 +63,7 @@ class Film:
         self._upright = Upright()
         self._damaged = 0
         self._container, self._stream = _open(self.source, self.name)
-        sounds = self._container.streams.audio
-        self.has_sound = bool(sounds) and sounds[0].codec_context is not None
+        self.has_sound = sound_of(self._container) is not None
         self.time_base = self._stream.time_base or Fraction(1, 90_000)
         rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
         self.rate = rate if 0 < rate <= MAX_RATE else Fraction(25)
@@ -342,9 +343,7 @@ def lacks_its_index(path: Path) -> bool:
 def first_video(container: av.container.InputContainer, name: str) -> av.VideoStream:
     """The pictures of an opened container. UserError, and the container is closed, if it has none that can be
     decoded."""
-    # cover pictures of sound files are streams too; "tty" shows any text file as a film
-    covers = av.stream.Disposition.attached_pic
-    films = [s for s in container.streams.video if not s.disposition & covers and container.format.name != "tty"]
+    films = pictures_of(container)
     if not films:
         sound = " (sound only)" if container.streams.audio else ""
         container.close()

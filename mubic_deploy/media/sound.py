@@ -8,7 +8,7 @@ import av
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE
-from mubic_deploy.media.source import another_clock, demux, is_another_clock, open_again
+from mubic_deploy.media.source import another_clock, demux, is_another_clock, open_again, sound_of
 
 SHORTEST = SAMPLE_RATE // 80  # samples that a block has on average, at least
 JOINED = SAMPLE_RATE // 10  # samples of a block up to which what goes on from it is joined to it
@@ -140,12 +140,14 @@ class Placer:
 
 
 class Sound:
-    """The first sound track of `source`, in bounded memory: excerpts must be asked for in increasing time."""
+    """The sound of `source` (`sound_of`), in bounded memory: excerpts must be asked for in increasing time."""
 
     def __init__(self, source: str, name: str) -> None:
         self._source, self._name = source, name
         self._container = open_again(source)
-        self._stream = self._container.streams.audio[0]
+        sound = sound_of(self._container)
+        assert sound is not None, "it is asked for where a film has one"
+        self._stream = sound
         self._frames = self._decode()
         self._blocks = Blocks()
         self._placer = Placer()

@@ -74,6 +74,22 @@ def open_again(source: str) -> av.container.InputContainer:
         ) from error
 
 
+def pictures_of(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """The films in a container: cover pictures of sound files are streams too, and "tty" shows any text as a film."""
+    covers = av.stream.Disposition.attached_pic
+    return [s for s in container.streams.video if not s.disposition & covers and container.format.name != "tty"]
+
+
+def sound_of(container: av.container.InputContainer) -> av.AudioStream | None:
+    """The first sound track that belongs to the first film: a transport stream may hold several programmes, and radio
+    before television. The first of all where that is not said. None without sound, or where nobody knows its codec."""
+    films, sounds = pictures_of(container)[:1], container.streams.audio
+    best = (container.streams.best("video", related=sound) for sound in sounds)
+    own = [sound for sound, film in zip(sounds, best, strict=True) if film in films]
+    sound = next(iter(own or sounds), None)
+    return None if sound is None or sound.codec_context is None else sound
+
+
 def demux(container: av.container.InputContainer, stream: Stream, source: str) -> Iterator[av.Packet[Stream]]:
     """The packets of `stream`. UserError if an address falls silent."""
     try:

@@ -11,19 +11,21 @@ from fractions import Fraction
 import av
 
 from mubic_deploy.media.sound import is_ambisonic, is_named, known_layout
-from mubic_deploy.media.source import demux, open_again
+from mubic_deploy.media.source import demux, open_again, sound_of
 
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # what unnamed channels are taken for
 AAC_RATES = (32_000, 44_100, 48_000)
 
 
 class SoundTrack:
-    """The first sound track of `source`, muxed into `output` step by step beside the pictures."""
+    """The sound of `source` (`sound_of`), muxed into `output` step by step beside the pictures."""
 
     def __init__(self, source: str, output: av.container.OutputContainer) -> None:
         self._source, self._output = source, output
         self._container = open_again(source)
-        self._template = self._container.streams.audio[0]
+        sound = sound_of(self._container)
+        assert sound is not None, "it is asked for where a film has one"
+        self._template = sound
         context = self._template.codec_context
         named, count = is_named(context.layout), context.layout.nb_channels
         self.copied = (named or count in LAYOUTS) and takes(output, self._template)
