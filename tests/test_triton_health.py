@@ -106,7 +106,9 @@ def test_a_server_with_a_model_that_is_gone_is_ended(
             server.check()
 
 
-@pytest.mark.parametrize("then", [ConnectionRefusedError("it has ended"), ValueError("another one"), None])
+@pytest.mark.parametrize(
+    "then", [ConnectionRefusedError("it has ended"), ValueError("another one"), health.GoneError("none is seen"), None]
+)
 def test_a_server_that_ends_by_itself_is_left_alone(then: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its models' processes go first."""
     found: list[Exception | None] = [health.GoneError("gone"), then]
@@ -117,6 +119,7 @@ def test_a_server_that_ends_by_itself_is_left_alone(then: Exception | None, monk
 
     monkeypatch.setattr(health, "check", check)
     monkeypatch.setattr(health, "AGAIN", 0.0)
+    monkeypatch.setattr(health, "model_processes", lambda: {} if isinstance(then, health.GoneError) else {1: "ddim"})
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("it was ended"))
     assert health.main("8000", "1") == 1
     assert found == []

@@ -151,13 +151,15 @@ def _ask(port: int, method: str, path: str, body: bytes | None = None, headers: 
 
 def end_if_gone(port: int, server: int) -> None:
     """Ends the server if a model's process is still gone: while it ends by itself they go too, and then it answers no
-    more."""
+    more. Not where none is seen at all: then it is this that does not see them, and another start would not help."""
     time.sleep(AGAIN)
+    processes = Counter(model_processes().values())
     try:
-        check(port, Counter(model_processes().values()))
+        check(port, processes)
     except GoneError:
-        print(f"ending the server, process {server}")
-        os.kill(server, signal.SIGTERM)
+        if processes:
+            print(f"ending the server, process {server}")
+            os.kill(server, signal.SIGTERM)
     except (OSError, http.client.HTTPException, ValueError):
         pass  # it has ended, or what is wrong now is something else
 
