@@ -381,8 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(work: Callable[[], int]) -> int:
     """What `work` returns, as an exit code; 2 and one line where it cannot be done, 130 where it was interrupted."""
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    for each, handler in before.items():
-        if each != signal.SIGINT and handler != signal.SIG_IGN:  # as nohup has it
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if before[each] != signal.SIG_IGN:  # as nohup has it
             signal.signal(each, _terminate)
     try:
         code = work()

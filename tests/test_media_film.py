@@ -17,7 +17,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from films import COLOURS, bunny, click, corners, frame_times, quadrants, write_film
+from films import COLOURS, Brightness, bunny, click, corners, frame_times, quadrants, write_film
 
 from mubic_deploy.config import DEMO, FULL
 from mubic_deploy.errors import UserError
@@ -28,6 +28,7 @@ from mubic_deploy.media.fit import BAR
 from mubic_deploy.media.sound import Sound
 from mubic_deploy.media.source import sound_of
 from mubic_deploy.media.track import SoundTrack
+from mubic_deploy.predict import predict_film
 
 TIMES = frame_times(25, 20)
 UPRIGHT = [["red", "green"], ["blue", "yellow"]]
@@ -318,6 +319,10 @@ def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
         with Film(name) as film:
             assert len(list(read_clips(film, DEMO))) == 2
             assert film.name == "2024-01-01T10:00:00.mkv"
+    predict_film(Brightness(), "2024-01-01T10:00:00.mkv", overlay="10:30.mp4", maps="10:30.npz")
+    with Film("10:30.mp4") as film:
+        assert len(list(film.frames())) == 20
+        assert film.has_sound
 
 
 def two_programmes(folder: Path, television: Path) -> Path:

@@ -49,13 +49,13 @@ class Uploads:
         there = is_pinned(x)
         if not there:
             done.synchronize()
-        staged_in = None if there else self._place_on_host(index, x)
+        pinned_part = None if there else self._place_on_host(index, x)
         with torch.cuda.stream(self._stream):
             free.wait()
-            if staged_in is None:
+            if pinned_part is None:
                 place.copy_(x, non_blocking=True)
             else:
-                whole = (x, staged_in, place)
+                whole = (x, pinned_part, place)
                 parts = zip(*map(split, whole), strict=True) if place.is_contiguous() else [whole]
                 for source, staged, part in parts:
                     np.copyto(staged.numpy(), source.numpy())

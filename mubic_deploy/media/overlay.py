@@ -104,7 +104,7 @@ class OverlayWriter:
         self._matcher = Matcher(live)
         self._resize = Resizer()
         self._heat = HeatBlend(self._pixels)
-        self._output = av.open(path, "w")
+        self._output = av.open(path.absolute(), "w")  # what stands before a colon would be a protocol
         self._stream = self._output.add_stream("libx264", rate=film.rate, options={"crf": CRF, "preset": PRESET})
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self._pixels
         self._stream.time_base = self._stream.codec_context.time_base = film.time_base

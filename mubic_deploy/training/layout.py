@@ -140,7 +140,7 @@ def read_sound(path: Path) -> np.ndarray:
     UserError names the file."""
     blocks: list[np.ndarray] = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(path.absolute()) as container:
             if not container.streams.audio:
                 raise UserError(f"{path} holds no sound: extract the video's sound track again")
             resample = resampler()
