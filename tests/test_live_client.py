@@ -561,10 +561,12 @@ def test_the_server_stands_still(toy_artifacts: Artifacts, toy_pipeline: Pipelin
 def test_a_sequence_that_the_server_forgot(
     toy_artifacts: Artifacts, toy_pipeline: Pipeline, tmp_path: Path, film: Path
 ) -> None:
+    """Nothing is lost: the only gap is that of the source."""
     expected = list(predict_clips(toy_pipeline, film))
+    gaps: list[Gap] = []
     with (
         serving(toy_artifacts, tmp_path, streams=StreamSettings(idle_s=1)) as server,
-        StreamClient(server.url, max_waiting=99) as client,
+        StreamClient(server.url, max_waiting=99, on_gap=gaps.append) as client,
         FileSource(str(film)) as source,
     ):
         for item in source.items():
@@ -576,6 +578,28 @@ def test_a_sequence_that_the_server_forgot(
                 client.sound(item.samples, item.start / 16_000)
         client.finish()
         same(list(client), expected)
+    assert not [gap for gap in gaps if gap.kind == "connection"]
+
+
+def test_windows_further_apart_than_the_server_keeps_a_stream(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    """Of a silent stream nothing is sent between them."""
+    gaps: list[Gap] = []
+    with (
+        serving(toy_artifacts, tmp_path, streams=StreamSettings(idle_s=1)) as server,
+        StreamClient(server.url, stride=100, on_gap=gaps.append) as client,
+    ):
+        client.end_sound()
+        found = []
+        for i in range(216):
+            if i in (60, 170):
+                time.sleep(2.5)
+            client.frame(picture(i), i / 25)
+            if i % 100 == 15:
+                found.append(next(client).frame_index)
+        report = client.report()
+    assert found == [8, 108, 208]
+    assert gaps == []
+    assert report.gaps == 0
 
 
 def test_a_server_that_is_gone_for_good(toy_artifacts: Artifacts, tmp_path: Path, film: Path) -> None:

@@ -19,11 +19,12 @@ from mubic_deploy.live.settings import RAW
 from mubic_deploy.live.streams import FULL, UNKNOWN
 from mubic_deploy.triton.client import channel
 
-# what a new sequence cures, perhaps after a while; the first two lines are Triton's own
+# of a sequence that the server does not know: Triton's own words, and those of the model
+_FORGOTTEN = ("must specify the START flag", UNKNOWN)
+# what a new sequence cures, perhaps after a while; the first line is Triton's own
 _PASSING = (
-    "must specify the START flag", "is not found", "is not ready", "unavailable", "no available versions",
-    "Server is stopping", "is not healthy",
-    UNKNOWN, FULL, f"{graphs.ENSEMBLE}:",
+    "is not found", "is not ready", "unavailable", "no available versions", "Server is stopping", "is not healthy",
+    FULL, f"{graphs.ENSEMBLE}:", *_FORGOTTEN,
 )  # fmt: skip
 ALIVE_S = 2.0  # in which a server says that it lives, however much it has to do
 # no memory of a server that was gone: gRPC would try it less and less often
@@ -44,16 +45,18 @@ class Settings:
 class Answer:
     """What the server sends. `request`: the id of the request that it belongs to, "" for an error.
 
-    final    the request is done
-    tensors  of a window's map, by name
-    error    what the server says, in one line
-    passing  whether a new sequence may cure it"""
+    final      the request is done
+    tensors    of a window's map, by name
+    error      what the server says, in one line
+    passing    whether a new sequence may cure it
+    forgotten  the server does not know the sequence, or not any more"""
 
     request: str = ""
     final: bool = False
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     error: str | None = None
     passing: bool = False
+    forgotten: bool = False
 
 
 def arrays(
@@ -159,8 +162,9 @@ class Link:
             # with a status it is the connection that failed, without one the server refused a request
             refused = error.status() is None
             passing = not refused or any(words in text for words in _PASSING)
+            forgotten = refused and any(words in text for words in _FORGOTTEN)
             self._answers += refused
-            self._receive(self, Answer(error=text, passing=passing))
+            self._receive(self, Answer(error=text, passing=passing, forgotten=forgotten))
             return
         response = result.get_response()
         tensors = {output.name: result.as_numpy(output.name) for output in response.outputs}

@@ -79,6 +79,8 @@ class Sender:
         self._maps = self._dropped = self._lost = self._gaps = self._bytes = 0
         self._link: Link | None = None
         self._broken: str | None = None  # why a new sequence must begin
+        self._rested = False  # all of the sequence had been answered before what is outstanding was sent
+        self._forgotten = False  # while it rested, by the server: another one begins
         self._outstanding: dict[str, float] = {}  # when each request was sent
         self._silent = Moment(0.0, 0.0, 0)  # since when there was no answer, though one was due
         self._sent_s = 0.0  # when something was last sent
@@ -174,6 +176,8 @@ class Sender:
                 return partial(self._ask, f"no answer for {self._limits.timeout:g} s")
         if self._broken is not None:
             return partial(self._mend, self._broken)
+        if self._forgotten:
+            return self._renew
         if len(self.results) < UNREAD:
             request = backlog.request(self._limits.in_flight, flush=now - self._sent_s > FLUSH_S)
             if request is not None:
@@ -188,6 +192,8 @@ class Sender:
 
     def _send(self, request: Request) -> None:
         with self.changed:  # an answer may come before the link is known
+            if not self._outstanding:
+                self._rested = self._link is not None
             if self._link is None:
                 size = self._config.height, self._config.width
                 self._link = Link(self._address, self._settings, size, self._receive)
@@ -231,6 +237,18 @@ class Sender:
             else:
                 self.through = True
 
+    def _renew(self) -> None:
+        """Begins a new sequence for one that had nothing to send for longer than the server keeps it, as between
+        windows that are far apart: all of it was answered, so nothing is lost, and there is no gap."""
+        self._close_link()
+        with self.changed:
+            self._restart()
+
+    def _restart(self) -> None:
+        self.backlogs[0].begin_again()
+        self._outstanding.clear()
+        self._broken, self._forgotten = None, False
+
     def _mend(self, why: str) -> None:
         """Begins a new sequence, after a pause."""
         self._close_link()
@@ -239,9 +257,7 @@ class Sender:
             if self._outage is None:
                 self._outage = self._silent if self._outstanding else self._now(), now, why
                 self._pause = _FIRST_PAUSE
-            self.backlogs[0].begin_again()
-            self._outstanding.clear()
-            self._broken = None
+            self._restart()
             if now - self._outage[1] > self._limits.give_up_s:
                 raise UserError(
                     f"the Triton server at {self._address} gave no answer for {self._limits.give_up_s:g} s ({why}): "
@@ -279,6 +295,9 @@ class Sender:
                 if answer.final:
                     self._outstanding.pop(answer.request, None)
                 self._silent = self._now()
+                self._rested = False
+            elif answer.forgotten and self._rested:
+                self._forgotten = True
             elif answer.passing:
                 self._broken = answer.error
             else:
