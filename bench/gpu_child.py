@@ -39,9 +39,8 @@ from mubic_deploy.engines import Engine
 from mubic_deploy.engines import aotinductor as aotinductor_engine
 from mubic_deploy.engines.replay import Replayed
 from mubic_deploy.errors import UserError
-from mubic_deploy.graphs import FLOAT16, FLOAT32, SAMPLER, Signature, signatures
+from mubic_deploy.graphs import FLOAT16, FLOAT32, SAMPLER, Signature
 from mubic_deploy.model.inductor import barriers
-from mubic_deploy.model.precision import prepared
 from mubic_deploy.parity import Parity, compare
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.sources import load_script, source_dir
@@ -49,8 +48,7 @@ from mubic_deploy.sources import load_script, source_dir
 AOTINDUCTOR, TENSORRT, ONNXRUNTIME = "AOTInductor", "TensorRT", "ONNX Runtime CUDA"
 TENSORRT_BATCHES = "TensorRT for batches"  # with kernels chosen for the largest
 PROCESS = (sys.executable, "-m", "bench.gpu_child")
-COMPILED_PART, COMPILED_PARTS = "part", "parts"  # no sections: the compiler of one part of a package, and of all
-LONGEST = "visual_encoder_3"  # has as many kernels as most others together, and is waited for
+COMPILED_PARTS = "parts"  # no section: the compiler of all that the packages hold
 SETTINGS = "settings.json"
 NICE = 10
 Engines = dict[str, Engine]
@@ -108,49 +106,22 @@ def packages_script() -> ModuleType:
 
 def package_options(script: ModuleType, run: Run, fixed_steps: int | None) -> Any:
     """Those of a deployment, which measures no kernels: that takes minutes a graph."""
-    return script.Options(run.device, max_batch=max(BATCHES), fixed_steps=fixed_steps)
-
-
-def compile_part(run: Run, folder: Path, name: str) -> None:
-    """Compiles one part of the packages, and leaves the list of its files in `folder`."""
-    script = packages_script()
-    options = package_options(script, run, DEFAULT_STEPS)
-    model = prepared(weights(run.config, True, run.device), options.chosen_precision, options.rewrites)
-    model = script.contiguous_convolutions(model)
-    for graph in signatures(run.config, sampler=True):
-        for signature, module in script.parts_of(model, graph, options):
-            if signature.name == name:
-                # of headers that one process precompiles, another may find but a part
-                with torch._inductor.config.patch({"aot_inductor.precompile_headers": False}):
-                    files = script.compile_part(module, signature, options)
-                write_whole(folder / f"{name}.files", json.dumps(files))
-                return
-    raise UserError(f"there is no part {name}")
+    return script.Options(run.device, max_batch=max(BATCHES), fixed_steps=fixed_steps, jobs=1)
 
 
 def part_names(run: Run) -> list[str]:
-    """Those that take the longest first."""
     held = aotinductor_engine.contents(run.device, run.config, FLOAT32, sampler=True)
-    names = [part.name for each in held.values() for part in each]
-    return sorted(names, key=lambda name: name not in (LONGEST, SAMPLER))
+    return [part.name for each in held.values() for part in each]
 
 
 def compile_parts(run: Run, folder: Path) -> None:
-    """All parts at once, each in a process, since one keeps but one core busy. As each ends its last lines are left
-    in `folder`, none if it was compiled."""
-    cores, at_work = len(os.sched_getaffinity(0)), {}
-    for name in part_names(run):
-        threads = max(1, cores // 4) if name == LONGEST else max(1, cores // 8)
-        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-        command = [*PROCESS, COMPILED_PART, str(folder), name]
-        with (folder / f"{name}.log").open("wb") as log:
-            at_work[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    while at_work:
-        for name in [name for name, process in at_work.items() if process.poll() is not None]:
-            failed = at_work.pop(name).returncode != 0
-            said = (tail(folder / f"{name}.log") or ["it said nothing"]) if failed else []
-            write_whole(folder / f"{name}.ended", json.dumps(said))
-        time.sleep(0.1)
+    """All parts at once. As each ends, the list of its files is left in `folder`, or why it has none and the last lines
+    that its process wrote."""
+    script, names = packages_script(), part_names(run)
+    options = package_options(script, run, DEFAULT_STEPS)
+    for part in script.side_by_side(weights(run.config, True, "cpu"), options, folder, len(names)):
+        said = [*tail(part.log), part.reason] if part.reason else []
+        write_whole(folder / f"{part.name}.ended", json.dumps({"files": part.files, "said": said}))
 
 
 @contextlib.contextmanager
@@ -174,8 +145,11 @@ def compiled_parts(run: Run, folder: Path, limit_s: float) -> dict[str, list[str
         time.sleep(0.1)
     failed = {name: tail(folder / f"{name}.log") or ["it said nothing"] for name in waited_for}
     ended = (name for name in part_names(run) if name not in waited_for)
-    said = {name: json.loads((folder / f"{name}.ended").read_text()) for name in ended}
-    return failed | {name: lines for name, lines in said.items() if lines}
+    return failed | {name: said for name in ended if (said := _ended(folder, name)["said"])}
+
+
+def _ended(folder: Path, name: str) -> dict[str, list[str]]:
+    return json.loads((folder / f"{name}.ended").read_text())
 
 
 def compiler() -> str:
@@ -188,7 +162,7 @@ def compiler() -> str:
 
 
 def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
-    """The packages that `mubic-deploy compile --device cuda` makes, but compiled side by side."""
+    """The packages that `mubic-deploy compile --device cuda` makes, of parts that were compiled meanwhile."""
     run.results.notes[f"compiler, {AOTINDUCTOR}"] = compiler()
     run.write()
     failed = compiled_parts(run, folder, PATIENCE * limit_s)
@@ -200,7 +174,7 @@ def aotinductor(run: Run, folder: Path, limit_s: float) -> None:
     script = packages_script()
 
     def take(_module: nn.Module, signature: Signature, _options: Any) -> list[str]:
-        return json.loads((folder / f"{signature.name}.files").read_text())
+        return _ended(folder, signature.name)["files"]
 
     vars(script)["compile_part"] = take
     vars(script)["compare"] = functools.partial(noted_comparison, run)
@@ -327,9 +301,6 @@ def main(arguments: Sequence[str]) -> None:
     section, folder = arguments[0], Path(arguments[1])
     run = read_settings(folder, section)
     with switches(REFERENCE):
-        if section == COMPILED_PART:
-            compile_part(run, folder, arguments[2])
-            return
         if section == COMPILED_PARTS:
             os.nice(NICE)
             compile_parts(run, folder)

@@ -12,12 +12,15 @@ import contextlib
 import copy
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -28,16 +31,18 @@ from torch._inductor import aot_compile
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.package import package_aoti
 
+from mubic_deploy import checkpoint
 from mubic_deploy.artifacts import describe, sha256
 from mubic_deploy.checkpoint import Source
-from mubic_deploy.config import ON_GPU, PAD_HEADS, REWRITES, TOKENS
+from mubic_deploy.config import ON_GPU, PAD_HEADS, REWRITES, TOKENS, Config
 from mubic_deploy.console import Progress
 from mubic_deploy.engines import aotinductor, eager
 from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
+from mubic_deploy.engines.cpu import cores
 from mubic_deploy.engines.memory import first_line, is_short, short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing, require_replaceable
-from mubic_deploy.graphs import FLOAT16, FLOAT32, Signature, signatures
+from mubic_deploy.graphs import FLOAT16, FLOAT32, SAMPLER, Signature, signatures
 from mubic_deploy.model.inductor import barriers
 from mubic_deploy.model.mubic import MUBiC, traced_with
 from mubic_deploy.model.precision import prepared, recorded, require_small
@@ -47,6 +52,10 @@ from mubic_deploy.pipeline import Pipeline
 
 LEAST_CAPABILITY = 8.0  # of a GPU, for PyTorch's flash kernel
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
+ONE_PART = "--part"
+PROCESS = (sys.executable, __file__, ONE_PART)  # compiles one
+WEIGHTS, OPTIONS = "weights.safetensors", "options.json"  # what it is to compile, and how
+LONGEST = "visual_encoder_3"  # has as many kernels as most other parts together
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,9 @@ class Options:
     max_batch    batches go from 1 to this
     fixed_steps  also the sampler of so many steps
     optimisations  some of `config.REWRITES`; None for `config.ON_GPU` on cuda, none on cpu
-    autotune     measure every kernel that is to choose from: minutes instead of seconds a graph"""
+    autotune     measure every kernel that is to choose from: minutes instead of seconds a graph
+    jobs         parts of the packages that are compiled at once, each in a process of its own; None for one a core on
+                 cuda, whose parts are many and keep but one core busy, for 1 on cpu, whose compiler takes several"""
 
     device: str = "cpu"
     precision: str | None = None
@@ -65,8 +76,11 @@ class Options:
     fixed_steps: int | None = None
     optimisations: Collection[str] | None = None
     autotune: bool = False
+    jobs: int | None = None
 
     def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"jobs {self.jobs} is out of range: use 1 or more")
         if self.device == "cpu" and self.chosen_precision != FLOAT32:
             raise UserError("on a CPU packages compute in FP32: leave out --precision, or name --device cuda")
         if self.max_batch < 2:
@@ -142,9 +156,9 @@ def _build_into(
     model = copy.deepcopy(model).eval().to(device)
     if options.chosen_precision != FLOAT32:  # else it would be said after minutes
         require_small(activations_of(model))
-    compiled = contiguous_convolutions(prepared(model, options.chosen_precision, options.rewrites))
     graphs = signatures(model.config, options.chosen_precision, sampler=steps is not None)
-    total = len(graphs) + CLIPS
+    contents = contents_of(model.config, options)
+    total = sum(map(len, contents.values())) + CLIPS
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,17 +173,16 @@ def _build_into(
         "autotune": options.autotune,
         "packages": {},
     }
-    for done, (name, signature) in enumerate(graphs.items()):
-        progress(f"compiling {name}", done, total)
+    files = compile_parts(model, options, folder, lambda what, done: progress(what, done, total))
+    for name, signature in graphs.items():
         path = folder / f"{name}.pt2"
-        parts = parts_of(compiled, name, options)
-        files: dict[str, Any] = {part.name: compile_part(module, part, options) for part, module in parts}
-        package_aoti(str(path), files)
+        held: dict[str, Any] = {part.name: files[part.name] for part in contents[name]}
+        package_aoti(str(path), held)
         manifest["packages"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def checked(clips: int) -> None:
-        progress("checking against eager PyTorch", len(graphs) + clips, total)
+        progress("checking against eager PyTorch", total - CLIPS + clips, total)
 
     packages, reference = Packages.open(folder), eager.load_engines(model, fixed_steps=steps)
     candidate = aotinductor.load_engines(packages)
@@ -230,12 +243,130 @@ def contiguous_convolutions(model: MUBiC) -> MUBiC:
     return model
 
 
-def parts_of(model: MUBiC, graph: str, options: Options) -> list[tuple[Signature, nn.Module]]:
-    """What the package of a graph holds, see `aotinductor.contents`."""
-    steps = options.fixed_steps
-    signatures = aotinductor.contents(options.device, model.config, options.chosen_precision, steps is not None)[graph]
-    modules = model.parts(graph, steps) if len(signatures) > 1 else [model.graph(graph, steps)]
-    return list(zip(signatures, modules, strict=True))
+def contents_of(config: Config, options: Options) -> dict[str, tuple[Signature, ...]]:
+    """What the package of each graph holds, see `aotinductor.contents`."""
+    return aotinductor.contents(options.device, config, options.chosen_precision, options.fixed_steps is not None)
+
+
+def parts_of(model: MUBiC, options: Options) -> dict[str, tuple[Signature, nn.Module]]:
+    """What is compiled, by name: all that the packages hold. `model` is left as it is."""
+    model = contiguous_convolutions(prepared(model, options.chosen_precision, options.rewrites))
+    found: dict[str, tuple[Signature, nn.Module]] = {}
+    for graph, parts in contents_of(model.config, options).items():
+        steps = options.fixed_steps
+        modules = model.parts(graph, steps) if len(parts) > 1 else [model.graph(graph, steps)]
+        found |= {part.name: (part, module) for part, module in zip(parts, modules, strict=True)}
+    return found
+
+
+def compile_parts(
+    model: MUBiC, options: Options, folder: Path, progress: Callable[[str, int], None]
+) -> dict[str, list[str]]:
+    """The files of each part. folder: for what it needs meanwhile. UserError: see `compile_part`."""
+    names = [part.name for parts in contents_of(model.config, options).values() for part in parts]
+    jobs = min(options.jobs or (cores() if options.device == "cuda" else 1), len(names))
+    files = {}
+    if jobs == 1:
+        for done, (name, (signature, module)) in enumerate(parts_of(model, options).items()):
+            progress(f"compiling {name}", done)
+            files[name] = compile_part(module, signature, options)
+        return files
+    progress(f"compiling {jobs} of {len(names)} parts at once", 0)
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as beside,
+        contextlib.closing(side_by_side(model, options, Path(beside), jobs)) as results,
+    ):
+        for done, result in enumerate(results, 1):
+            if result.reason:
+                raise UserError(result.reason)
+            files[result.name] = result.files
+            progress(f"compiled {result.name}", done)
+    return files
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A part: its files, or the reason why it has none. log: what its process said."""
+
+    name: str
+    files: list[str]
+    reason: str
+    log: Path
+
+
+def side_by_side(model: MUBiC, options: Options, folder: Path, jobs: int) -> Generator[Compiled]:
+    """Compiles all parts, `jobs` of them at once, those that take the longest first, each in a process of its own. As
+    they end, whether well or not. Whoever closes it ends those that run."""
+    checkpoint.save(model, folder / WEIGHTS)
+    (folder / OPTIONS).write_text(json.dumps(asdict(replace(options, optimisations=options.rewrites))))
+    names = [part.name for parts in contents_of(model.config, options).values() for part in parts]
+    waiting = sorted(names, key=lambda name: name not in (LONGEST, SAMPLER))
+    share = max(1, 2 * len(os.sched_getaffinity(0)) // jobs)  # they are rarely all at what takes threads
+    at_work: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or at_work:
+            while waiting and len(at_work) < jobs:
+                at_work[waiting[0]] = _started(folder, waiting[0], share * (1 + (waiting[0] == LONGEST)), options)
+                del waiting[0]
+            for name in [name for name, process in at_work.items() if process.poll() is not None]:
+                yield _compiled(folder, name, at_work.pop(name).returncode, options)
+            time.sleep(0.05)
+    finally:
+        for process in at_work.values():
+            process.kill()
+        for process in at_work.values():
+            process.wait()
+
+
+def _started(folder: Path, name: str, threads: int, options: Options) -> subprocess.Popen[bytes]:
+    """The process that compiles a part. A kernel for a CPU is made for as many threads as PyTorch has."""
+    own = threads if options.device == "cuda" else torch.get_num_threads()
+    path = [str(Path(checkpoint.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(own),
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONFAULTHANDLER": "1",  # a crash leaves its stack in the log
+    }
+    with (folder / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(
+            [*PROCESS, folder, name],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def _compiled(folder: Path, name: str, code: int, options: Options) -> Compiled:
+    """What a process left that has ended."""
+    result, log = folder / f"{name}.json", folder / f"{name}.log"
+    if code == 0 and result.exists():
+        found = json.loads(result.read_text())
+        return Compiled(name, found["files"], found["reason"], log)
+    if code < 0:
+        ended, remedy = signal.Signals(-code).name, "compile with fewer --jobs, which want less memory"
+    else:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        ended, remedy = f"{code}: {' '.join(lines[-1:])[:300]}", options.remedy
+    return Compiled(name, [], f"{name} cannot be compiled (its process ended with {ended}): {remedy}", log)
+
+
+def compile_one(folder: Path, name: str) -> None:
+    """What such a process does."""
+    values = json.loads((folder / OPTIONS).read_text())
+    options = Options(**values)
+    found: dict[str, Any] = {"files": [], "reason": ""}
+    try:
+        model = checkpoint.load(str(folder / WEIGHTS))[0].to(options.device)
+        aotinductor.facts(torch.device(options.device))  # has a GPU compute as the others do
+        signature, module = parts_of(model, options)[name]
+        # of headers that one process precompiles, another may find but a part
+        with torch._inductor.config.patch({"aot_inductor.precompile_headers": False}):
+            found["files"] = compile_part(module, signature, options)
+    except UserError as error:
+        found["reason"] = str(error)
+    (folder / f"{name}.json").write_text(json.dumps(found))
 
 
 def compile_part(module: nn.Module, signature: Signature, options: Options) -> list[str]:
@@ -262,7 +393,9 @@ def compile_part(module: nn.Module, signature: Signature, options: Options) -> l
         ) from None
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == [ONE_PART]:
+    compile_one(Path(sys.argv[2]), sys.argv[3])
+elif __name__ == "__main__":
     from mubic_deploy.cli import main
 
     sys.exit(main(["compile", *sys.argv[1:]]))

@@ -29,7 +29,7 @@ from mubic_deploy.config import (
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import FLOAT16, FLOAT32
-from mubic_deploy.live.settings import ENCODINGS, ON_LAG, RAW, WAITING
+from mubic_deploy.live.settings import DEFAULTS, ENCODINGS, ON_LAG, RAW, WAITING
 from mubic_deploy.pipeline import AOTINDUCTOR, TENSORRT
 from mubic_deploy.sources import versions
 from mubic_deploy.training.settings import (
@@ -101,6 +101,8 @@ def _serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue-delay", type=natural, metavar="US", help=waits)
     refused = "refuse a request that waits longer than this in a model's queue (default: never)"
     parser.add_argument("--queue-timeout", type=seconds, metavar="SECONDS", help=refused)
+    held = f"live streams that the server holds at once (default {DEFAULTS.max_streams})"
+    parser.add_argument("--max-streams", type=positive, metavar="N", help=held)
     calls = "the DDIM loop calls the model denoiser, which merges the steps of several clips"
     parser.add_argument("--call-denoiser", action="store_true", default=None, help=calls)
 
@@ -281,6 +283,8 @@ def build_parser() -> Parser:
     compiled.add_argument("--fixed-steps", type=positive, metavar="N", help=fixed)
     _optimise(compiled, REWRITES, f"on cuda {', '.join(ON_GPU)}, on a CPU none")
     compiled.add_argument("--autotune", action="store_true", help="measure all kernels there are to choose from")
+    at_once = "parts to compile at once, each in a process (default: one a core on cuda, 1 on a CPU)"
+    compiled.add_argument("--jobs", type=positive, metavar="N", help=at_once)
     _weights(compiled)
     _weights_seed(compiled)
     _json(compiled)

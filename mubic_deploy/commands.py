@@ -162,6 +162,7 @@ def compile(arguments: Namespace) -> int:
         arguments.fixed_steps,
         arguments.optimise,
         arguments.autotune,
+        arguments.jobs,
     )
     with bar("compiling") as progress:
         progress("loading weights", 0, None)

@@ -232,7 +232,7 @@ class Pipeline:
         The same clip and seed give the same map in every engine. A batch that is larger than the engines take goes in
         parts; AOTInductor's on a GPU gets the next while it computes one. Threads may share a pipeline on a CPU; on a
         GPU one thread calls it at a time. UserError for a wrong shape, dtype, seed or step, or sound that is not
-        finite.
+        finite or was not scaled (above 8 times full scale).
 
         On a GPU clips go up fastest from what `allocate` made."""
         arrays = request(self.config, video, audio, seed, self.default_steps if steps is None else steps)

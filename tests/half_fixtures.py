@@ -17,6 +17,7 @@ from mubic_deploy import checkpoint, folders
 from mubic_deploy.artifacts import Artifacts
 from mubic_deploy.config import DEMO
 from mubic_deploy.engines.aotinductor import Packages
+from mubic_deploy.graphs import signatures
 from mubic_deploy.model.mubic import MUBiC, random_model
 from mubic_deploy.sources import load_script, source_dir
 
@@ -61,10 +62,11 @@ def packages(tiny_model: MUBiC, of_the_run: Path) -> Packages:
             return Packages.open(out)
         said: list[str] = []
         script = load_script(source_dir("export") / "aotinductor_packages.py")
-        options = script.Options(max_batch=4, optimisations=("split_depthwise", "pad_heads"))
+        options = script.Options(max_batch=4, optimisations=("split_depthwise", "pad_heads"), jobs=2)
         with torch_threads(2):  # with one the compiler takes other layouts, and none of them goes wrong
             source, progress = checkpoint.Source("test", 3), lambda text, *_: said.append(text)
             packages = script.build(tiny_model, source, out, options, progress)
-        assert said[0] == "compiling visual_encoder"
+        assert said[0] == "compiling 2 of 4 parts at once"
+        assert sorted(said[1:5]) == [f"compiled {name}" for name in sorted(signatures(TINY))]
         assert said[-1] == "checking against eager PyTorch"
         return packages

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,8 @@ def test_wrong_options_and_a_package_that_differs(
         packages_script.Options(precision="float16")
     with pytest.raises(UserError, match="max batch 1 is out of range"):
         packages_script.Options(max_batch=1)
+    with pytest.raises(UserError, match="jobs 0 is out of range"):
+        packages_script.Options(jobs=0)
     with pytest.raises(UserError, match="fixed steps 13 is out of range"):
         build(tiny_model, source, tmp_path / "p", packages_script.Options(fixed_steps=13))
     (tmp_path / "letters").mkdir()
@@ -161,7 +165,7 @@ def test_wrong_options_and_a_package_that_differs(
     monkeypatch.setattr(packages_script, "package_aoti", another)
     changed = MUBiC(TINY)
     with pytest.raises(UserError, match=r"differ from eager PyTorch: .* of .*; compile with another version"):
-        build(changed, source, tmp_path / "p", packages_script.Options(max_batch=4))
+        build(changed, source, tmp_path / "p", packages_script.Options(max_batch=4, jobs=1))
     assert {p.name for p in tmp_path.iterdir()} == {"letters"}
 
 
@@ -198,6 +202,46 @@ def test_a_compiler_that_fails_is_said(
     given = (tiny_model.graph("visual_encoder"), signatures(TINY)["visual_encoder"], packages_script.Options())
     with pytest.raises(UserError, match=says):
         packages_script.compile_part(*given)
+
+
+def processes_with(text: str) -> list[str]:
+    said = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in said.splitlines() if text in line]
+
+
+def test_a_part_that_cannot_be_compiled_ends_the_others(
+    tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real processes, of which none finds a compiler."""
+    monkeypatch.setenv("CXX", "/no/compiler")
+    says = r"cannot be compiled \(InvalidCxxCompiler.*\): see that a C\+\+ compiler \(g\+\+\) is installed"
+    with pytest.raises(UserError, match=says):
+        packages_script.build(
+            tiny_model, checkpoint.Source("random", 0), tmp_path / "p", packages_script.Options(max_batch=4, jobs=2)
+        )
+    assert list(tmp_path.iterdir()) == []
+    assert processes_with(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("os.kill(os.getpid(), 9)", r"ended with SIGKILL\): compile with fewer --jobs, which want less memory"),
+        ("sys.exit('no such thing')", r"ended with 1: no such thing\): compile with another version of PyTorch"),
+    ],
+)
+def test_a_process_that_ends_without_its_part(
+    tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, says: str
+) -> None:
+    """The others hang, and do not go on."""
+    code = f"import os, sys, time; time.sleep(600) if sys.argv[2] != 'fusion' else {does}"
+    monkeypatch.setattr(packages_script, "PROCESS", (sys.executable, "-c", code))
+    with pytest.raises(UserError, match=rf"fusion cannot be compiled \(its process {says}"):
+        packages_script.build(
+            tiny_model, checkpoint.Source("random", 0), tmp_path / "p", packages_script.Options(max_batch=4, jobs=4)
+        )
+    assert list(tmp_path.iterdir()) == []
+    assert processes_with(str(tmp_path)) == []
 
 
 def test_a_compiler_that_would_link_a_second_runtime_is_refused(

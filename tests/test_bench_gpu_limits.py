@@ -204,9 +204,10 @@ def test_what_compiles_gets_the_optimisations_that_paid() -> None:
 
 
 PACKAGES = """
-import os, sys, time
-part = sys.argv[3]
+import os, pathlib, sys, time
+part = sys.argv[2]
 print("at", part, os.getpid(), flush=True)
+pathlib.Path(sys.argv[1], part + ".json").write_text('{"files": ["a.so"], "reason": ""}')
 time.sleep(600 if part == "sampler" else 0)
 sys.exit(part == "fusion")
 """
@@ -215,14 +216,16 @@ sys.exit(part == "fusion")
 def test_packages_are_compiled_meanwhile_and_the_samplers_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = script(tmp_path).run
-    monkeypatch.setattr(gpu_child, "PROCESS", (sys.executable, "-c", PACKAGES))
+    run, packages_script = script(tmp_path).run, gpu_child.packages_script()
+    monkeypatch.setattr(packages_script, "PROCESS", (sys.executable, "-c", PACKAGES))
+    monkeypatch.setattr(gpu_child, "packages_script", lambda: packages_script)
     compiling = threading.Thread(target=gpu_child.compile_parts, args=(run, tmp_path))
     compiling.start()
     began = time.monotonic()
     failed = gpu_child.compiled_parts(run, tmp_path, 2)
     said = {part: lines[0].split()[:2] for part, lines in failed.items()}
     assert said == {"fusion": ["at", "fusion"], "sampler": ["at", "sampler"]}
+    assert json.loads((tmp_path / "denoiser.ended").read_text()) == {"files": ["a.so"], "said": []}
     assert 2 <= time.monotonic() - began < 20
     os.kill(int(failed["sampler"][0].split()[2]), signal.SIGKILL)
     compiling.join(10)

@@ -289,7 +289,20 @@ def test_the_commands(
 
 def test_the_repository_command_takes_its_options(run, plans: Plans, half_artifacts: Artifacts, tmp_path: Path) -> None:
     command = ("repository", plans.path, "--engine", "tensorrt", "--out", tmp_path / "r")
-    ran = run(*command, "--instances", 2, "--loops", 3, "--queue-delay", 50, "--queue-timeout", 2, "--no-warm-up")
+    ran = run(
+        *command,
+        "--instances",
+        2,
+        "--loops",
+        3,
+        "--queue-delay",
+        50,
+        "--queue-timeout",
+        2,
+        "--no-warm-up",
+        "--max-streams",
+        200,
+    )
     assert ran.code == 0
     assert "version-compatible" not in ran.out
 
@@ -303,6 +316,7 @@ def test_the_repository_command_takes_its_options(run, plans: Plans, half_artifa
     assert fusion.optimization.cuda.graphs
     assert not fusion.model_warmup
     assert read("ddim").instance_group[0].count == 3
+    assert read("mubic_stream").parameters["MAX_STREAMS"].string_value == "200"
     assert (tmp_path / "r" / "fusion" / "1" / "model.plan").read_bytes() == plans.file("fusion").read_bytes()
     ran = run("repository", half_artifacts.path, "--out", tmp_path / "cpu", "--loops", 3)
     assert ran.code == 2

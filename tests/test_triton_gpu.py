@@ -163,6 +163,7 @@ def test_the_command(run, toy_artifacts: Artifacts, tmp_path: Path) -> None:
     assert counts() == {"fusion": 2, "denoiser": 2, "ddim": 2}
     options = ["--instances", 2, "--instances", "ddim=3", "--instances", "fusion=1", "--threads", 1, "--max-batch", 4]
     options += ["--queue-delay", 700, "--queue-timeout", 1.5, "--call-denoiser", "--engine", "onnxruntime"]
+    options += ["--max-streams", 3]
     assert run(*command, *options).code == 0
     fusion, ddim = read(tmp_path / "cpu", "fusion"), read(tmp_path / "cpu", "ddim")
     assert (fusion.instance_group[0].count, ddim.instance_group[0].count) == (1, 3)
@@ -174,6 +175,7 @@ def test_the_command(run, toy_artifacts: Artifacts, tmp_path: Path) -> None:
         "THREADS": "1",
     }
     assert "ONNX" not in ddim.parameters  # it calls
+    assert read(tmp_path / "cpu", "mubic_stream").parameters["MAX_STREAMS"].string_value == "3"
 
 
 def test_the_command_says_how_to_serve(

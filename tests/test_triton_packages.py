@@ -143,9 +143,11 @@ def test_the_commands(run, server: TritonServer, packages: Packages, tmp_path: P
     for found in others:
         np.testing.assert_array_equal(found["frame_index"], expected["frame_index"])
         np.testing.assert_allclose(found["maps"], expected["maps"], rtol=0, atol=TOLERANCE)
-    ran = run("repository", packages.path, "--engine", "aotinductor", "--out", tmp_path / "models", "--instances", 2)
+    command = ("repository", packages.path, "--engine", "aotinductor", "--out", tmp_path / "models")
+    ran = run(*command, "--instances", 2, "--max-streams", 7)
     assert (ran.code, f"--model-repository={tmp_path / 'models'}" in ran.out) == (0, True)
     assert read(tmp_path / "models").instance_group[0].count == 2
+    assert 'string_value: "7"' in (tmp_path / "models" / "mubic_stream" / "config.pbtxt").read_text()
 
 
 @pytest.mark.parametrize(

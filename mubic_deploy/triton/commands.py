@@ -17,6 +17,7 @@ from mubic_deploy.commands import artifacts_of, built, untrained
 from mubic_deploy.config import DEMO_CHECKPOINT, weights_seed
 from mubic_deploy.console import bar, messages, print_json, say, warn
 from mubic_deploy.errors import UserError
+from mubic_deploy.live.settings import DEFAULTS, StreamSettings
 from mubic_deploy.media.outputs import replacing
 from mubic_deploy.pipeline import AOTINDUCTOR, TENSORRT
 
@@ -45,6 +46,10 @@ def _given(arguments: Namespace, **more: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _streams(arguments: Namespace) -> StreamSettings:
+    return DEFAULTS if arguments.max_streams is None else StreamSettings(arguments.max_streams)
+
+
 def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any]:
     """What the command line says of a server on a CPU, for `write_repository`."""
     return _given(
@@ -54,6 +59,7 @@ def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any
         instances=_instances(arguments, artifacts),
         max_batch=arguments.max_batch,
         call_denoiser=arguments.call_denoiser,
+        streams=_streams(arguments),
     )
 
 
@@ -77,7 +83,8 @@ def package_options(arguments: Namespace) -> dict[str, Any]:
     """What the command line says, for `write_package_repository`."""
     if arguments.max_batch is not None or arguments.call_denoiser is not None:
         raise UserError("--max-batch and --call-denoiser are for exported graphs on a CPU: leave them out")
-    return _given(arguments, threads=arguments.threads, instances=_count(arguments, "processes"))
+    counts = {"threads": arguments.threads, "instances": _count(arguments, "processes")}
+    return _given(arguments, **counts, streams=_streams(arguments))
 
 
 def serve(arguments: Namespace) -> int:
@@ -149,7 +156,7 @@ def repository(arguments: Namespace) -> int:
         given = _given(arguments, **given, instances=_count(arguments, "of each engine, or --loops"))
         plans = Plans.open(arguments.artifacts)
         settings = GpuSettings(**given)
-        write_gpu_repository(plans, arguments.out, settings)
+        write_gpu_repository(plans, arguments.out, settings, _streams(arguments))
         served += [f"--cuda-memory-pool-byte-size=0:{pool_bytes(plans, settings)}", "--model-load-thread-count=1"]
         if plans.manifest["version_compatible"]:
             served.append("--backend-config=tensorrt,version-compatible=true")
