@@ -131,9 +131,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
 
 
 def _folds(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--dataset", action="append", choices=DATASETS, help="may be repeated (default: all that are there)"
-    )
+    which = f"{', '.join(DATASETS)}, or another; may be repeated (default: all that are there)"
+    parser.add_argument("--dataset", action="append", metavar="NAME", help=which)
     parser.add_argument("--split", type=int, choices=SPLITS, default=1, help="which fold lists (default 1)")
 
 
@@ -214,6 +213,8 @@ def _training(commands: argparse._SubParsersAction) -> None:
     negatives = f"of s-AUC: fixations of other videos, or of all frames of the own one (default {NEGATIVES[0]})"
     evaluate.add_argument("--negatives", choices=NEGATIVES, default=NEGATIVES[0], help=negatives)
     evaluate.add_argument("--baselines", action="store_true", help="also the mean map of all videos, and of each")
+    saved = "the predicted maps, at the size of the true ones, 8-bit grey: DATASET/VIDEO/eyeMap_00001.png"
+    evaluate.add_argument("--save-maps", type=Path, metavar="DIR", help=saved)
     _engine(evaluate)
     _graphs(evaluate)
     _prediction(evaluate, stride=8)

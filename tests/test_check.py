@@ -66,6 +66,13 @@ def other_shape(video: Video) -> None:
         (lambda v: truncate(v.map(6)), r"eyeMap_00006\.jpg is damaged"),
         (lambda v: truncate(v.map(24)), r"eyeMap_00024\.jpg is damaged"),
         (lambda v: truncate(v.fixations(1)), r"fixMap_00001\.mat is not a MATLAB file"),
+        (
+            lambda v: v.frame(1).rename(v.frame(0)),
+            r"img_00000\.jpg is there, but numbers begin with 1",
+        ),
+        (lambda v: v.map(24).rename(v.map(0)), r"eyeMap_00000\.jpg is there, but numbers begin with 1"),
+        (lambda v: v.fixations(24).rename(v.fixations(0)), r"fixMap_00000\.mat is there, but numbers begin with 1"),
+        (lambda v: Image.fromarray(np.zeros((36, 64), np.int32)).save(v.map(6), "TIFF"), r"06\.jpg has levels of 32"),
         (other_size, r"eyeMap_00024\.jpg is 32x18, but earlier maps are 64x36"),
         (other_size_between, r"eyeMap_00007\.jpg is 32x18, but earlier maps are 64x36"),
         (empty, r"all maps in .*one/maps are empty"),
@@ -108,6 +115,17 @@ def test_sound_lasts_as_long_as_the_frames(field, frames, fps, sound_s, kind, sa
     assert (len(report.problems), len(report.warnings)) == (kind == "problem", kind == "warning")
     for line in report.problems + report.warnings:
         assert re.search(rf"^Scenes/one: .*{says}", line), line
+
+
+@pytest.mark.parametrize(
+    ("sound_s", "found"), [(0.96, (0, 0)), (1.4, (0, 0)), (1.45, (1, 0)), (0.2, (1, 0)), (0.4, (0, 0))]
+)
+def test_a_list_that_names_the_first_frames_only(field, sound_s, found):
+    """12 of 24: 0.48 of 0.96 s."""
+    video = replace(field[0], frames=12)
+    write_sound(video.sound, np.zeros((round(sound_s * 16_000), 1)), 16_000)
+    report = check([video])
+    assert (len(report.problems), len(report.warnings)) == found
 
 
 def test_warnings_in_brief(field):

@@ -16,10 +16,11 @@ from PIL import Image
 from mubic_deploy import checkpoint
 from mubic_deploy.config import DEMO, get_config
 from mubic_deploy.folders import occupied
+from mubic_deploy.metrics import cc
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.training.adaptive import smallest_steps
 from mubic_deploy.training.clips import Clips
-from mubic_deploy.training.layout import Video
+from mubic_deploy.training.layout import Video, read_density
 
 QUICK = ("--config", "demo", "--epochs", 1, "--batch", 4, "--validate", 2, "--accelerator", "cpu", "--workers", 0)
 
@@ -209,6 +210,43 @@ def test_videos_named_twice_count_once(run, shared: list[Video], field: list[Vid
     assert report["warnings"][0].startswith("3 of 3 videos are named more than once")
 
 
+def test_own_data_of_any_name(run, tmp_path: Path) -> None:
+    """Beside one of the field's sets: figures of each and of every video, and the maps that were scored."""
+    root, out = tmp_path / "data", tmp_path / "maps"
+    for name in ("Our data", "AVAD"):
+        write_field(root, (Spec("one"), Spec("a b")), name)
+    ran = run("train", root, "--check", "--json")
+    assert ran.code == 0, ran.err
+    assert [*json.loads(ran.out)["datasets"]] == ["AVAD", "Our data"]
+    ran = run("train", root, "--check", "--dataset", "Our data", "--json")
+    assert [*json.loads(ran.out)["datasets"]] == ["Our data"]
+    command = ("evaluate", root, "--engine", "eager", "--steps", 1, "--stride", 8, "--save-maps", out)
+    ran = run(*command, "--json")
+    assert ran.code == 0, ran.err
+    (row,) = json.loads(ran.out)["rows"]
+    assert {name: part["clips"] for name, part in row["datasets"].items()} == {"AVAD": 4, "Our data": 4}
+    assert [*row["videos"]] == ["AVAD/one", "AVAD/a b", "Our data/one", "Our data/a b"]
+    for metric in ("cc", "sim", "nss"):
+        of = [row["datasets"][name][metric] for name in ("AVAD", "Our data")]
+        assert of[0] == pytest.approx(of[1])  # the same videos
+        assert row[metric] == pytest.approx(np.mean([video[metric] for video in row["videos"].values()]))
+    video = Video(root, "Our data", "a b", 24, 25.0)
+    saved = sorted(out.rglob("*.png"))
+    assert len(saved) == 8
+    scores = []
+    for path in (p for p in saved if p.parent == out / "Our data" / "a b"):
+        saliency = np.asarray(Image.open(path)) / 255
+        scores.append(cc(saliency, read_density(video.map(int(path.stem.removeprefix("eyeMap_"))))))
+    assert np.mean(scores) == pytest.approx(row["videos"]["Our data/a b"]["cc"], abs=0.01)  # of 8 bits
+    ran = run(*command)
+    assert (ran.code, f"{out} exists and is no empty folder: choose another --save-maps" in ran.err) == (2, True)
+    table = run(*command[:-2]).out
+    assert [line.split()[1] for line in table.splitlines() if re.search("AVAD|Our data", line)] == ["AVAD", "Our"]
+    (tmp_path / "file").touch()
+    ran = run(*command[:-1], tmp_path / "file" / "maps")
+    assert (ran.code, "cannot be written" in ran.err, ran.err.count("\n")) == (2, True, 1)
+
+
 def test_lists_without_frames_are_left_out(run, field: list[Video]) -> None:
     """The fold lists come together, each set's data by itself."""
     root = field[0].root
@@ -306,7 +344,7 @@ def wrong(*arguments: object, says: str):
     [
         wrong("train", "{nowhere}", "--check", says="is not a folder"),
         wrong("train", "{empty}", "--check", says="AVAD_list_train_1_fps.txt: get the data sets' fold lists"),
-        wrong("train", "{data}", "--dataset", "MIT300", "--check", says="invalid choice: 'MIT300'"),
+        wrong("train", "{data}", "--dataset", "MIT300", "--check", says="not exist (lists are there of Scenes)"),
         wrong("train", "{data}", "--dataset", "AVAD", "--check", says="AVAD_list_train_1_fps.txt does not exist"),
         wrong("train", "{data}", "--split", 2, "--check", says="_list_train_2_fps.txt"),
         wrong("train", "{part}", "--check", says="AVAD_list_test_1_fps.txt does not exist"),

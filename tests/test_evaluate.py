@@ -105,6 +105,29 @@ def test_means_by_hand():
     assert result.mean_steps == 0
 
 
+def test_parts_by_hand():
+    result = Evaluation()
+    for video, cc in (("AVAD/a", 1.0), ("AVAD/a", 0.5), ("AVAD/b", 0.1), ("DIEM/a", math.nan), ("DIEM/c", 0.3)):
+        result.add(video, {"cc": cc, "sim": 2 * cc})
+    datasets = {name: (part.means()["cc"], part.clips) for name, part in result.by_dataset().items()}
+    assert datasets == {"AVAD": (pytest.approx((0.75 + 0.1) / 2), 3), "DIEM": (pytest.approx(0.3), 2)}
+    videos = {name: part.means() for name, part in result.by_video().items()}
+    assert list(videos) == ["AVAD/a", "AVAD/b", "DIEM/a", "DIEM/c"]
+    assert videos["AVAD/a"] == pytest.approx({"cc": 0.75, "sim": 1.5})
+    assert math.isnan(videos["DIEM/a"]["cc"])
+
+
+def test_maps_are_kept_as_they_are_scored(clips):
+    kept: dict[tuple[str, int], np.ndarray] = {}
+    result = evaluate(Known(clips, random_maps), clips, keep=lambda t, x: kept.update({(str(t.video), t.frame): x}))
+    assert len(kept) == len(clips) == 7
+    for i in range(7):
+        truth = clips.ground_truth(i)
+        saliency = kept[str(truth.video), truth.frame]
+        assert saliency.shape == truth.density.shape
+        assert metrics.cc(saliency, truth.density) in result.values["cc"][str(truth.video)]
+
+
 def test_constant_maps_are_left_out_and_counted(clips):
     constant = evaluate(Known(clips, lambda i, t: np.full_like(t, 0.5) if i == 4 else t), clips)
     assert constant.excluded() == {"cc": 1, "nss": 1, "sim": 1, "auc_judd": 0, "auc_shuffled": 0}

@@ -15,12 +15,16 @@ from scipy.sparse import csc_matrix
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.layout import (
     Video,
+    datasets,
+    listing,
     once,
     read_density,
     read_fixations,
     read_frame,
     read_list,
+    read_size,
     read_sound,
+    write_map,
 )
 
 # ---- lists and files
@@ -49,7 +53,7 @@ def test_a_data_set_with_one_fold_for_all_splits(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("Imagenet", "train", 1), r"'Imagenet'.*AVAD, DIEM, SumMe, ETMD_av, Coutrot_db1, Coutrot_db2, Scenes"),
+        (("Mine", "train", 1), r"Mine_list_train_1_fps\.txt does not exist \(lists are there of Scenes\): get Mine's"),
         (("Scenes", "val", 1), r"'val'.*train, test"),
         (("Scenes", "train", 4), r"split 4.*1, 2, 3"),
         (("AVAD", "train", 2), r"AVAD_list_train_2_fps\.txt does not exist"),
@@ -66,12 +70,68 @@ def test_folder_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["two 24", "two 24 25 x", "two x 25", "two 24.5 25", "two 0 25", "two 24 0", "two 24 nan"]
+    "line", ["two 24", "24 25", "two 24 25 x", "two x 25", "two 24.5 25", "two 0 25", "two 24 0", "two 24 nan"]
 )
 def test_malformed_line(field, line):
     (field[0].root / "fold_lists" / "Scenes_list_train_1_fps.txt").write_text(f"one 24 25\n\n{line}\n")
     with pytest.raises(UserError, match=rf"Scenes_list_train_1_fps\.txt, line 3: '{line}'"):
         read_list(field[0].root, "Scenes", "train", 1)
+
+
+def test_names_with_spaces(tmp_path):
+    (tmp_path / "fold_lists").mkdir()
+    (tmp_path / "fold_lists" / "Mine_list_train_1_fps.txt").write_text("  a day  out\t24 25\nb\0 24 25\n")
+    with pytest.raises(UserError, match=r"line 2: .* is not `name frames fps`"):
+        read_list(tmp_path, "Mine", "train", 1)
+    (tmp_path / "fold_lists" / "Mine_list_train_1_fps.txt").write_text("  a day  out\t24 25\n")
+    assert read_list(tmp_path, "Mine", "train", 1) == [Video(tmp_path, "Mine", "a day  out", 24, 25.0)]
+
+
+def test_which_data_sets_have_lists(tmp_path):
+    (tmp_path / "fold_lists").mkdir()
+    for name in (
+        "Zoo_list_test_3_fps.txt",
+        "My_own_list_train_fps.txt",
+        "DIEM_list_test_fps.txt",
+        "AVAD_list_test_1_fps.txt",
+    ):
+        (tmp_path / "fold_lists" / name).touch()
+    for name in ("readme.txt", "_list_train_1_fps.txt", "X_list_val_1_fps.txt", "Y_list_train_1.txt"):
+        (tmp_path / "fold_lists" / name).touch()
+    assert datasets(tmp_path) == ["AVAD", "DIEM", "My_own", "Zoo"]
+    assert datasets(tmp_path / "nowhere") == []
+
+
+def test_a_folder_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read \(File name too long\): check the folder, or the fold list"):
+        listing(tmp_path / ("x" * 300))
+    (tmp_path / "file").touch()
+    assert listing(tmp_path / "file") == listing(tmp_path / "nowhere") == set()
+
+
+def test_pictures_of_16_bits_keep_their_levels(tmp_path):
+    """Whatever their names say. Pillow's own conversion makes 255 of all that is above."""
+    grey = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    path = tmp_path / "eyeMap_00001.jpg"
+    Image.fromarray(grey.astype(np.uint16) * 257).save(path, "PNG")
+    with Image.open(path) as image:
+        assert image.mode == "I;16"
+    np.testing.assert_array_equal(read_density(path), grey.astype(np.float32) / 255)
+    np.testing.assert_array_equal(read_frame(path), np.stack([grey] * 3, -1))
+    assert read_size(path) == (8, 32)
+    for values in (np.linspace(0, 1, 256, dtype=np.float32), np.arange(256, dtype=np.int32)):
+        Image.fromarray(values.reshape(8, 32)).save(path, "TIFF")
+        for read in (read_density, read_frame, read_size):
+            with pytest.raises(UserError, match=r"eyeMap_00001\.jpg has levels of 32 bits.*: save it as 8-bit grey"):
+                read(path)
+
+
+def test_predicted_maps_lie_as_the_true_ones(tmp_path):
+    saliency = np.linspace(-0.1, 1.1, 96, dtype=np.float32).reshape(8, 12)
+    write_map(tmp_path, Video(Path("data"), "Mine", "a b", 24, 25.0), 7, saliency)
+    with Image.open(tmp_path / "Mine" / "a b" / "eyeMap_00007.png") as image:
+        assert image.mode == "L"
+        np.testing.assert_allclose(np.asarray(image) / 255, saliency.clip(0, 1), atol=0.5 / 255 + 1e-6)
 
 
 @pytest.mark.parametrize(("content", "message"), [(b" \n\n", "names no video"), (b"\xff\xfe\x00", "cannot be read")])

@@ -37,6 +37,7 @@ from mubic_deploy.model.mubic import random_model
 from mubic_deploy.training import train as training
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.evaluate import centre_bias, evaluate_maps
+from mubic_deploy.training.layout import digest
 from mubic_deploy.training.machine import Machine
 from mubic_deploy.training.objective import Draw, Objective, draw
 from mubic_deploy.training.run import Run, write_json
@@ -686,6 +687,57 @@ def test_a_run_keeps_by_what_it_knows_its_clips(field, tmp_path):
     save_file(weights(out / "state.safetensors"), out / "state.safetensors", {"state": json.dumps(facts)})
     with pytest.raises(StopError):
         train(settings, field, field, out, resume=True, machine=HERE, progress=stop_at(2))
+
+
+def test_sounds_may_come_and_go_where_nothing_hears_them(field, tmp_path, monkeypatch):
+    """In a run of an earlier version, whose digest has the sounds, too."""
+
+    def goes_on(variant: str, data: str) -> bool:
+        run = Run(tmp_path / "run", replace(QUICK, variant=variant), field)
+        state = State(run.settings, run.videos, 0, 1, 0.0, {}, [], data=data)
+        monkeypatch.setattr("mubic_deploy.training.run.load_state", lambda _: state)
+        with contextlib.suppress(UserError):
+            return run.resume() is state
+        return False
+
+    seen = Run(tmp_path / "run", replace(QUICK, variant="visual_only"), field).data
+    heard = Run(tmp_path / "run", QUICK, field).data
+    assert heard == digest(field) != seen
+    assert goes_on("visual_only", seen)
+    assert goes_on("visual_only", heard)
+    assert goes_on("full", heard)
+    for video in field:
+        video.sound.unlink()
+    assert goes_on("visual_only", seen)
+    assert not goes_on("full", heard)
+
+
+@pytest.mark.parametrize(("clips", "size", "devices"), [(7, 4, 2), (1, 4, 4), (2, 8, 4), (8, 4, 2), (5, 2, 1)])
+def test_devices_share_out_every_batch(clips, size, devices):
+    order = list(range(10, 10 + clips))
+    found = [training.shares(order, size, devices, device) for device in range(devices)]
+    assert {len(of) for of in found} == {math.ceil(clips / size)}
+    for number, parts in enumerate(zip(*found, strict=True)):
+        batch = order[number * size : (number + 1) * size]
+        assert {len(part) for part in parts} == {math.ceil(len(batch) / devices)}
+        dealt = [clip for turn in zip(*parts, strict=True) for clip in turn]
+        assert dealt[: len(batch)] == batch
+        assert set(dealt) <= set(order)
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(shared, tmp_path):
+    """7 clips in batches of 7, for two epochs."""
+    for warmup, said in ((1, True), (0, False)):
+        notes: list[str] = []
+        settings = replace(QUICK, variant="visual_only", batch=7, warmup=warmup)
+        with pytest.raises(StopError):
+            train(
+                settings, shared, shared, tmp_path / str(warmup), machine=HERE, progress=stop_at(1), note=notes.append
+            )
+        found = [
+            note for note in notes if note.startswith("the learning rate still rises for the first 1 of the run's 2")
+        ]
+        assert len(found) == said
 
 
 def test_two_trainings_into_one_folder(shared, tmp_path):

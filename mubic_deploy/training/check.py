@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from mubic_deploy.training.layout import (
     sized,
 )
 
+FRAME_NAME = re.compile(r"img_(\d{5,})\.jpg")
 TRAILING_S = 1.0  # sound after the last frame that is not worth a warning
 
 Progress = Callable[[int, int], None]  # (videos done, of how many)
@@ -135,9 +137,11 @@ def _check_sound(video: Video) -> tuple[list[str], list[str]]:
     does not last as long as the frames is one, or a wrong `fps`.
 
     A problem if half of it or more is missing, or half as much again or more is too much, and that is over 0.25 s.
-    Else a warning if over 0.25 s are missing, or over 1 s too much: releases keep some sound after the last frame."""
+    Else a warning if over 0.25 s are missing, or over 1 s too much: releases keep some sound after the last frame.
+    Frames beyond those that the list names, as where somebody tries the first few, have their sound too."""
     try:
         sound_s = len(read_sound(video.sound)) / SAMPLE_RATE
+        last = _last_frame(video)
     except UserError as error:
         return [str(error)], []
     shown_s = video.frames / video.fps
@@ -146,16 +150,35 @@ def _check_sound(video: Video) -> tuple[list[str], list[str]]:
         short = f"{lasts}, the rest would be silence: extract the sound again, or correct fps in the fold list"
         return ([short], []) if sound_s <= shown_s / 2 else ([], [short])
     long = f"{lasts}, so it may be heard too late or too early: correct fps in the fold list, or cut the sound"
+    if last > video.frames:
+        shown_s = last / video.fps
+        long = (
+            f"{video.sound} lasts {sound_s:.2f} s, the {last} frames that are there at {video.fps:g} fps "
+            f"{shown_s:.2f} s, so it may be heard too late or too early: correct fps in the fold list, or cut the sound"
+        )
     if sound_s > shown_s + NOTABLE_S and sound_s >= 1.5 * shown_s:
         return [long], []
     return [], [long] if sound_s > shown_s + TRAILING_S else []
 
 
+def _last_frame(video: Video) -> int:
+    """The highest number of a frame that is there; 0 if there is none."""
+    names = (FRAME_NAME.fullmatch(name) for name in listing(video.frame(1).parent))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
 def _present(
     video: Video, file: Callable[[int], Path], tolerated: float, remedy: str, problems: list[str]
 ) -> list[int]:
-    """The frames whose `file` exists. It is a problem if more than the tolerated part of them does not."""
-    names = listing(file(1).parent)
+    """The frames whose `file` exists. It is a problem if more than the tolerated part of them does not, or if somebody
+    began to count at 0."""
+    try:
+        names = listing(file(1).parent)
+    except UserError as error:
+        problems.append(str(error))
+        return []
+    if file(0).name in names:
+        problems.append(f"{file(0)} is there, but numbers begin with 1: number them anew, or remove it")
     if not names:
         problems.append(f"{file(1).parent} does not exist or is empty: {remedy}")
         return []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mubic_deploy.config import get_config
 from mubic_deploy.console import bar, messages, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.check import CheckReport, check
-from mubic_deploy.training.layout import Video, in_both, once, read_list
+from mubic_deploy.training.layout import Video, datasets, in_both, listing, once, read_list, write_map
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
 LINE_S = 60
@@ -160,6 +160,9 @@ def evaluate(arguments: Namespace) -> int:
     videos, said = _videos(arguments, *(PARTS if arguments.part == "all" else (arguments.part,)))
     if arguments.sounds and len(videos) < 2:
         raise UserError("--sounds swaps the sounds of videos, and there is only one: leave it out")
+    out: Path | None = arguments.save_maps
+    if out is not None and out.exists() and not (out.is_dir() and not listing(out)):
+        raise UserError(f"{out} exists and is no empty folder: choose another --save-maps")
     _check(videos, sounds=False).require()  # before an export, which takes a minute
 
     from mubic_deploy.training import evaluate as evaluation
@@ -179,6 +182,7 @@ def evaluate(arguments: Namespace) -> int:
         def clips(sound: str) -> Clips:
             return Clips(videos, model.config, stride=arguments.stride, fit=arguments.fit, sound=sound)
 
+        keep = None if out is None else stack.enter_context(_maps_into(out))
         for sound in SOUNDS if arguments.sounds else ("own",):
             data = clips(sound)
             if not len(data):
@@ -192,6 +196,7 @@ def evaluate(arguments: Namespace) -> int:
                 steps=arguments.steps,
                 seed=arguments.seed,
                 negatives=arguments.negatives,
+                keep=keep if sound == "own" else None,
                 progress=lambda done, total, sound=sound: progress(f"evaluating, sound {sound}", done, total),  # type: ignore[misc]
             )
             rows.append({"what": f"sound {sound}", **_row(result)})
@@ -220,6 +225,9 @@ def evaluate(arguments: Namespace) -> int:
     for row in rows:
         steps = f"{row['steps']:.2f}" if row["steps"] else ""
         table.add_row(row["what"], *(f"{row[k]:.4f}" for k in HEADINGS), steps)
+        if len(row["datasets"]) > 1:
+            for name, means in row["datasets"].items():
+                table.add_row(f"  {name}", *(f"{means[k]:.4f}" for k in HEADINGS), "")
     screen.print(table)
     for row in rows:  # below: columns of any width would cut off the figures
         if undefined := ", ".join(f"{HEADINGS[k]} for {n}" for k, n in row["excluded"].items() if n):
@@ -278,7 +286,25 @@ def _row(result: Any) -> dict[str, Any]:
         "steps": result.mean_steps,
         "seconds": result.seconds,
         "excluded": result.excluded(),
+        "datasets": {name: {**part.means(), "clips": part.clips} for name, part in result.by_dataset().items()},
+        "videos": {name: {**part.means(), "clips": part.clips} for name, part in result.by_video().items()},
     }
+
+
+@contextmanager
+def _maps_into(out: Path) -> Iterator[Callable[[Any, Any], None]]:
+    """What takes a ground truth and its predicted map, for the folder `out`: whole at the end, or not there."""
+    from mubic_deploy.folders import replacing
+
+    def keep(truth: Any, saliency: Any) -> None:
+        write_map(folder, truth.video, truth.frame, saliency)
+
+    try:
+        with replacing(out) as folder:
+            yield keep
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{error.filename or out} cannot be written ({reason}): choose another --save-maps") from None
 
 
 def _videos(arguments: Namespace, *parts: str) -> tuple[list[Video], list[str]]:
@@ -297,8 +323,9 @@ def _present(root: Path, named: list[str] | None) -> tuple[list[str], list[str]]
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give the one that holds video_frames, annotations and fold_lists")
     lists, frames = root / "fold_lists", root / "video_frames"
-    listed = [n for n in named or DATASETS if any(lists.glob(f"{n}_list_*_fps.txt"))]
-    shown = [n for n in named or DATASETS if any((frames / n).glob("*"))]
+    there = datasets(root)
+    listed = [name for name in named or there if name in there]
+    shown = [name for name in named or [*dict.fromkeys([*DATASETS, *there])] if listing(frames / name)]
     missing = ", ".join(dict.fromkeys(n for n in listed if n not in shown))
     only_lists = f"{frames} holds nothing of {missing}, only fold lists are there"
     if missing and (named or not shown):

@@ -6,7 +6,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Predictor, stacked
 from mubic_deploy.training.clips import Clips, GroundTruth
-from mubic_deploy.training.layout import Video, labelled, read_density, read_fixations
+from mubic_deploy.training.layout import Video, dataset_of, labelled, read_density, read_fixations
 from mubic_deploy.training.settings import NEGATIVES, OTHERS
 
 METRICS = ("cc", "nss", "sim", "auc_judd", "auc_shuffled")
@@ -56,6 +56,19 @@ class Evaluation:
         """How many clips each metric leaves out, because it is undefined for them."""
         return {name: metrics.mean_per_video(videos)[1] for name, videos in self.values.items()}
 
+    def of(self, videos: Collection[str]) -> Evaluation:
+        """The same of some of the videos, without steps and seconds."""
+        return Evaluation({name: {v: of[v] for v in of if v in videos} for name, of in self.values.items()})
+
+    def by_video(self) -> dict[str, Evaluation]:
+        return {video: self.of({video}) for video in self.values.get("cc", {})}
+
+    def by_dataset(self) -> dict[str, Evaluation]:
+        """By the part of the videos' names that says so, in the order of the clips."""
+        videos = self.values.get("cc", {})
+        names = dict.fromkeys(dataset_of(video) for video in videos)
+        return {name: self.of({video for video in videos if dataset_of(video) == name}) for name in names}
+
 
 def evaluate(
     predictor: Predictor,
@@ -67,11 +80,13 @@ def evaluate(
     batch: int = 8,
     shuffled: bool = True,
     negatives: str = OTHERS,
+    keep: Callable[[GroundTruth, np.ndarray], None] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Predicts the clips (all, or those of `indices`) and scores each map at its ground truth's own size. All clips
     start from the noise of `seed`, as the frames of a film do. shuffled: with the shuffled AUC, the slowest; negatives:
-    its own, see `make_negatives`.
+    its own, see `make_negatives`. keep: is given each map, float32 [H, W] in [0, 1], as it is scored, by several
+    threads.
 
     While a batch is predicted, in the caller's thread, others read the next clips and score the maps before."""
     chosen = list(range(len(clips)) if indices is None else indices)
@@ -92,6 +107,8 @@ def evaluate(
         index, saliency = item
         truth = clips.ground_truth(index)
         prediction = truth.fit.back(saliency, truth.density.shape)
+        if keep is not None:
+            keep(truth, prediction)
         return str(truth.video), score(prediction, truth, of(index, truth) if shuffled else None)
 
     with (

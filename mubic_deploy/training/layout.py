@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from mubic_deploy.media.sound import known_layout, resampler
 from mubic_deploy.training.settings import DATASETS, PARTS, SPLITS
 
 FIXATIONS = "eyeMap"  # the variable in the .mat files
+LIST_NAME = rf"(.+)_list_(?:{'|'.join(PARTS)})(?:_\d+)?_fps\.txt"
 ASPECT_TOLERANCE = 0.02
+DEEP = "I;16"  # how Pillow's modes of 16 bits begin
 DIGESTED = 65_536  # bytes of a file that `digest` reads
 JPEG_END, JPEG_TAIL = b"\xff\xd9", 32  # the end marker, in the last bytes of the file
 
@@ -59,14 +62,25 @@ class Video:
         return f"{self.dataset}/{self.name}"
 
 
+def dataset_of(video: str) -> str:
+    """The data set of what `str` makes of a `Video`."""
+    return video.split("/", 1)[0]
+
+
+def write_map(folder: Path, video: Video, frame: int, saliency: np.ndarray) -> None:
+    """A predicted map [H, W] in [0, 1], as 8-bit grey, where the data set has the true one, but for the folder and PNG:
+    `folder`/<dataset>/<video>/eyeMap_00001.png. OSError if it cannot be written."""
+    path = folder / video.dataset / video.name / video.map(frame).with_suffix(".png").name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((np.clip(saliency, 0, 1) * 255).round().astype(np.uint8)).save(path)
+
+
 def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int) -> list[Video]:
     """The videos of one fold, in the list's order.
 
-    A data set with one fold for all splits (DIEM) has lists without the split's number. UserError for an unknown name,
-    a missing or an empty list, or a line that is not `name frames fps`."""
+    A data set with one fold for all splits (DIEM) has lists without the split's number. UserError for a missing or an
+    empty list, or a line that is not `name frames fps`."""
     root = Path(root)
-    if dataset not in DATASETS:
-        raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     if part not in PARTS:
         raise UserError(f"unknown part {part!r}: choose one of {', '.join(PARTS)}")
     if split not in SPLITS:
@@ -80,7 +94,10 @@ def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
-        raise UserError(f"fold list {path} does not exist: get {dataset}'s fold lists, or check the folder") from error
+        others = f" (lists are there of {', '.join(found)})" if (found := datasets(root)) else ""
+        raise UserError(
+            f"fold list {path} does not exist{others}: get {dataset}'s fold lists, or check the folder"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"fold list {path} cannot be read ({_reason(error)}): get it again") from error
     videos = [_parse(root, dataset, path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -89,13 +106,21 @@ def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int)
     return videos
 
 
+def datasets(root: Path) -> list[str]:
+    """The data sets that have a fold list: those of `settings.DATASETS` in its order, then others, which may have any
+    name."""
+    matches = (re.fullmatch(LIST_NAME, name) for name in listing(root / "fold_lists"))
+    found = {match[1] for match in matches if match}
+    return [name for name in DATASETS if name in found] + sorted(found - set(DATASETS))
+
+
 def _parse(root: Path, dataset: str, path: Path, number: int, line: str) -> Video:
     try:
-        name, frames, fps = line.split()
+        name, frames, fps = line.strip().rsplit(maxsplit=2)  # a name may hold spaces
         video = Video(root, dataset, name, int(frames), float(fps))
     except ValueError:
         video = None
-    if video is None or video.frames < 1 or not 0 < video.fps < math.inf:
+    if video is None or video.frames < 1 or not 0 < video.fps < math.inf or "\0" in video.name:
         raise UserError(
             f"fold list {path}, line {number}: {line.strip()!r} is not `name frames fps`, such as `V1_Speech1 250 25`: "
             f"correct the line"
@@ -181,6 +206,7 @@ def read_size(path: Path) -> tuple[int, int]:
     """(height, width) by the picture's header, at a fraction of decoding it; but a JPEG without its end is decoded, to
     see whether anything is missing. UserError names the file."""
     with open_image(path) as image:
+        _require_levels(image, path)
         if image.format == "JPEG":
             with path.open("rb") as file:
                 file.seek(-JPEG_TAIL, os.SEEK_END)
@@ -190,11 +216,20 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
-    """The pixels of an opened picture as Pillow's `mode`. UserError names the file."""
+    """The pixels of an opened picture as Pillow's `mode`, of 16 bits the upper 8, rounded. UserError names the file."""
+    _require_levels(image, path)
     try:
+        if image.mode.startswith(DEEP):  # `convert` would cut off all that is above 255
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         return image.convert(mode)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is damaged ({_reason(error)}): get it again") from error
+
+
+def _require_levels(image: Image.Image, path: Path) -> None:
+    """UserError if nothing says what is white."""
+    if image.mode in ("I", "F"):
+        raise UserError(f"{path} has levels of 32 bits, of which none says what is white: save it as 8-bit grey")
 
 
 def once(videos: Iterable[Video]) -> tuple[list[Video], list[str]]:
@@ -224,13 +259,13 @@ def in_both(training: Sequence[Video], validation: Sequence[Video]) -> list[str]
     ]
 
 
-def digest(videos: Iterable[Video]) -> str:
+def digest(videos: Iterable[Video], sounds: bool = True) -> str:
     """8 hex digits by which other data under the same names are noticed, wherever they lie: CRC-32 over each video's
-    first frame, middle density map (a release may lack it) and sound, of each the length and first 64 KiB. UserError
-    names a file that is there and cannot be read."""
+    first frame, middle density map (a release may lack it) and sound, of each the length and first 64 KiB. sounds:
+    whether they count. UserError names a file that is there and cannot be read."""
     crc = 0
     for video in videos:
-        for path in (video.frame(1), video.map(video.frames // 2 + 1), video.sound):
+        for path in (video.frame(1), video.map(video.frames // 2 + 1), *([video.sound] if sounds else [])):
             try:
                 with path.open("rb") as file:
                     begin, length = file.read(DIGESTED), file.seek(0, os.SEEK_END)
@@ -258,12 +293,14 @@ def require_shape(path: Path, size: tuple[int, ...], frame: tuple[int, int]) -> 
 
 
 def listing(folder: Path) -> set[str]:
-    """The names in a folder, by one listing; none if there is no such folder."""
+    """The names in a folder, by one listing; none if there is no such folder. UserError if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({_reason(error)}): check the folder, or the fold list") from error
 
 
 def sized(shape: tuple[int, ...]) -> str:

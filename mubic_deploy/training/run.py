@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mubic_deploy import strict_json
+from mubic_deploy.config import get_config
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import occupied, replacing_file
 from mubic_deploy.training.clips import Clips
@@ -23,6 +24,10 @@ class Run:
     def __init__(self, folder: Path, settings: Settings, videos: Sequence[Video]) -> None:
         self.folder, self.settings = folder, settings
         self.videos, self.data = [f"{v} {v.frames} {v.fps}" for v in videos], digest(videos)
+        self._same = {None, self.data}  # of what a state may be
+        if not get_config(settings.config, settings.variant).has_audio:  # so that sounds may come and go
+            self.data = digest(videos, sounds=False)
+            self._same.add(self.data)
         self.clips: str | None = None
         self.model, self.best, self.state = (folder / f"{n}.safetensors" for n in ("model", "best", "state"))
         self.begun = folder / "settings.json"
@@ -69,7 +74,7 @@ class Run:
             raise UserError(f"{self.folder} was begun with other settings ({different}): resume with the same")
         if state.videos != self.videos:
             raise UserError(f"{self.folder} was begun with other videos: resume with the same data, or start a new run")
-        if state.data not in (None, self.data):
+        if state.data not in self._same:
             raise UserError(
                 f"{self.folder} was begun with other files under the videos' names: resume with the same data, or "
                 f"start a new run"

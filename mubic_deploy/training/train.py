@@ -15,6 +15,7 @@ Every random number is drawn from (seed, epoch, step), so there is no generator 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,7 @@ from mubic_deploy.training.state import State, save_state
 
 SAVE_S = 300  # at most this many seconds of work are lost when a run is killed
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 1  # epochs
+LONG_WARMUP = 0.25  # of a run, and more, is worth a warning
 PLATEAU_END = 0.01  # of the learning rate: 1e-4 to 1e-6, Table 4.1
 
 T = TypeVar("T")
@@ -70,9 +72,9 @@ def train(
     started for a further device.
 
     prepare: changes the fresh random model before the first step (pretrained weights); not called on resuming. note: is
-    told how many clips are left out, and of videos in both parts. UserError if `out` holds another run, or none to
-    resume, or another process trains into it, if data or settings are not the run's, if there is no clip, if the
-    machine has no such devices, or if the run cannot be written."""
+    told how many clips are left out, of videos in both parts, and of a long warm-up. UserError if `out` holds another
+    run, or none to resume, or another process trains into it, if data or settings are not the run's, if there is no
+    clip, if the machine has no such devices, or if the run cannot be written."""
     if settings.batch % machine.devices:
         raise UserError(f"batch {settings.batch} cannot be shared by {machine.devices} devices: use a multiple")
     run = Run(Path(out), settings, [*training, *validation])
@@ -109,6 +111,11 @@ def train(
         for warning in in_both(training, validation):
             note(warning)
         trainer = Trainer(fabric, settings, run, model, train_clips, held_clips, machine.workers, progress, state)
+        if settings.warmup > LONG_WARMUP * (in_all := settings.epochs * trainer.steps):
+            note(
+                f"the learning rate still rises for the first {settings.warmup} of the run's {in_all} steps: give a "
+                f"smaller --warmup, or more --epochs"
+            )
         with (
             contextlib.closing(trainer),
             torch.random.fork_rng([fabric.device.index] if fabric.device.type == "cuda" else []),
@@ -116,6 +123,16 @@ def train(
         ):
             trainer.fit()
             return trainer.finish() if fabric.is_global_zero else None
+
+
+def shares(order: Sequence[int], size: int, devices: int, device: int) -> list[list[int]]:
+    """One device's share of each batch of `size` clips. All have equally many, also of the last one and where there are
+    fewer clips than devices: the first clips fill it up."""
+    found = []
+    for first in range(0, len(order), size):
+        batch = order[first : first + size]
+        found.append([*batch, *itertools.islice(itertools.cycle(order), -len(batch) % devices)][device::devices])
+    return found
 
 
 class Trainer:
@@ -203,10 +220,7 @@ class Trainer:
         """(step, batch on the device) from step `first` of an epoch on: this device's share of each."""
         self.train_clips.set_epoch(epoch)
         order = torch.randperm(len(self.train_clips), generator=generator(self.settings.seed, epoch)).tolist()
-        size, world, rank = self.settings.batch, self.fabric.world_size, self.fabric.global_rank
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        # devices must have equally many clips, also of the last batch
-        batches = [(b + order[: -len(b) % world])[rank::world] for b in batches]
+        batches = shares(order, self.settings.batch, self.fabric.world_size, self.fabric.global_rank)
         read = iter(DataLoader(self.train_clips, batch_sampler=batches[first:], num_workers=self.workers))
         try:
             for step, batch in enumerate(read, first):
