@@ -105,7 +105,8 @@ def packages_script() -> ModuleType:
 
 
 def package_options(script: ModuleType, run: Run, fixed_steps: int | None) -> Any:
-    """Those of a deployment, which measures no kernels: that takes minutes a graph."""
+    """Those of a deployment, which searches no kernels for products: that takes minutes a graph. jobs: what is to be
+    compiled then is there already."""
     return script.Options(run.device, max_batch=max(BATCHES), fixed_steps=fixed_steps, jobs=1)
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import faulthandler
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +57,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 ONE_PART = "--part"
 PROCESS = (sys.executable, __file__, ONE_PART)  # compiles one
 WEIGHTS, OPTIONS = "weights.safetensors", "options.json"  # what it is to compile, and how
+FEWER = "compile with fewer --jobs, which want less memory, or where there is more"
+RAISED = re.compile(r"[\w.]+(Error|Exception)\b")  # the line of a traceback that says what
 LONGEST = "visual_encoder_3"  # has as many kernels as most other parts together
 
 
@@ -68,7 +72,8 @@ class Options:
     optimisations  some of `config.REWRITES`; None for `config.ON_GPU` on cuda, none on cpu
     autotune     measure every kernel that is to choose from: minutes instead of seconds a graph
     jobs         parts of the packages that are compiled at once, each in a process of its own; None for one a core on
-                 cuda, whose parts are many and keep but one core busy, for 1 on cpu, whose compiler takes several"""
+                 cuda, whose parts are many and keep but one core busy, for 1 on cpu, whose compiler takes several, and
+                 with autotune, whose times the others would spoil"""
 
     device: str = "cpu"
     precision: str | None = None
@@ -81,6 +86,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
             raise UserError(f"jobs {self.jobs} is out of range: use 1 or more")
+        if self.autotune and (self.jobs or 1) > 1:
+            raise UserError("kernels are measured, so nothing else may run beside: leave out --jobs, or --autotune")
         if self.device == "cpu" and self.chosen_precision != FLOAT32:
             raise UserError("on a CPU packages compute in FP32: leave out --precision, or name --device cuda")
         if self.max_batch < 2:
@@ -264,7 +271,8 @@ def compile_parts(
 ) -> dict[str, list[str]]:
     """The files of each part. folder: for what it needs meanwhile. UserError: see `compile_part`."""
     names = [part.name for parts in contents_of(model.config, options).values() for part in parts]
-    jobs = min(options.jobs or (cores() if options.device == "cuda" else 1), len(names))
+    beside = cores() if options.device == "cuda" and not options.autotune else 1
+    jobs = min(options.jobs or beside, len(names))
     files = {}
     if jobs == 1:
         for done, (name, (signature, module)) in enumerate(parts_of(model, options).items()):
@@ -273,8 +281,8 @@ def compile_parts(
         return files
     progress(f"compiling {jobs} of {len(names)} parts at once", 0)
     with (
-        tempfile.TemporaryDirectory(dir=folder) as beside,
-        contextlib.closing(side_by_side(model, options, Path(beside), jobs)) as results,
+        tempfile.TemporaryDirectory(dir=folder) as shared,
+        contextlib.closing(side_by_side(model, options, Path(shared), jobs)) as results,
     ):
         for done, result in enumerate(results, 1):
             if result.reason:
@@ -326,16 +334,13 @@ def _started(folder: Path, name: str, threads: int, options: Options) -> subproc
         "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
         "OMP_NUM_THREADS": str(own),
         "PYTHONPATH": os.pathsep.join(path),
-        "PYTHONFAULTHANDLER": "1",  # a crash leaves its stack in the log
     }
     with (folder / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(
-            [*PROCESS, folder, name],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
+        command = [*PROCESS, str(folder), name]
+        try:
+            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        except OSError as error:
+            raise UserError(f"no process can be started for {name} ({error.strerror}): {FEWER}") from None
 
 
 def _compiled(folder: Path, name: str, code: int, options: Options) -> Compiled:
@@ -345,25 +350,31 @@ def _compiled(folder: Path, name: str, code: int, options: Options) -> Compiled:
         found = json.loads(result.read_text())
         return Compiled(name, found["files"], found["reason"], log)
     if code < 0:
-        ended, remedy = signal.Signals(-code).name, "compile with fewer --jobs, which want less memory"
+        ended = signal.Signals(-code).name
+        remedy = FEWER if -code == signal.SIGKILL else options.remedy  # by the system, where memory is short
     else:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        ended, remedy = f"{code}: {' '.join(lines[-1:])[:300]}", options.remedy
+        raised = [line for line in lines if RAISED.match(line)] or lines  # what follows it is advice
+        ended = f"{code}: {' '.join(raised[-1:])[:300]}"
+        remedy = FEWER if is_short(ended) else options.remedy
     return Compiled(name, [], f"{name} cannot be compiled (its process ended with {ended}): {remedy}", log)
 
 
 def compile_one(folder: Path, name: str) -> None:
     """What such a process does."""
+    faulthandler.enable()  # a crash leaves its stack in the log: Python's, and before it that of PyTorch's own code
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
     values = json.loads((folder / OPTIONS).read_text())
     options = Options(**values)
     found: dict[str, Any] = {"files": [], "reason": ""}
     try:
-        model = checkpoint.load(str(folder / WEIGHTS))[0].to(options.device)
         aotinductor.facts(torch.device(options.device))  # has a GPU compute as the others do
-        signature, module = parts_of(model, options)[name]
-        # of headers that one process precompiles, another may find but a part
-        with torch._inductor.config.patch({"aot_inductor.precompile_headers": False}):
-            found["files"] = compile_part(module, signature, options)
+        with eager.enough_memory(f"compiling {name}", FEWER):
+            model = checkpoint.load(str(folder / WEIGHTS))[0].to(options.device)
+            signature, module = parts_of(model, options)[name]
+            # of headers that one process precompiles, another may find but a part
+            with torch._inductor.config.patch({"aot_inductor.precompile_headers": False}):
+                found["files"] = compile_part(module, signature, options)
     except UserError as error:
         found["reason"] = str(error)
     (folder / f"{name}.json").write_text(json.dumps(found))
@@ -385,7 +396,7 @@ def compile_part(module: nn.Module, signature: Signature, options: Options) -> l
             return cast("list[str]", files)
     except torch._inductor.exc.InductorError as error:
         if is_short(error):
-            raise short_of_memory(f"compiling {signature.name}", error) from None
+            raise short_of_memory(f"compiling {signature.name}", error, FEWER) from None
         reason = first_line(error)
         raise UserError(
             f"{signature.name} cannot be compiled ({reason}): see that a C++ compiler (g++) is installed, or "

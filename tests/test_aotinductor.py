@@ -151,6 +151,8 @@ def test_wrong_options_and_a_package_that_differs(
         packages_script.Options(max_batch=1)
     with pytest.raises(UserError, match="jobs 0 is out of range"):
         packages_script.Options(jobs=0)
+    with pytest.raises(UserError, match="kernels are measured, so nothing else may run beside: leave out --jobs"):
+        packages_script.Options(jobs=2, autotune=True)
     with pytest.raises(UserError, match="fixed steps 13 is out of range"):
         build(tiny_model, source, tmp_path / "p", packages_script.Options(fixed_steps=13))
     (tmp_path / "letters").mkdir()
@@ -227,6 +229,15 @@ def test_a_part_that_cannot_be_compiled_ends_the_others(
     ("does", "says"),
     [
         ("os.kill(os.getpid(), 9)", r"ended with SIGKILL\): compile with fewer --jobs, which want less memory"),
+        ("os.kill(os.getpid(), 11)", r"ended with SIGSEGV\): compile with another version of PyTorch"),
+        (
+            "sys.exit('torch.AcceleratorError: CUDA error: busy\\nCompile with TORCH_USE_CUDA_DSA')",
+            r"ended with 1: torch.AcceleratorError: CUDA error: busy\): compile with another version of PyTorch",
+        ),
+        (
+            "raise MemoryError('out of memory')",
+            r"ended with 1: MemoryError: out of memory\): compile with fewer --jobs",
+        ),
         ("sys.exit('no such thing')", r"ended with 1: no such thing\): compile with another version of PyTorch"),
     ],
 )
@@ -234,7 +245,7 @@ def test_a_process_that_ends_without_its_part(
     tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, says: str
 ) -> None:
     """The others hang, and do not go on."""
-    code = f"import os, sys, time; time.sleep(600) if sys.argv[2] != 'fusion' else {does}"
+    code = f"import os, sys, time\nif sys.argv[2] != 'fusion': time.sleep(600)\n{does}"
     monkeypatch.setattr(packages_script, "PROCESS", (sys.executable, "-c", code))
     with pytest.raises(UserError, match=rf"fusion cannot be compiled \(its process {says}"):
         packages_script.build(
@@ -242,6 +253,17 @@ def test_a_process_that_ends_without_its_part(
         )
     assert list(tmp_path.iterdir()) == []
     assert processes_with(str(tmp_path)) == []
+
+
+def test_a_process_that_cannot_be_started(tiny_model: MUBiC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages_script, "PROCESS", (str(tmp_path / "no python"),))
+    with pytest.raises(
+        UserError, match=r"no process can be started for .* \(No such file or directory\): compile with"
+    ):
+        packages_script.build(
+            tiny_model, checkpoint.Source("random", 0), tmp_path / "p", packages_script.Options(max_batch=4, jobs=2)
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_compiler_that_would_link_a_second_runtime_is_refused(

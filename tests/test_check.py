@@ -72,7 +72,10 @@ def other_shape(video: Video) -> None:
         ),
         (lambda v: v.map(24).rename(v.map(0)), r"eyeMap_00000\.jpg is there, but numbers begin with 1"),
         (lambda v: v.fixations(24).rename(v.fixations(0)), r"fixMap_00000\.mat is there, but numbers begin with 1"),
-        (lambda v: Image.fromarray(np.zeros((36, 64), np.int32)).save(v.map(6), "TIFF"), r"06\.jpg has levels of 32"),
+        (
+            lambda v: Image.fromarray(np.zeros((36, 64), np.int32)).save(v.map(6), "TIFF"),
+            r"06\.jpg has more than 8 bits",
+        ),
         (other_size, r"eyeMap_00024\.jpg is 32x18, but earlier maps are 64x36"),
         (other_size_between, r"eyeMap_00007\.jpg is 32x18, but earlier maps are 64x36"),
         (empty, r"all maps in .*one/maps are empty"),

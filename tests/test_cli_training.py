@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from PIL import Image
 
 from mubic_deploy import checkpoint
 from mubic_deploy.config import DEMO, get_config
+from mubic_deploy.errors import UserError
 from mubic_deploy.folders import occupied
 from mubic_deploy.metrics import cc
 from mubic_deploy.model.mubic import random_model
 from mubic_deploy.training.adaptive import smallest_steps
 from mubic_deploy.training.clips import Clips
+from mubic_deploy.training.commands import _maps_into
 from mubic_deploy.training.layout import Video, read_density
 
 QUICK = ("--config", "demo", "--epochs", 1, "--batch", 4, "--validate", 2, "--accelerator", "cpu", "--workers", 0)
@@ -245,6 +248,37 @@ def test_own_data_of_any_name(run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ran = run(*command[:-1], tmp_path / "file" / "maps")
     assert (ran.code, "cannot be written" in ran.err, ran.err.count("\n")) == (2, True, 1)
+
+
+def test_own_data_without_the_list_that_is_asked_for(run, tmp_path: Path) -> None:
+    """It is left out unless it is named, or is all that there is."""
+    write_field(tmp_path, (Spec("one"), Spec("two")), "AVAD")
+    write_field(tmp_path, (Spec("one"),), "Pilot")
+    (tmp_path / "fold_lists" / "Pilot_list_test_1_fps.txt").unlink()
+    ran = run("train", tmp_path, "--check", "--json")
+    assert ran.code == 0
+    assert {name: part["videos"] for name, part in json.loads(ran.out)["datasets"].items()} == {"AVAD": 4, "Pilot": 1}
+    assert "Pilot has no fold list for test of split 1: left out" in ran.err
+    ran = run("train", tmp_path, "--check", "--dataset", "Pilot")
+    assert ran.code == 2
+    assert "Pilot_list_test_1_fps.txt does not exist (lists are there of AVAD, Pilot)" in ran.err
+    for path in (tmp_path / "fold_lists").glob("AVAD*"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "video_frames" / "AVAD")
+    ran = run("train", tmp_path, "--check")
+    assert ran.code == 2
+    assert "Pilot_list_test_1_fps.txt does not exist (lists are there of Pilot)" in ran.err
+
+
+def test_what_fails_beside_the_maps_is_not_theirs(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionResetError), _maps_into(tmp_path / "maps"):
+        raise ConnectionResetError
+    truth = SimpleNamespace(video=Video(tmp_path, "Mine", "one", 24, 25.0), frame=1)
+    with _maps_into(tmp_path / "maps") as keep:
+        (next(tmp_path.glob(".maps*")) / "Mine").touch()
+        with pytest.raises(UserError, match=r"cannot be written \(Not a directory\): choose another --save-maps"):
+            keep(truth, np.zeros((4, 4)))
+    assert [path.name for path in tmp_path.iterdir()] == ["maps"]
 
 
 def test_lists_without_frames_are_left_out(run, field: list[Video]) -> None:

@@ -54,6 +54,7 @@ def test_a_data_set_with_one_fold_for_all_splits(tmp_path):
     ("arguments", "message"),
     [
         (("Mine", "train", 1), r"Mine_list_train_1_fps\.txt does not exist \(lists are there of Scenes\): get Mine's"),
+        (("../Scenes", "train", 1), r"'../Scenes' is no name of a data set"),
         (("Scenes", "val", 1), r"'val'.*train, test"),
         (("Scenes", "train", 4), r"split 4.*1, 2, 3"),
         (("AVAD", "train", 2), r"AVAD_list_train_2_fps\.txt does not exist"),
@@ -70,7 +71,21 @@ def test_folder_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["two 24", "24 25", "two 24 25 x", "two x 25", "two 24.5 25", "two 0 25", "two 24 0", "two 24 nan"]
+    "line",
+    [
+        "two 24",
+        "24 25",
+        "two 24 25 x",
+        "two x 25",
+        "two 24.5 25",
+        "two 0 25",
+        "two 24 0",
+        "two 24 nan",
+        "../two 24 25",
+        "/two 24 25",
+        ".. 24 25",
+        "a/two 24 25",
+    ],
 )
 def test_malformed_line(field, line):
     (field[0].root / "fold_lists" / "Scenes_list_train_1_fps.txt").write_text(f"one 24 25\n\n{line}\n")
@@ -122,8 +137,11 @@ def test_pictures_of_16_bits_keep_their_levels(tmp_path):
     for values in (np.linspace(0, 1, 256, dtype=np.float32), np.arange(256, dtype=np.int32)):
         Image.fromarray(values.reshape(8, 32)).save(path, "TIFF")
         for read in (read_density, read_frame, read_size):
-            with pytest.raises(UserError, match=r"eyeMap_00001\.jpg has levels of 32 bits.*: save it as 8-bit grey"):
+            with pytest.raises(UserError, match=r"eyeMap_00001\.jpg has more than 8 bits.*: save it as 8-bit grey"):
                 read(path)
+    Image.fromarray(grey.astype(np.uint16)).save(path, "PNG")  # as some tools write what has 8 bits
+    with pytest.raises(UserError, match=r"eyeMap_00001\.jpg has 16 bits, and all of it is nearly black"):
+        read_density(path)
 
 
 def test_predicted_maps_lie_as_the_true_ones(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -103,6 +104,55 @@ def test_a_model_that_fails_for_good(monkeypatch: pytest.MonkeyPatch, fps: float
     feed(sender, 20, fps)
     wait_for(sender, lambda: sender.failure, 6)
     assert "gave no answer for 1 s (mubic: out of memory)" in str(sender.failure)
+    assert gaps == []
+    sender.close()
+
+
+def test_a_server_that_forgets_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what begins one and knows nothing of it afterwards. Once it is begun again at once, as after a rest;
+    then it is an outage, with its pauses and its end."""
+    made = []
+
+    def forgetful(link: FakeLink, request: str, windows: list[Window]) -> None:
+        if link not in made:
+            made.append(link)
+            link.done(request)
+        else:
+            link.receive(link, Answer(error="no stream is known", passing=True, forgotten=True))
+
+    gaps: list[Gap] = []
+    sender = started(monkeypatch, forgetful, Limits(8, 4, 10.0, 1.0), gaps)
+    feed(sender, 20, 1)  # of whose windows each takes two requests
+    wait_for(sender, lambda: sender.failure, 6)
+    assert "gave no answer for 1 s (no stream is known)" in str(sender.failure)
+    assert 3 <= len(made) <= 8
+    assert gaps == []
+    sender.close()
+
+
+def found(sender: Sender, maps: int) -> bool:
+    return len(sender.results) == maps
+
+
+def test_a_sequence_is_begun_again_at_once_after_each_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where maps come in between."""
+    forgotten = []
+
+    def answer(link: FakeLink, request: str, windows: list[Window]) -> None:
+        if request == "2" and link not in forgotten:
+            forgotten.append(link)
+            link.receive(link, Answer(error="no stream is known", passing=True, forgotten=True))
+            return
+        for window in windows:
+            link.map(request, window)
+        link.done(request)
+
+    gaps: list[Gap] = []
+    sender = started(monkeypatch, answer, Limits(8, 1, 10.0, 60.0), gaps)
+    for count in (20, 24, 28):
+        feed(sender, count - sender.backlogs[-1].next_index, 25)
+        wait_for(sender, functools.partial(found, sender, (count - 12) // 4))
+    assert len(forgotten) >= 2
     assert gaps == []
     sender.close()
 

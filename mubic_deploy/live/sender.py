@@ -81,6 +81,7 @@ class Sender:
         self._broken: str | None = None  # why a new sequence must begin
         self._rested = False  # all of the sequence had been answered before what is outstanding was sent
         self._forgotten = False  # while it rested, by the server: another one begins
+        self._renewed = False  # so, and no map has come since: the next time it counts as broken
         self._outstanding: dict[str, float] = {}  # when each request was sent
         self._silent = Moment(0.0, 0.0, 0)  # since when there was no answer, though one was due
         self._sent_s = 0.0  # when something was last sent
@@ -242,6 +243,7 @@ class Sender:
         windows that are far apart: all of it was answered, so nothing is lost, and there is no gap."""
         self._close_link()
         with self.changed:
+            self._renewed = True
             self._restart()
 
     def _restart(self) -> None:
@@ -296,7 +298,7 @@ class Sender:
                     self._outstanding.pop(answer.request, None)
                 self._silent = self._now()
                 self._rested = False
-            elif answer.forgotten and self._rested:
+            elif answer.forgotten and self._rested and not self._renewed:
                 self._forgotten = True
             elif answer.passing:
                 self._broken = answer.error
@@ -320,6 +322,7 @@ class Sender:
         found = self.backlogs[0].answered(int(tensors["MAP_INDEX"][0]))
         if found is None:
             return
+        self._renewed = False
         window, captured = found
         late = window.late and float(tensors["HEARD"][0]) < 1
         if late and not self._sound_late:

@@ -17,7 +17,16 @@ from mubic_deploy.config import get_config
 from mubic_deploy.console import bar, messages, print_json, say, screen, warn
 from mubic_deploy.errors import UserError
 from mubic_deploy.training.check import CheckReport, check
-from mubic_deploy.training.layout import Video, datasets, in_both, listing, once, read_list, write_map
+from mubic_deploy.training.layout import (
+    Video,
+    datasets,
+    has_list,
+    in_both,
+    listing,
+    once,
+    read_list,
+    write_map,
+)
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
 LINE_S = 60
@@ -296,21 +305,36 @@ def _maps_into(out: Path) -> Iterator[Callable[[Any, Any], None]]:
     """What takes a ground truth and its predicted map, for the folder `out`: whole at the end, or not there."""
     from mubic_deploy.folders import replacing
 
-    def keep(truth: Any, saliency: Any) -> None:
-        write_map(folder, truth.video, truth.frame, saliency)
+    @contextmanager
+    def written() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason, where = error.strerror or error, error.filename or out
+            raise UserError(f"{where} cannot be written ({reason}): choose another --save-maps") from None
 
-    try:
-        with replacing(out) as folder:
-            yield keep
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{error.filename or out} cannot be written ({reason}): choose another --save-maps") from None
+    def keep(truth: Any, saliency: Any) -> None:
+        with written():
+            write_map(folder, truth.video, truth.frame, saliency)
+
+    with ExitStack() as stack:
+        with written():
+            folder = stack.enter_context(replacing(out))
+        yield keep
+        with written():
+            stack.close()
 
 
 def _videos(arguments: Namespace, *parts: str) -> tuple[list[Video], list[str]]:
     """The videos of these parts, of the data sets that were named or of all that are there, each once; and warnings."""
     root: Path = arguments.data
     present, said = _present(root, arguments.dataset)
+    if arguments.dataset is None:  # the field's sets have all lists
+        whole = [n for n in present if n in DATASETS or all(has_list(root, n, part, arguments.split) for part in parts)]
+        if whole and (partial := ", ".join(name for name in present if name not in whole)):
+            asked = " and ".join(parts)
+            said = [*said, f"{partial} has no fold list for {asked} of split {arguments.split}: left out"]
+            present = whole
     videos, again = once(v for part in parts for name in present for v in read_list(root, name, part, arguments.split))
     return videos, said + again
 

@@ -81,16 +81,15 @@ def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int)
     A data set with one fold for all splits (DIEM) has lists without the split's number. UserError for a missing or an
     empty list, or a line that is not `name frames fps`."""
     root = Path(root)
+    if not _is_name(dataset):
+        raise UserError(f"{dataset!r} is no name of a data set: give that of a folder in video_frames")
     if part not in PARTS:
         raise UserError(f"unknown part {part!r}: choose one of {', '.join(PARTS)}")
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(map(str, SPLITS))}")
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give the one that holds video_frames, annotations and fold_lists")
-    path = root / "fold_lists" / f"{dataset}_list_{part}_{split}_fps.txt"
-    shared = path.with_name(f"{dataset}_list_{part}_fps.txt")
-    if not path.is_file() and shared.is_file():
-        path = shared
+    path = _list(root, dataset, part, split)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
@@ -104,6 +103,21 @@ def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int)
     if not videos:
         raise UserError(f"fold list {path} names no video: get it again (of scenes, render 4 or more)")
     return videos
+
+
+def _list(root: Path, dataset: str, part: str, split: int) -> Path:
+    path = root / "fold_lists" / f"{dataset}_list_{part}_{split}_fps.txt"
+    shared = path.with_name(f"{dataset}_list_{part}_fps.txt")
+    return shared if not path.is_file() and shared.is_file() else path
+
+
+def has_list(root: Path, dataset: str, part: str, split: int) -> bool:
+    return _list(root, dataset, part, split).is_file()
+
+
+def _is_name(name: str) -> bool:
+    """Whether it can be that of a folder where it belongs, and of no other."""
+    return Path(name).name == name and name != ".." and "\0" not in name
 
 
 def datasets(root: Path) -> list[str]:
@@ -120,7 +134,7 @@ def _parse(root: Path, dataset: str, path: Path, number: int, line: str) -> Vide
         video = Video(root, dataset, name, int(frames), float(fps))
     except ValueError:
         video = None
-    if video is None or video.frames < 1 or not 0 < video.fps < math.inf or "\0" in video.name:
+    if video is None or video.frames < 1 or not 0 < video.fps < math.inf or not _is_name(video.name):
         raise UserError(
             f"fold list {path}, line {number}: {line.strip()!r} is not `name frames fps`, such as `V1_Speech1 250 25`: "
             f"correct the line"
@@ -220,7 +234,10 @@ def decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
     _require_levels(image, path)
     try:
         if image.mode.startswith(DEEP):  # `convert` would cut off all that is above 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            levels = np.asarray(image)
+            if 0 < levels.max() <= 255:
+                raise UserError(f"{path} has 16 bits, and all of it is nearly black: save it as 8-bit grey")
+            image = Image.fromarray((levels / 257).round().astype(np.uint8))
         return image.convert(mode)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is damaged ({_reason(error)}): get it again") from error
@@ -229,7 +246,7 @@ def decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
 def _require_levels(image: Image.Image, path: Path) -> None:
     """UserError if nothing says what is white."""
     if image.mode in ("I", "F"):
-        raise UserError(f"{path} has levels of 32 bits, of which none says what is white: save it as 8-bit grey")
+        raise UserError(f"{path} has more than 8 bits and does not say what is white: save it as 8-bit grey")
 
 
 def once(videos: Iterable[Video]) -> tuple[list[Video], list[str]]:

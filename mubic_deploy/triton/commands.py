@@ -46,8 +46,8 @@ def _given(arguments: Namespace, **more: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _streams(arguments: Namespace) -> StreamSettings:
-    return DEFAULTS if arguments.max_streams is None else StreamSettings(arguments.max_streams)
+def _streams(arguments: Namespace) -> StreamSettings | None:
+    return None if arguments.max_streams is None else StreamSettings(arguments.max_streams)
 
 
 def serving_options(arguments: Namespace, artifacts: Artifacts) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def repository(arguments: Namespace) -> int:
         given = _given(arguments, **given, instances=_count(arguments, "of each engine, or --loops"))
         plans = Plans.open(arguments.artifacts)
         settings = GpuSettings(**given)
-        write_gpu_repository(plans, arguments.out, settings, _streams(arguments))
+        write_gpu_repository(plans, arguments.out, settings, _streams(arguments) or DEFAULTS)
         served += [f"--cuda-memory-pool-byte-size=0:{pool_bytes(plans, settings)}", "--model-load-thread-count=1"]
         if plans.manifest["version_compatible"]:
             served.append("--backend-config=tensorrt,version-compatible=true")
