@@ -120,9 +120,19 @@ def compile_parts(run: Run, folder: Path) -> None:
     that its process wrote."""
     script, names = packages_script(), part_names(run)
     options = package_options(script, run, DEFAULT_STEPS)
-    for part in script.side_by_side(weights(run.config, True, "cpu"), options, folder, len(names)):
-        said = [*tail(part.log), part.reason] if part.reason else []
-        write_whole(folder / f"{part.name}.ended", json.dumps({"files": part.files, "said": said}))
+    waited_for = set(names)
+
+    def ended(name: str, files: list[str], said: list[str]) -> None:
+        waited_for.discard(name)
+        write_whole(folder / f"{name}.ended", json.dumps({"files": files, "said": said}))
+
+    try:
+        for part in script.side_by_side(weights(run.config, True, "cpu"), options, folder, len(names)):
+            ended(part.name, part.files, [*tail(part.log), part.reason] if part.reason else [])
+    except Exception as error:  # whoever waits for the others shall not wait until the time is over
+        for name in list(waited_for):
+            ended(name, [], [f"{type(error).__name__}: {error}"])
+        raise
 
 
 @contextlib.contextmanager

@@ -232,6 +232,17 @@ def test_packages_are_compiled_meanwhile_and_the_samplers_is_not_waited_for(
     assert not compiling.is_alive()
 
 
+def test_parts_that_cannot_even_begin_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, packages_script = script(tmp_path).run, gpu_child.packages_script()
+    monkeypatch.setattr(packages_script, "PROCESS", (str(tmp_path / "no python"),))
+    monkeypatch.setattr(gpu_child, "packages_script", lambda: packages_script)
+    with pytest.raises(UserError, match="no process can be started"):
+        gpu_child.compile_parts(run, tmp_path)
+    failed = gpu_child.compiled_parts(run, tmp_path, 60)
+    assert failed.keys() == set(gpu_child.part_names(run))
+    assert all("no process can be started" in said[0] for said in failed.values())
+
+
 def test_nothing_is_compiled_after_the_last_section(tmp_path: Path) -> None:
     """By the real processes: the one that starts them all, and those of the parts, which import PyTorch first."""
     run, log = script(tmp_path).run, tmp_path / "fusion.log"
