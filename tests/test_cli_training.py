@@ -213,38 +213,44 @@ def test_videos_named_twice_count_once(run, shared: list[Video], field: list[Vid
     assert report["warnings"][0].startswith("3 of 3 videos are named more than once")
 
 
+OURS = "Our data of eleven days in May"
+
+
 def test_own_data_of_any_name(run, tmp_path: Path) -> None:
     """Beside one of the field's sets: figures of each and of every video, and the maps that were scored."""
     root, out = tmp_path / "data", tmp_path / "maps"
-    for name in ("Our data", "AVAD"):
+    for name in (OURS, "AVAD"):
         write_field(root, (Spec("one"), Spec("a b")), name)
     ran = run("train", root, "--check", "--json")
     assert ran.code == 0, ran.err
-    assert [*json.loads(ran.out)["datasets"]] == ["AVAD", "Our data"]
-    ran = run("train", root, "--check", "--dataset", "Our data", "--json")
-    assert [*json.loads(ran.out)["datasets"]] == ["Our data"]
+    assert [*json.loads(ran.out)["datasets"]] == ["AVAD", OURS]
+    ran = run("train", root, "--check", "--dataset", OURS, "--json")
+    assert [*json.loads(ran.out)["datasets"]] == [OURS]
     command = ("evaluate", root, "--engine", "eager", "--steps", 1, "--stride", 8, "--save-maps", out)
     ran = run(*command, "--json")
     assert ran.code == 0, ran.err
     (row,) = json.loads(ran.out)["rows"]
-    assert {name: part["clips"] for name, part in row["datasets"].items()} == {"AVAD": 4, "Our data": 4}
-    assert [*row["videos"]] == ["AVAD/one", "AVAD/a b", "Our data/one", "Our data/a b"]
+    assert {name: part["clips"] for name, part in row["datasets"].items()} == {"AVAD": 4, OURS: 4}
+    assert [*row["videos"]] == ["AVAD/one", "AVAD/a b", f"{OURS}/one", f"{OURS}/a b"]
     for metric in ("cc", "sim", "nss"):
-        of = [row["datasets"][name][metric] for name in ("AVAD", "Our data")]
+        of = [row["datasets"][name][metric] for name in ("AVAD", OURS)]
         assert of[0] == pytest.approx(of[1])  # the same videos
         assert row[metric] == pytest.approx(np.mean([video[metric] for video in row["videos"].values()]))
-    video = Video(root, "Our data", "a b", 24, 25.0)
+    video = Video(root, OURS, "a b", 24, 25.0)
     saved = sorted(out.rglob("*.png"))
     assert len(saved) == 8
     scores = []
-    for path in (p for p in saved if p.parent == out / "Our data" / "a b"):
+    for path in (p for p in saved if p.parent == out / OURS / "a b"):
         saliency = np.asarray(Image.open(path)) / 255
         scores.append(cc(saliency, read_density(video.map(int(path.stem.removeprefix("eyeMap_"))))))
-    assert np.mean(scores) == pytest.approx(row["videos"]["Our data/a b"]["cc"], abs=0.01)  # of 8 bits
+    assert np.mean(scores) == pytest.approx(row["videos"][f"{OURS}/a b"]["cc"], abs=0.01)  # of 8 bits
     ran = run(*command)
     assert (ran.code, f"{out} exists and is no empty folder: choose another --save-maps" in ran.err) == (2, True)
     table = run(*command[:-2]).out
-    assert [line.split()[1] for line in table.splitlines() if re.search("AVAD|Our data", line)] == ["AVAD", "Our"]
+    lines = [line for line in table.splitlines() if re.search("AVAD|Our data", line)]
+    assert [line.split()[1] for line in lines] == ["AVAD", "Our"]
+    for line in lines:  # whole, at 80 columns
+        assert len(re.findall(r"\d\.\d{4}(?!\S)", line)) == 5, line
     (tmp_path / "file").touch()
     ran = run(*command[:-1], tmp_path / "file" / "maps")
     assert (ran.code, "cannot be written" in ran.err, ran.err.count("\n")) == (2, True, 1)

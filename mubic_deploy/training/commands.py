@@ -30,6 +30,7 @@ from mubic_deploy.training.layout import (
 from mubic_deploy.training.settings import DATASETS, PARTS, RECIPES, Settings
 
 LINE_S = 60
+NAME_WIDTH = 22  # beside which the figures fit into 80 columns
 FITTING = {"dataset": None, "split": 1, "fit": None, "clips": 64, "stride": 4}  # pack's, for --fit-steps
 HEADINGS = {"cc": "CC", "nss": "NSS", "sim": "SIM", "auc_judd": "AUC-J", "auc_shuffled": "s-AUC"}
 
@@ -229,8 +230,9 @@ def evaluate(arguments: Namespace) -> int:
         return 0
     warn(warnings)
     table = Table(title=f"{len(videos)} videos, {rows[0]['clips']} clips; {skipped} without a map are left out")
-    for heading in ("", *HEADINGS.values(), "steps"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table.add_column("", no_wrap=True, max_width=NAME_WIDTH)
+    for heading in (*HEADINGS.values(), "steps"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         steps = f"{row['steps']:.2f}" if row["steps"] else ""
         table.add_row(row["what"], *(f"{row[k]:.4f}" for k in HEADINGS), steps)
