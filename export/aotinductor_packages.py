@@ -165,7 +165,7 @@ def _build_into(
         require_small(activations_of(model))
     graphs = signatures(model.config, options.chosen_precision, sampler=steps is not None)
     contents = contents_of(model.config, options)
-    total = sum(map(len, contents.values())) + CLIPS
+    total = len(part_names(model.config, options)) + CLIPS
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -255,6 +255,10 @@ def contents_of(config: Config, options: Options) -> dict[str, tuple[Signature, 
     return aotinductor.contents(options.device, config, options.chosen_precision, options.fixed_steps is not None)
 
 
+def part_names(config: Config, options: Options) -> list[str]:
+    return [part.name for parts in contents_of(config, options).values() for part in parts]
+
+
 def parts_of(model: MUBiC, options: Options) -> dict[str, tuple[Signature, nn.Module]]:
     """What is compiled, by name: all that the packages hold. `model` is left as it is."""
     model = contiguous_convolutions(prepared(model, options.chosen_precision, options.rewrites))
@@ -270,7 +274,7 @@ def compile_parts(
     model: MUBiC, options: Options, folder: Path, progress: Callable[[str, int], None]
 ) -> dict[str, list[str]]:
     """The files of each part. folder: for what it needs meanwhile. UserError: see `compile_part`."""
-    names = [part.name for parts in contents_of(model.config, options).values() for part in parts]
+    names = part_names(model.config, options)
     beside = cores() if options.device == "cuda" and not options.autotune else 1
     jobs = min(options.jobs or beside, len(names))
     files = {}
@@ -307,8 +311,7 @@ def side_by_side(model: MUBiC, options: Options, folder: Path, jobs: int) -> Gen
     they end, whether well or not. Whoever closes it ends those that run."""
     checkpoint.save(model, folder / WEIGHTS)
     (folder / OPTIONS).write_text(json.dumps(asdict(replace(options, optimisations=options.rewrites))))
-    names = [part.name for parts in contents_of(model.config, options).values() for part in parts]
-    waiting = sorted(names, key=lambda name: name not in (LONGEST, SAMPLER))
+    waiting = sorted(part_names(model.config, options), key=lambda name: name not in (LONGEST, SAMPLER))
     share = max(1, 2 * len(os.sched_getaffinity(0)) // jobs)  # they are rarely all at what takes threads
     at_work: dict[str, subprocess.Popen[bytes]] = {}
     try:

@@ -289,20 +289,8 @@ def test_the_commands(
 
 def test_the_repository_command_takes_its_options(run, plans: Plans, half_artifacts: Artifacts, tmp_path: Path) -> None:
     command = ("repository", plans.path, "--engine", "tensorrt", "--out", tmp_path / "r")
-    ran = run(
-        *command,
-        "--instances",
-        2,
-        "--loops",
-        3,
-        "--queue-delay",
-        50,
-        "--queue-timeout",
-        2,
-        "--no-warm-up",
-        "--max-streams",
-        200,
-    )
+    options = "--instances 2 --loops 3 --queue-delay 50 --queue-timeout 2 --no-warm-up --max-streams 200"
+    ran = run(*command, *options.split())
     assert ran.code == 0
     assert "version-compatible" not in ran.out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from mubic_deploy.training.layout import (
     sized,
 )
 
-FRAME_NAME = re.compile(r"img_(\d{5,})\.jpg")
 TRAILING_S = 1.0  # sound after the last frame that is not worth a warning
 
 Progress = Callable[[int, int], None]  # (videos done, of how many)
@@ -162,9 +160,11 @@ def _check_sound(video: Video) -> tuple[list[str], list[str]]:
 
 
 def _last_frame(video: Video) -> int:
-    """The highest number of a frame that is there; 0 if there is none."""
-    names = (FRAME_NAME.fullmatch(name) for name in listing(video.frame(1).parent))
-    return max((int(name[1]) for name in names if name), default=0)
+    """Up to which number frames are there, those that the list names taken for granted."""
+    names, last = listing(video.frame(1).parent), video.frames
+    while video.frame(last + 1).name in names:
+        last += 1
+    return last
 
 
 def _present(

@@ -171,7 +171,7 @@ def evaluate(arguments: Namespace) -> int:
     if arguments.sounds and len(videos) < 2:
         raise UserError("--sounds swaps the sounds of videos, and there is only one: leave it out")
     out: Path | None = arguments.save_maps
-    if out is not None and out.exists() and not (out.is_dir() and not listing(out)):
+    if out is not None and out.exists() and (not out.is_dir() or listing(out)):
         raise UserError(f"{out} exists and is no empty folder: choose another --save-maps")
     _check(videos, sounds=False).require()  # before an export, which takes a minute
 
