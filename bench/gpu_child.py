@@ -49,6 +49,7 @@ AOTINDUCTOR, TENSORRT, ONNXRUNTIME = "AOTInductor", "TensorRT", "ONNX Runtime CU
 TENSORRT_BATCHES = "TensorRT for batches"  # with kernels chosen for the largest
 PROCESS = (sys.executable, "-m", "bench.gpu_child")
 COMPILED_PARTS = "parts"  # no section: the compiler of all that the packages hold
+COMPILER = "compiler.pid"  # in the folder of the sections: the process that compiles them
 SETTINGS = "settings.json"
 NICE = 10
 Engines = dict[str, Engine]
@@ -140,6 +141,7 @@ def compiling(run: Run, folder: Path) -> Iterator[None]:
     """The packages are compiled meanwhile, by processes that give way to others."""
     write_settings(run, folder)
     process = subprocess.Popen([*PROCESS, COMPILED_PARTS, str(folder), "0"], cwd=ROOT, process_group=0)
+    write_whole(folder / COMPILER, str(process.pid))
     try:
         yield
     finally:
@@ -152,11 +154,27 @@ def compiled_parts(run: Run, folder: Path, limit_s: float) -> dict[str, list[str
     until = time.monotonic() + limit_s
     waited_for = set(part_names(run))
     while waited_for and not (waited_for == {SAMPLER} and time.monotonic() > until):
+        over = _is_over(folder)  # before the files are looked for, which it may just have written
         waited_for -= {name for name in waited_for if (folder / f"{name}.ended").exists()}
+        if over:
+            break
         time.sleep(0.1)
     failed = {name: tail(folder / f"{name}.log") or ["it said nothing"] for name in waited_for}
     ended = (name for name in part_names(run) if name not in waited_for)
     return failed | {name: said for name in ended if (said := _ended(folder, name)["said"])}
+
+
+def _is_over(folder: Path) -> bool:
+    """Whether the process that compiles has ended, as one that was killed for its memory."""
+    try:
+        process = (folder / COMPILER).read_text()
+    except OSError:  # it is of another kind, as in a test
+        return False
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
 
 
 def _ended(folder: Path, name: str) -> dict[str, list[str]]:
@@ -278,7 +296,8 @@ def missing(section: str) -> str:
     except UserError as error:
         return str(error)
     except ImportError as error:
-        return f"ONNX Runtime is not installed ({error})"
+        what = "ONNX Runtime" if section == ONNXRUNTIME else "a package"
+        return f"{what} is not installed ({error})"
     return ""
 
 

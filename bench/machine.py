@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -156,7 +157,20 @@ def _multiply(engine: cpu.HostEngine, a: np.ndarray, _call: int) -> HostArrays:
 
 
 def gpu_facts() -> dict[str, Any] | None:
-    """The first GPU, through NVIDIA's management library (nvidia-ml-py); None without one."""
+    """The first GPU, through NVIDIA's management library (nvidia-ml-py), or in fewer words from PyTorch, if that is
+    loaded; None without one."""
+    return _cuda_facts() if (found := _nvml_facts()) is None else found
+
+
+def _cuda_facts() -> dict[str, Any] | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {"name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
+
+
+def _nvml_facts() -> dict[str, Any] | None:
     return _nvml(
         lambda nvml, gpu: {
             "name": _text(nvml.nvmlDeviceGetName(gpu)),

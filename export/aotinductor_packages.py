@@ -34,15 +34,24 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.package import package_aoti
 
 from mubic_deploy import checkpoint
-from mubic_deploy.artifacts import describe, sha256
+from mubic_deploy.artifacts import PACKAGES_MANIFEST, describe, sha256
 from mubic_deploy.checkpoint import Source
-from mubic_deploy.config import ON_GPU, PAD_HEADS, REWRITES, TOKENS, Config
+from mubic_deploy.config import (
+    MAX_BATCH,
+    ON_GPU,
+    PAD_HEADS,
+    REWRITES,
+    TOKENS,
+    Config,
+    check_optimisations,
+    check_precision,
+)
 from mubic_deploy.console import Progress
 from mubic_deploy.engines import aotinductor, eager
-from mubic_deploy.engines.aotinductor import FORMAT, MANIFEST, Packages
+from mubic_deploy.engines.aotinductor import FORMAT, Packages
 from mubic_deploy.engines.cpu import cores
 from mubic_deploy.engines.memory import first_line, is_short, short_of_memory
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.folders import replacing, require_replaceable
 from mubic_deploy.graphs import FLOAT16, FLOAT32, SAMPLER, Signature, signatures
 from mubic_deploy.model.inductor import barriers
@@ -77,21 +86,25 @@ class Options:
 
     device: str = "cpu"
     precision: str | None = None
-    max_batch: int = 8
+    max_batch: int = MAX_BATCH
     fixed_steps: int | None = None
     optimisations: Collection[str] | None = None
     autotune: bool = False
     jobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.jobs is not None and self.jobs < 1:
-            raise UserError(f"jobs {self.jobs} is out of range: use 1 or more")
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"unknown device {self.device!r}: choose cpu or cuda, the first NVIDIA GPU")
+        if self.precision is not None:
+            check_precision(self.precision)
+        check_optimisations(self.optimisations or (), REWRITES)
+        if self.jobs is not None:
+            whole("jobs", self.jobs, 1)
         if self.autotune and (self.jobs or 1) > 1:
             raise UserError("kernels are measured, so nothing else may run beside: leave out --jobs, or --autotune")
         if self.device == "cpu" and self.chosen_precision != FLOAT32:
             raise UserError("on a CPU packages compute in FP32: leave out --precision, or name --device cuda")
-        if self.max_batch < 2:
-            raise UserError(f"max batch {self.max_batch} is out of range: use 2 or more")  # else no axis is dynamic
+        whole("max batch", self.max_batch, 2)  # else no axis is dynamic
 
     @property
     def chosen_precision(self) -> str:
@@ -145,7 +158,7 @@ def build(
         model.config.check_fixed_steps(options.fixed_steps)
     out = Path(out)
     try:
-        require_replaceable(out, MANIFEST, Packages.LAYOUT.files, "holds no earlier packages")
+        require_replaceable(out, PACKAGES_MANIFEST, Packages.LAYOUT.files, "holds no earlier packages")
         with eager.enough_memory("compiling the graphs"), replacing(out) as folder:
             _build_into(folder, model, source, options, facts, progress)
     except OSError as error:
@@ -186,7 +199,7 @@ def _build_into(
         held: dict[str, Any] = {part.name: files[part.name] for part in contents[name]}
         package_aoti(str(path), held)
         manifest["packages"][name] = {"file": path.name, "sha256": sha256(path), "signature": describe(signature)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / PACKAGES_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def checked(clips: int) -> None:
         progress("checking against eager PyTorch", total - CLIPS + clips, total)
@@ -205,7 +218,7 @@ def _build_into(
     # and whether the samples of the largest batch stay apart
     compare(model.config, reference, candidate, 1, batch=options.max_batch, **more).require(*said)
     manifest["parity"] = parity.to_json()
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / PACKAGES_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def activations_of(model: MUBiC) -> dict[str, float]:

@@ -23,7 +23,7 @@ from onnxscript import optimizer
 
 from mubic_deploy.artifacts import FORMAT, MANIFEST, Artifacts, describe, sha256
 from mubic_deploy.checkpoint import Source
-from mubic_deploy.config import OPTIMISATIONS
+from mubic_deploy.config import OPTIMISATIONS, check_optimisations, check_precision
 from mubic_deploy.console import Progress
 from mubic_deploy.engines import cpu, eager
 from mubic_deploy.errors import UserError
@@ -89,9 +89,11 @@ def export(
     precision: float32, or float16 under the policy of `mubic_deploy.model.precision`. fixed_steps: also the sampler,
     the loop of so many steps as one graph. optimisations: some of `config.OPTIMISATIONS`.
     remedy: what to do where `out` cannot be written.
-    UserError if `out` is something else, cannot be written, a graph differs from eager PyTorch in FP32, or an
-    activation is too large for FP16."""
+    UserError if one of these is not known, `out` is something else or cannot be written, a graph differs from eager
+    PyTorch in FP32, or an activation is too large for FP16."""
     out = Path(out)
+    check_precision(precision)
+    check_optimisations(optimisations)
     if fixed_steps is not None:
         model.config.check_fixed_steps(fixed_steps)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

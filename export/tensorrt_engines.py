@@ -16,12 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mubic_deploy.artifacts import Artifacts, describe, sha256
+from mubic_deploy.artifacts import PLANS_MANIFEST, Artifacts, describe, sha256
+from mubic_deploy.config import MAX_BATCH
 from mubic_deploy.console import Progress
 from mubic_deploy.engines import cpu, cuda
 from mubic_deploy.engines.cuda import GPU
-from mubic_deploy.engines.tensorrt import FORMAT, MANIFEST, Plans, created, import_tensorrt, load_engines, logger
-from mubic_deploy.errors import UserError
+from mubic_deploy.engines.tensorrt import FORMAT, Plans, created, import_tensorrt, load_engines, logger
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.folders import replacing, replacing_file, require_replaceable
 from mubic_deploy.graphs import Signature
 from mubic_deploy.parity import CLIPS, compare
@@ -37,17 +38,16 @@ class Options:
     version_compatible  the plans also run with later versions of the same major version, a little slower
     timing_cache        measured kernels, kept from build to build; per GPU and TensorRT version"""
 
-    max_batch: int = 8
+    max_batch: int = MAX_BATCH
     best_batch: int = 1
     level: int = 4
     version_compatible: bool = False
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.best_batch <= self.max_batch:
-            raise UserError(f"best batch {self.best_batch} is out of range: use 1 to --max-batch {self.max_batch}")
-        if not 0 <= self.level <= 5:
-            raise UserError(f"level {self.level} is out of range: use 0 to 5")
+        whole("max batch", self.max_batch, 1)
+        whole("best batch", self.best_batch, 1, self.max_batch, use=f"1 to --max-batch {self.max_batch}")
+        whole("level", self.level, 0, 5)
 
 
 def build(
@@ -68,7 +68,7 @@ def build(
     _require_writable(options.timing_cache)
     out = Path(out)
     try:
-        require_replaceable(out, MANIFEST, Plans.LAYOUT.files, "holds no earlier engines")
+        require_replaceable(out, PLANS_MANIFEST, Plans.LAYOUT.files, "holds no earlier engines")
         with replacing(out) as folder:
             _build_into(folder, trt, gpu, artifacts, options, progress, cuda_graphs)
     except OSError as error:
@@ -117,7 +117,7 @@ def _build_into(
             "onnx_sha256": onnx,
             "signature": describe(signature),
         }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / PLANS_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def checked(clips: int) -> None:
         progress("checking against ONNX Runtime", len(graphs) + clips, total)
@@ -137,7 +137,7 @@ def _build_into(
         "build with --max-batch 1, or with another TensorRT",
     )
     manifest["parity"] = parity.to_json()
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / PLANS_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def build_plan(trt: Any, onnx: Path, signature: Signature, options: Options, cache: bytes) -> tuple[bytes, bytes]:

@@ -17,7 +17,13 @@ from mubic_deploy.config import PRECISIONS, REWRITES, Config
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature, signatures
 
-MANIFEST = "manifest.json"
+# manifests, each of a kind of folder
+MANIFEST, PACKAGES_MANIFEST, PLANS_MANIFEST = "manifest.json", "packages.json", "engines.json"
+KINDS = {
+    MANIFEST: "exported graphs: use --engine openvino or onnxruntime",
+    PACKAGES_MANIFEST: "AOTInductor's packages: use --engine aotinductor",
+    PLANS_MANIFEST: "TensorRT engines: use --engine tensorrt",
+}
 FORMAT = 3  # of the manifest; a reader refuses another
 Needs = dict[tuple[str, ...], type | UnionType]  # entries of a manifest, each a path of keys, and their types
 SEED: Needs = {("source", "seed"): int | None}  # of random weights
@@ -62,6 +68,8 @@ class Layout:
             manifest = json.loads(file.read_text())
         except (FileNotFoundError, NotADirectoryError):
             missing = "is a file, not a folder" if path.is_file() else f"holds no {self.manifest}"
+            if other := next((what for name, what in KINDS.items() if (path / name).is_file()), None):
+                raise UserError(f"{path} {missing}, but {other}") from None
             what = missing if path.exists() else "does not exist"
             raise UserError(f"{path} {what}: {self.again}") from None
         except (ValueError, OSError) as error:

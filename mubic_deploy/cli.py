@@ -6,6 +6,7 @@ goes to stdout and nothing else does; progress and messages go to stderr."""
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from mubic_deploy.config import (
     CONFIGS,
     DEFAULT_STEPS,
     FITS,
+    MAX_BATCH,
     MAX_STEPS,
     ON_GPU,
     OPTIMISATIONS,
@@ -55,6 +57,7 @@ HOMES = {
     **dict.fromkeys(("serve", "repository", "demo"), "mubic_deploy.triton.commands"),
     "stream": "mubic_deploy.live.commands",
 }  # else commands
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKPOINT_HELP = "a .safetensors file, random:full, random:demo, or demo (default)"
 
 
@@ -80,7 +83,9 @@ def _graphs(parser: argparse.ArgumentParser) -> None:
 
 
 def _prediction(parser: argparse.ArgumentParser, stride: int) -> None:
-    numbers = f"denoising steps, 1 to {MAX_STEPS} (default {DEFAULT_STEPS})"
+    numbers = (
+        f"denoising steps, 1 to {MAX_STEPS}, of no_diffusion 1 (default {DEFAULT_STEPS}, or what the model is fixed to)"
+    )
     parser.add_argument("--steps", type=steps, metavar="N|adaptive", help=numbers)
     parser.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
     parser.add_argument("--stride", type=positive, default=stride, help=f"frames between two maps (default {stride})")
@@ -96,7 +101,8 @@ def _serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=natural, metavar="N", help="of each graph (default: one a core)")
     many = "processes of each model that computes, or of one model; may be repeated (default 1)"
     parser.add_argument("--instances", type=instances, action="append", metavar="N|MODEL=N", help=many)
-    parser.add_argument("--max-batch", type=positive, metavar="N", help="clips that a model merges (default 8)")
+    merged = f"clips that a model merges (default {MAX_BATCH}, or the largest batch of packages or engines)"
+    parser.add_argument("--max-batch", type=positive, metavar="N", help=merged)
     waits = "microseconds that a request waits for company, in each model (default 0)"
     parser.add_argument("--queue-delay", type=natural, metavar="US", help=waits)
     refused = "refuse a request that waits longer than this in a model's queue (default: never)"
@@ -146,7 +152,7 @@ SETTINGS_HELP: dict[str, tuple[Callable[[str], Any] | None, Sequence[str] | None
     "warmup": (natural, None, "steps over which the learning rate rises"),
     "noises": (positive, None, "diffusion steps drawn for each clip"),
     "timestep_power": (number, None, "1 draws diffusion steps uniformly, more prefers noisy ones"),
-    "rollout": (number, None, "samples that get their noise on the model's own guess, as in inference"),
+    "rollout": (number, None, "share of samples, 0 to 1, whose noise lies on the model's own guess, as in inference"),
     "stochastic_depth": (number, None, "of the visual encoder's last block"),
     "freeze_vggish": (None, None, "keep VGGish's convolutions as they are"),
     "stride": (positive, None, "frames between the starts of two clips"),
@@ -160,12 +166,14 @@ SETTINGS_HELP: dict[str, tuple[Callable[[str], Any] | None, Sequence[str] | None
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
-    """An option for each of a run's settings; unset ones keep the recipe's value; the help has the default one's."""
-    default = RECIPES["thesis"]
+    """An option for each of a run's settings; unset ones keep the recipe's value, which the help has of each recipe
+    where they differ."""
     for field in fields(Settings):
         kind, choices, text = SETTINGS_HELP[field.name]
         flag = "--" + field.name.replace("_", "-")
-        text = f"{text} (default: {getattr(default, field.name)})"
+        values = {name: getattr(recipe, field.name) for name, recipe in RECIPES.items()}
+        each = ", ".join(f"{name} {value}" for name, value in values.items())
+        text = f"{text} (default: {each if len(set(values.values())) > 1 else values['thesis']})"
         if kind is None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -191,7 +199,8 @@ def _training(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--checkpoint", metavar="C", help="start from these weights")
     train.add_argument("--visual", metavar="FILE", help="pretrained MViTv2-S: torchvision's or MMAction2's")
     train.add_argument("--vggish", metavar="FILE", help="pretrained VGGish: vggish-10086976.pth, or what `listen` made")
-    train.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    kinds = "where to train (default auto: a GPU if there is one)"
+    train.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda", "mps"), help=kinds)
     train.add_argument("--devices", type=positive, default=1, help="how many (default 1)")
     train.add_argument("--workers", type=natural, default=2, help="processes that read clips (default 2)")
     _settings(train)
@@ -266,7 +275,8 @@ def build_parser() -> Parser:
     best = "what export made, best with --precision float16"
     engines.add_argument("artifacts", metavar="GRAPHS", type=Path, help=best)
     engines.add_argument("--out", metavar="DIR", type=Path, required=True)
-    engines.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
+    largest = f"largest batch (default {MAX_BATCH})"
+    engines.add_argument("--max-batch", type=positive, default=MAX_BATCH, help=largest)
     engines.add_argument("--best-batch", type=positive, default=1, help="batch to choose kernels for (default 1)")
     engines.add_argument("--level", type=natural, default=4, help="0, quick to build, to 5, quick to run (default 4)")
     engines.add_argument("--version-compatible", action="store_true", help="to run with later minor versions too")
@@ -280,7 +290,7 @@ def build_parser() -> Parser:
     compiled.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     by_device = f"default {FLOAT16} on cuda, {FLOAT32} on a CPU"
     compiled.add_argument("--precision", choices=PRECISIONS, help=by_device)
-    compiled.add_argument("--max-batch", type=positive, default=8, help="largest batch (default 8)")
+    compiled.add_argument("--max-batch", type=positive, default=MAX_BATCH, help=largest)
     compiled.add_argument("--fixed-steps", type=positive, metavar="N", help=fixed)
     _optimise(compiled, REWRITES, f"on cuda {', '.join(ON_GPU)}, on a CPU none")
     compiled.add_argument("--autotune", action="store_true", help="measure all kernels there are to choose from")
@@ -318,7 +328,8 @@ def build_parser() -> Parser:
     repository.add_argument(
         "artifacts", metavar="DIR", type=Path, help="exported graphs, packages, or TensorRT engines"
     )
-    repository.add_argument("--engine", choices=(*cpu.ENGINES, AOTINDUCTOR, TENSORRT), default=cpu.ENGINES[0])
+    of = f"{cpu.ENGINES[0]} (default) or {cpu.ENGINES[1]} of graphs, {AOTINDUCTOR} of packages, {TENSORRT} of engines"
+    repository.add_argument("--engine", choices=(*cpu.ENGINES, AOTINDUCTOR, TENSORRT), default=cpu.ENGINES[0], help=of)
     repository.add_argument("--out", metavar="REPOSITORY", type=Path, required=True)
     _serving(repository)
     repository.add_argument("--loops", type=positive, help="tensorrt: instances of the DDIM loop (default 4)")
@@ -403,7 +414,16 @@ def guarded(work: Callable[[], int]) -> int:
         print(f"mubic-deploy: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:
-        print(f"mubic-deploy: {error.filename} may not be read or entered: see its permissions", file=sys.stderr)
+        print(f"mubic-deploy: {error.filename or error} may not be read or entered: see permissions", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        from mubic_deploy.console import forget_stdout
+
+        forget_stdout()  # it may be what is full
+        place = error.filename or "standard output, or the folder for temporary files,"
+        print(f"mubic-deploy: {place} cannot be written ({error.strerror}): make room", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:  # importlib.metadata's error too
         package = (error.name or "").split(".")[0]

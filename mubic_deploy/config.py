@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 
 VARIANTS = ("full", "no_beca", "no_skip", "concat", "no_diffusion", "visual_only")  # Table 4.3
 FITS = ("letterbox", "stretch", "crop")  # how frames meet the model's size, see `mubic_deploy.media.fit`
@@ -23,6 +24,7 @@ DIFFUSION_STEPS = 1000  # T, Table 4.1
 SCHEDULE_GAMMA = 0.008  # eq. 3.16
 MAX_STEPS = 12
 DEFAULT_STEPS = 4
+MAX_BATCH = 8  # clips that graphs, packages and engines take at once, unless told otherwise
 SAMPLE_RATE = 16_000  # Hz
 SLICE_SAMPLES = 15_600  # VGGish's native patch: 96 frames of 25 ms every 10 ms
 SLICE_HOP = 336  # samples, 21 ms
@@ -33,6 +35,25 @@ RANDOM = "random:"  # before the name of a size: random weights
 CHECKPOINTS = "random:full, random:demo, demo or a .safetensors file"  # what can be named
 DEMO_FILE = Path(__file__).parent / "weights" / "demo.safetensors"  # what it stands for
 ADAPTIVE = 0  # the STEPS value that asks for adaptive N
+MOST_SEED = 2**63 - 1  # an int64
+
+
+def check_seed(seed: int) -> int:
+    """`seed` if it is an integer from 0 to MOST_SEED, else UserError."""
+    return whole("seed", seed, 0, MOST_SEED)
+
+
+def check_optimisations(names: Collection[str], known: Sequence[str] = OPTIMISATIONS) -> None:
+    """UserError for a name that is none of `known`."""
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"unknown optimisation {unknown[0]!r}: choose from {', '.join(known)}")
+
+
+def check_precision(name: str) -> str:
+    """`name` if it is one of PRECISIONS, else UserError."""
+    if name not in PRECISIONS:
+        raise UserError(f"unknown precision {name!r}: choose {' or '.join(PRECISIONS)}")
+    return name
 
 
 def check_fit(name: str) -> str:
@@ -124,15 +145,11 @@ class Config:
 
     def check_steps(self, steps: int) -> int:
         """`steps` if it is ADAPTIVE (0) or 1..max_steps, else UserError."""
-        if steps != ADAPTIVE and not 1 <= steps <= self.max_steps:
-            raise UserError(f"steps {steps} is out of range: use 1 to {self.max_steps}, or adaptive")
-        return steps
+        return whole("steps", steps, ADAPTIVE, self.max_steps, use=f"1 to {self.max_steps}, or adaptive")
 
     def check_fixed_steps(self, steps: int) -> int:
         """`steps` if it is 1..max_steps, else UserError."""
-        if not 1 <= steps <= self.max_steps:
-            raise UserError(f"fixed steps {steps} is out of range: use 1 to {self.max_steps}")
-        return steps
+        return whole("fixed steps", steps, 1, self.max_steps)
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -187,10 +204,10 @@ CONFIGS = {c.name: c for c in (FULL, DEMO)}
 
 def weights_seed(checkpoint: str | Path, seed: int | None) -> int:
     """The seed of a checkpoint's random weights, 0 unless one is given. UserError if one is given for a checkpoint, or
-    for a folder made of one, whose weights are not to be drawn."""
+    for a folder made of one, whose weights are not to be drawn, or that is no seed."""
     if seed is not None and not str(checkpoint).startswith(RANDOM):
         raise UserError(f"no weights are drawn for {checkpoint}: leave out their seed {seed}, or name {RANDOM}SIZE")
-    return seed or 0
+    return 0 if seed is None else check_seed(seed)
 
 
 def get_config(name: str, variant: str = "full", fit: str = FITS[0]) -> Config:

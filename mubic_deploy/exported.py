@@ -36,7 +36,8 @@ def export(
     """Trace the graphs of a checkpoint (see `checkpoint.load`) into `out`, checked against eager PyTorch in FP32.
 
     precision: float32 or float16; fixed_steps: also the sampler of so many steps; optimisations: some of
-    `config.OPTIMISATIONS`; remedy: what to do where `out` cannot be written."""
+    `config.OPTIMISATIONS`; remedy: what to do where `out` cannot be written. UserError as of `checkpoint.load`, and as
+    of `export` in export/onnx_graphs.py."""
     from mubic_deploy import checkpoint as checkpoints
 
     progress("loading weights", 0, 1)

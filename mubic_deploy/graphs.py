@@ -49,12 +49,12 @@ class Tensor:
 
     def check(self, array: ShapedT) -> ShapedT:
         """`array` if it is [B, *shape] of this dtype, else UserError."""
+        want = f"{self.dtype} [{', '.join(str(n) for n in ('batch', *self.shape))}]"
+        if not (hasattr(array, "dtype") and hasattr(array, "shape")):
+            raise UserError(f"tensor {self.name} must be {want}, not {type(array).__name__}: give an array of NumPy's")
         if array.dtype != self.dtype or len(array.shape) != len(self.shape) + 1 or array.shape[1:] != self.shape:
-            want = ", ".join(str(n) for n in ("batch", *self.shape))
-            raise UserError(
-                f"tensor {self.name} must be {self.dtype} [{want}], not {array.dtype} {list(array.shape)}: "
-                f"send clips of the served configuration"
-            )
+            other = "convert it" if array.shape[1:] == self.shape else "give clips of the model's configuration"
+            raise UserError(f"tensor {self.name} must be {want}, not {array.dtype} {list(array.shape)}: {other}")
         return array
 
 

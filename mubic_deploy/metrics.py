@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 
 
 def cc(prediction: np.ndarray, target: np.ndarray) -> float:
@@ -83,6 +83,8 @@ def auc_shuffled(prediction: np.ndarray, fixations: np.ndarray, others: np.ndarr
     levels: thresholds at 0, 1/levels .. 1 of the map scaled to [0, 1]. The reference's 10 are coarse: on a map with a
     narrow peak most values fall into the lowest level, and the area towards 0.5. None sets one at every value
     (Mann-Whitney, pysaliency). A constant prediction scores 0.5 either way (NaN in the reference)."""
+    if levels is not None:
+        whole("levels", levels, 1)
     prediction, fixations = _pair(prediction, fixations, "fixations")
     _, others = _pair(prediction, others, "others")
     positives, negatives = prediction[fixations > 0], prediction[others > 0]

@@ -11,7 +11,7 @@ import numpy as np
 from mubic_deploy import graphs
 from mubic_deploy.config import DIFFUSION_STEPS, Config
 from mubic_deploy.engines import Array, Engine, HostArrays
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.graphs import FLOAT32
 from mubic_deploy.metrics import cc
 from mubic_deploy.pipeline import ALLOCATE, Allocate, Pipeline
@@ -136,6 +136,7 @@ def compare(
     of random clips. precision: of the candidate. `progress` hears how many are done. The sampler is compared if the
     candidate has one, and the chain with its loop; with the candidate's conditioner if it has one, which is compared
     with the graphs that it stands for. allocate: see `Pipeline`, of the clips that the chain gets."""
+    whole("clips", clips, 1)
     result = Parity(clips=clips, precision=precision)
     progress(0)
     for seed in range(clips):

@@ -11,7 +11,7 @@ import numpy as np
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts, Folder
-from mubic_deploy.config import DEMO_CHECKPOINT, Config, weights_seed
+from mubic_deploy.config import DEMO_CHECKPOINT, RANDOM, Config, weights_seed
 from mubic_deploy.diffusion import noise, schedule
 from mubic_deploy.engines import Array, Arrays, Engine, HostArrays, cpu, fetching
 from mubic_deploy.errors import UserError
@@ -46,10 +46,11 @@ def request(
     config: Config, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int, steps: np.ndarray | int
 ) -> HostArrays:
     """The arrays of one call, checked: VIDEO, AUDIO (if the variant hears), SEED and STEPS, all [B, ...]."""
-    batch = len(video)
+    batch = len(graphs.video(config).check(video))
     if batch == 0:
         raise UserError("there is no clip in the batch: give at least one")
     given = {"SEED": seed, "STEPS": steps}
+    ranges = {"SEED": "0 to 2^63 - 1", "STEPS": f"1 to {config.max_steps}, or 0 for adaptive"}
     arrays: HostArrays = {"VIDEO": video, "AUDIO": audio}
     for tensor in graphs.settings():
         try:
@@ -57,7 +58,10 @@ def request(
             if (values != np.asarray(given[tensor.name])).any():  # 4.5 steps, say
                 raise ValueError
         except (ValueError, OverflowError, TypeError):
-            raise UserError(f"{tensor.name} must be one {tensor.dtype} for all or {batch}, one a clip") from None
+            raise UserError(
+                f"{tensor.name} cannot be {given[tensor.name]!r:.60}: give one whole number for all clips, or {batch}, "
+                f"one a clip: {ranges[tensor.name]}"
+            ) from None
         arrays[tensor.name] = values[:, None].copy()
     for n in np.unique(arrays["STEPS"]):
         config.check_steps(int(n))
@@ -69,12 +73,12 @@ def request(
     return arrays
 
 
-def check_sound(audio: np.ndarray) -> None:
-    """UserError for AUDIO that is not finite or was not scaled: a map of it would look like any other."""
+def check_sound(audio: np.ndarray, name: str = "AUDIO") -> None:
+    """UserError for sound that is not finite or was not scaled: a map of it would look like any other."""
     if not np.isfinite(audio).all():
-        raise UserError("AUDIO holds NaN or infinite samples: give -1 to 1, and 0 where there is no sound")
-    if (peak := np.abs(audio).max()) > LOUDEST:
-        raise UserError(f"AUDIO reaches {peak:.4g}, as integers do: scale it to -1 to 1")
+        raise UserError(f"{name} holds NaN or infinite samples: give -1 to 1, and 0 where there is no sound")
+    if (peak := np.abs(audio).max(initial=0)) > LOUDEST:
+        raise UserError(f"{name} reaches {peak:.4g}, as integers do: scale it to -1 to 1")
 
 
 def sample(config: Config, denoiser: Engine, cond: Arrays, seed: np.ndarray, steps: np.ndarray) -> HostArrays:
@@ -166,7 +170,8 @@ class Pipeline:
         """The pipeline of one of ENGINES. source, by engine:
 
         openvino, onnxruntime, onnxruntime-cuda  a folder of exported graphs, or a checkpoint (see `checkpoint.load`),
-                                                 which is exported first if it was not before
+                                                 which is exported first if it was not before; of a folder that is
+                                                 called demo give the Path, or ./demo
         eager, eager-cuda                        a checkpoint; PyTorch in FP32, on the CPU or the first NVIDIA GPU
         aotinductor                              a folder of compiled packages
         tensorrt                                 a folder of plans
@@ -174,11 +179,14 @@ class Pipeline:
         variant: of random weights, or that the source must be of. seed: of the random weights of a checkpoint
         (default 0). cuda_graphs: whether a GPU replays a batch size's kernels as one launch a graph, or a part of it.
         UserError for a source or an engine that is none, of another variant, or that this machine cannot run; for a
-        seed where there is nothing to draw."""
+        seed where there is nothing to draw. ModuleNotFoundError where a package of the engine's extra is missing."""
         folder: Folder
         engines: Mapping[str, Engine]
         conditioner, allocate = None, ALLOCATE
-        if Path(source).is_dir():
+        # a string is a checkpoint's name first, as wherever one is named; a Path never is
+        named = isinstance(source, str) and (source == DEMO_CHECKPOINT or source.startswith(RANDOM))
+        is_folder = Path(source).is_dir() and not named
+        if is_folder or engine in (AOTINDUCTOR, TENSORRT):
             weights_seed(source, seed)
         if engine in EAGER:
             from mubic_deploy import checkpoint
@@ -207,7 +215,7 @@ class Pipeline:
         elif engine in ENGINES:
             from mubic_deploy import exported
 
-            if Path(source).is_dir():
+            if is_folder:
                 folder = artifacts = Artifacts.open(Path(source), variant)
             else:
                 folder = artifacts = exported.cached(str(source), variant, seed)
@@ -226,7 +234,8 @@ class Pipeline:
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """video uint8 [B, 16, H, W, 3], RGB; audio float32 [B, 16608], 16 kHz in [-1, 1] (ignored by visual_only);
-        seed [B] or one for all; steps 1 to 12, or 0 for adaptive, [B] or one for all, None for the default
+        seed [B] or one for all; steps 1 to `config.max_steps` (12, or 1 of no_diffusion), or 0 for adaptive, [B] or one
+        for all, None for the default
         -> saliency float32 [B, h, w] in [0, 1] for the middle frame, and the steps used, int32 [B, 1].
 
         The same clip and seed give the same map in every engine. A batch that is larger than the engines take goes in

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import av
-
 from mubic_deploy.beside import Behind, ahead
-from mubic_deploy.config import Config, check_fit
-from mubic_deploy.errors import UserError
+from mubic_deploy.config import Config, check_fit, check_seed
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.media.clips import Clip, Clipper
 from mubic_deploy.media.film import Film, Frame
 from mubic_deploy.media.maps import FilmMap, MapsWriter
-from mubic_deploy.media.outputs import check_targets, replacing
+from mubic_deploy.media.outputs import check_targets, naming, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
 from mubic_deploy.media.sheet import ContactSheet
-from mubic_deploy.media.source import Source, is_file, reason
+from mubic_deploy.media.source import Source, is_file
 from mubic_deploy.pipeline import Predictor, stacked
 
 Target = str | os.PathLike[str]
@@ -77,7 +74,7 @@ def predict_film(
     overlay        .mp4, .m4v, .mov or .mkv: the film with its saliency over it (see `OverlayWriter`)
     maps           .npz: every map, in the film's geometry (see `MapsWriter`)
     contact_sheet  .png: eight frames and their overlays
-    steps          1 to 12, 0 for adaptive, None for the default
+    steps          1 to the predictor's `config.max_steps`, 0 for adaptive, None for the default
     seed           of the noise; the same for every clip, so that maps do not flicker
     fit            letterbox, stretch or crop (see `make_fit`), None for what the model was trained with
     batch          clips that are predicted at once: the same maps, sooner where a GPU has room for more than one; the
@@ -99,7 +96,7 @@ def predict_film(
             sinks = {}
             for kind, path in staged.items():
                 with naming(kind, targets[kind]):
-                    sinks[kind] = _sink(kind, path, film)
+                    sinks[kind] = _sink(kind, path, film, predictor.config.frames)
                 stack.callback(sinks[kind].close)
 
             def write(item: Frame | FilmMap) -> None:
@@ -150,16 +147,21 @@ def predict_clips(
 ) -> Generator[FilmMap]:
     """The maps of a film as they are predicted, without writing anything. Settings as in `predict_film`.
 
-    warnings: a list that is filled with what the film lacks."""
+    warnings: a list that is filled with what the film lacks. UserError for a setting at once, for the film with the
+    first map that is asked for."""
     _check_settings(predictor.config, steps, seed, stride, fit, batch)
-    with Film(source) as film:
-        if warnings is not None:
-            film.warnings = warnings
-        with closing(Clipper(film, predictor.config, stride, fit)) as clipper:
-            # no thread: a generator may be left at any time, anywhere
-            for item in _run(predictor, clipper, _read(film, clipper), steps, seed, batch):
-                if isinstance(item, FilmMap):
-                    yield item
+
+    def predicted() -> Generator[FilmMap]:
+        with Film(source) as film:
+            if warnings is not None:
+                film.warnings = warnings
+            with closing(Clipper(film, predictor.config, stride, fit)) as clipper:
+                # no thread: a generator may be left at any time, anywhere
+                for item in _run(predictor, clipper, _read(film, clipper), steps, seed, batch):
+                    if isinstance(item, FilmMap):
+                        yield item
+
+    return predicted()
 
 
 def _run(
@@ -233,30 +235,15 @@ def _targets(overlay: Target | None, maps: Target | None, contact_sheet: Target 
 def _check_settings(config: Config, steps: int | None, seed: int, stride: int, fit: str | None, batch: int) -> None:
     if steps is not None:
         config.check_steps(steps)
-    if seed < 0:
-        raise UserError(f"seed {seed} is negative: use 0 or more")
-    if stride < 1:
-        raise UserError(f"stride {stride} is out of range: use 1 or more frames")
-    if batch < 1:
-        raise UserError(f"a batch of {batch} clips cannot be: use 1 or more")
+    check_seed(seed)
+    whole("stride", stride, 1, unit=" frames")
+    whole("batch", batch, 1, unit=" clips")
     check_fit(fit or config.fit)
 
 
-def _sink(kind: str, path: Path, film: Film) -> _Sink:
+def _sink(kind: str, path: Path, film: Film, window: int) -> _Sink:
     if kind == "overlay":
         return OverlayWriter(path, film)
     if kind == "maps":
         return MapsWriter(path, film.map_shape)
-    return ContactSheet(path, film.name)
-
-
-@contextmanager
-def naming(kind: str, target: Path) -> Iterator[None]:
-    """Errors of writing name the output."""
-    try:
-        yield
-    except (OSError, av.FFmpegError) as error:
-        by_number = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EPIPE: "whatever read it has ended"}
-        other = "check the disk" if isinstance(error, OSError) else "write it as .mkv, or convert the film first"
-        remedy = by_number.get(getattr(error, "errno", None) or 0, other)
-        raise UserError(f"{kind} {target} cannot be written ({reason(error)}): {remedy}") from error
+    return ContactSheet(path, film.name, window)

@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).parent
 
 def source_dir(name: str) -> Path:
     """The folder `name` ("export" or "triton_models") of the sources."""
-    for parent in (_PACKAGE.parent, _PACKAGE / "_sources"):
+    for parent in (_PACKAGE / "_sources", _PACKAGE.parent):  # beside a wheel's may lie another package of that name
         if (parent / name).is_dir():
             return parent / name
     raise FileNotFoundError(f"{name}/ is missing beside {_PACKAGE}: install mubic-deploy again")

@@ -149,6 +149,13 @@ def test_wrong_options_and_a_package_that_differs(
         packages_script.Options(precision="float16")
     with pytest.raises(UserError, match="max batch 1 is out of range"):
         packages_script.Options(max_batch=1)
+    for options, message in (
+        ({"optimisations": ("pad_head",)}, "unknown optimisation 'pad_head': choose from pad_heads, "),
+        ({"device": "cuda:0"}, "unknown device 'cuda:0': choose cpu or cuda"),
+        ({"device": "cuda", "precision": "fp16"}, "unknown precision 'fp16': choose float32 or float16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            packages_script.Options(**options)
     with pytest.raises(UserError, match="jobs 0 is out of range"):
         packages_script.Options(jobs=0)
     with pytest.raises(UserError, match="kernels are measured, so nothing else may run beside: leave out --jobs"):

@@ -243,6 +243,17 @@ def test_parts_that_cannot_even_begin_are_not_waited_for(tmp_path: Path, monkeyp
     assert all("no process can be started" in said[0] for said in failed.values())
 
 
+def test_a_compiler_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
+    """As where memory is short: it leaves nothing."""
+    run = script(tmp_path).run
+    with gpu_child.compiling(run, tmp_path):
+        os.kill(int((tmp_path / gpu_child.COMPILER).read_text()), signal.SIGKILL)
+        began = time.monotonic()
+        failed = gpu_child.compiled_parts(run, tmp_path, 60)
+    assert failed.keys() == set(gpu_child.part_names(run))
+    assert time.monotonic() - began < 20
+
+
 def test_nothing_is_compiled_after_the_last_section(tmp_path: Path) -> None:
     """By the real processes: the one that starts them all, and those of the parts, which import PyTorch first."""
     run, log = script(tmp_path).run, tmp_path / "fusion.log"

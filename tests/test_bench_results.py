@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 
-from bench import results
+from bench import machine, results
 from bench.results import Results, Row
 from bench.timing import Timing
 from mubic_deploy import strict_json
@@ -160,3 +162,15 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
         measured().write(path)
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_gpu_without_nvidias_library_is_named_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that says "no GPU" could not be told from one of another."""
+    monkeypatch.setattr(machine, "_nvml", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA H100", total_memory=85 * 10**9)
+    )
+    assert machine.gpu_facts() == {"name": "NVIDIA H100", "memory_gb": 85.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.gpu_facts() is None

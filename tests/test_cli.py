@@ -284,6 +284,14 @@ def test_output_that_nobody_reads(options: list[str]) -> None:
         assert running.wait(30) == 2
 
 
+def test_a_full_disk_behind_the_output() -> None:
+    command = [sys.executable, "-m", "mubic_deploy.cli", "info", "--config", "demo", "--json"]
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    says = "standard output, or the folder for temporary files, cannot be written (No space left on device): make room"
+    assert (ran.returncode, ran.stderr) == (2, f"mubic-deploy: {says}\n")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

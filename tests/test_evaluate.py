@@ -194,6 +194,16 @@ def test_an_error_ends_it_and_leaves_no_thread(field, where):
     assert not [t for t in threading.enumerate() if t.name.startswith("mubic-")]
 
 
+def test_nothing_to_evaluate_is_said(clips):
+    for options, message in (
+        ({"batch": 0}, "batch 0 is out of range: use 1 or more clips"),
+        ({"batch": -1}, "batch -1 is out of range"),
+        ({"indices": []}, "there is no clip to evaluate"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(Known(clips), clips, **options)
+
+
 def test_seed_and_steps_are_handed_on(clips):
     predictor = Known(clips)
     assert evaluate(predictor, clips, steps=3, seed=11, batch=4).steps_used == [3] * 7

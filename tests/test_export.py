@@ -92,6 +92,26 @@ def test_a_checkout_that_is_not_installed_has_no_version() -> None:
     assert sources.versions(["torch", "mubic-deploy-that-is-not-installed"]) == {"torch": metadata.version("torch")}
 
 
+def test_what_is_not_known_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_graphs, "trace", lambda *_: pytest.fail("a graph is traced"))
+    for options, message in (
+        ({"precision": "fp16"}, "unknown precision 'fp16': choose float32 or float16"),
+        ({"optimisations": ("tokens",)}, "unknown optimisation 'tokens': choose from pad_heads, split_depthwise"),
+    ):
+        with pytest.raises(UserError, match=message):
+            onnx_graphs.export(random_model(DEMO), checkpoint.Source("test", 0), tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheels_sources_come_before_a_stranger_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """site-packages may hold another package that is called export."""
+    package = tmp_path / "mubic_deploy"
+    for folder in (tmp_path / "export", package / "_sources" / "export"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(sources, "_PACKAGE", package)
+    assert source_dir("export") == package / "_sources" / "export"
+
+
 def test_manifest_says_what_was_made(demo_artifacts: Artifacts) -> None:
     manifest = demo_artifacts.manifest
     assert manifest["source"] == {"name": "demo", "seed": None, "sha256": sha256(DEMO_FILE)}

@@ -13,12 +13,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from films import frame_times, write_film
 from live_feed import feed, maps_of
-from triton_serving import processes, serving
+from triton_serving import processes, serving, wait_until
 
 from mubic_deploy import AsyncStreamClient, StreamClient, predict_clips
 from mubic_deploy.artifacts import Artifacts
@@ -224,6 +226,27 @@ def test_asyncio_clients_whose_readers_pause(toy_server: TritonServer, monkeypat
     assert threading.active_count() <= before
 
 
+def test_asyncio_connecting_that_is_cancelled(toy_server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client that a thread makes all the same is closed."""
+    made: list[StreamClient] = []
+
+    def late(*given: object, **options: object) -> StreamClient:
+        time.sleep(0.3)
+        made.append(StreamClient(*given, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr("mubic_deploy.live.aio.StreamClient", late)
+
+    async def connect() -> None:
+        async with AsyncStreamClient(toy_server.url):
+            pytest.fail("it was not cancelled")
+
+    before = threading.active_count()
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(connect(), 0.05))
+    wait_until(lambda: bool(made) and made[0]._sender.closed and threading.active_count() <= before)
+
+
 def test_asyncio_reads_that_are_cancelled(toy_server: TritonServer) -> None:
     """As `wait_for` does it, while a thread waits for the map: none is lost."""
 
@@ -344,13 +367,16 @@ def test_bad_frames_and_sound_leave_the_stream_as_it_was(toy_server: TritonServe
     bad_sound[7] = np.nan
     with StreamClient(toy_server.url, on_gap=gaps.append) as client:
         frames_of(client, range(10))
-        for time_s in (math.nan, math.inf, -math.inf, 1e300):
+        times: tuple[Any, ...] = (math.nan, math.inf, -math.inf, 1e300, None, "1")
+        for time_s in times:
             with pytest.raises(UserError, match=r"the sound has the time stamp .*: give seconds"):
                 client.sound(noise(0.01)[0], time_s)
             with pytest.raises(UserError, match=r"the frame has the time stamp .*: give seconds"):
                 client.frame(picture(10), time_s)
-        with pytest.raises(UserError, match="the sound holds numbers that are none"):
+        with pytest.raises(UserError, match="the sound holds NaN or infinite samples"):
             client.sound(bad_sound, 0.4)
+        with pytest.raises(UserError, match=r"sound must be float32 \[n\], not list"):
+            client.sound([0.0], 0.4)  # type: ignore[arg-type]
         for shape, dtype in (
             ((36, 64, 3), np.float32),
             ((36, 64), np.uint8),
@@ -359,6 +385,9 @@ def test_bad_frames_and_sound_leave_the_stream_as_it_was(toy_server: TritonServe
         ):
             with pytest.raises(UserError, match=r"a frame must be uint8 \[h, w, 3\], RGB, not "):
                 client.frame(np.zeros(shape, dtype), 0.4)
+        for given in (None, [[1]], SimpleNamespace(height=9, width=9)):  # as PIL's pictures have it
+            with pytest.raises(UserError, match=r"a frame must be .*, or PyAV's, not "):
+                client.frame(given, 0.4)  # type: ignore[arg-type]
         frames_of(client, range(10, 20))
         client.finish()
         found = list(client)
@@ -635,9 +664,15 @@ def test_what_is_wrong_at_once(toy_server: TritonServer, port: int) -> None:
     for options, message in (
         ({"stride": 0}, "stride 0 is out of range"),
         ({"stride": 2**32 + 4}, "stride 4294967300 is out of range"),
+        ({"stride": 4.0}, "stride 4.0 is no int: use 1 to 2147483647 frames"),
+        ({"seed": 0.5}, "seed 0.5 is no int"),
+        ({"steps": 2.5}, "steps 2.5 is no int: use 1 to 12, or adaptive"),
+        ({"max_waiting": 1.5}, "max_waiting 1.5 is no int"),
+        ({"in_flight": "2"}, "in_flight '2' is no int"),
+        ({"timeout": None}, "timeout None is out of range"),
         ({"seed": -1}, "seed -1 is out of range"),
         ({"seed": 2**63}, "seed 9223372036854775808 is out of range"),
-        ({"timeout": 0.0}, "timeout 0 is out of range: use seconds above 0"),
+        ({"timeout": 0.0}, "timeout 0.0 is out of range: use seconds above 0"),
         ({"give_up_s": math.nan}, "give_up_s nan is out of range"),
         ({"steps": 13}, "steps 13 is out of range"),
         ({"encoding": "gif"}, "unknown encoding 'gif'"),
@@ -655,8 +690,14 @@ def test_what_is_wrong_at_once(toy_server: TritonServer, port: int) -> None:
     with StreamClient(f"{toy_server.url}/mubic") as client:
         assert client.poll() is None
     with StreamClient(toy_server.url) as client:
-        with pytest.raises(UserError, match=r"sound must be float32 \[n\], not int16 \[7\]"):
+        with pytest.raises(UserError, match=r"sound must be float32 \[n\], not int16 \[7\]: convert it"):
             client.sound(np.zeros(7, np.int16), 0)
+        with pytest.raises(UserError, match=r"the sound reaches 2e\+04, as integers do: scale it to -1 to 1"):
+            client.sound(np.array([7, -20_000], np.float32), 0)
+        for display in ((0, 64), 64, (36.5, 64)):
+            with pytest.raises(UserError, match=r"display"):
+                client.frame(picture(0), 0, display)  # type: ignore[arg-type]
+        assert client.fit is None  # nothing of them was taken
         client.finish()
         with pytest.raises(UserError, match="the stream was finished or closed"):
             client.frame(picture(0), 0)

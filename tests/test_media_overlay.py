@@ -341,7 +341,7 @@ def test_maps_file(tmp_path):
 def test_contact_sheet_spreads_over_the_film(tmp_path, monkeypatch, count, kept):
     drawn = []
     monkeypatch.setattr("mubic_deploy.media.sheet.draw_sheet", lambda path, name, pairs: drawn.extend(pairs))
-    sheet = ContactSheet(tmp_path / "sheet.png", "film")
+    sheet = ContactSheet(tmp_path / "sheet.png", "film", 16)
     for i in range(count):
         sheet.add_frame(Frame(i, i / 25, av.VideoFrame(80, 48, "yuv420p")))
         sheet.add_map(FilmMap(i, i / 25, np.zeros((48, 80), np.float32), 4))

@@ -321,6 +321,13 @@ def test_no_fixation_gives_nan(metric):
     assert math.isnan(metric(MAPS["uniform"], np.zeros(SIZE, bool)))
 
 
+def test_levels_that_are_none():
+    fixations = np.eye(4, dtype=bool)
+    for levels in (0, -3, 2.5):
+        with pytest.raises(UserError, match=f"levels {levels} is "):
+            auc_shuffled(np.eye(4), fixations, ~fixations, levels=levels)  # type: ignore[arg-type]
+
+
 def test_no_negative_gives_nan():
     assert math.isnan(auc_judd(MAPS["uniform"], np.ones(SIZE, bool)))
     for levels in (10, None):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,10 +57,11 @@ def test_the_shipped_checkpoint_gives_the_map_it_gave() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"steps": 4.5}, "STEPS must be one int32 for all or 2, one a clip"),
-        ({"steps": [4, 0.5]}, "STEPS must be one int32 for all or 2"),
-        ({"steps": "many"}, "STEPS must be one int32"),
-        ({"seed": 1.7}, "SEED must be one int64 for all or 2"),
+        ({"steps": 4.5}, "STEPS cannot be 4.5: give one whole number for all clips, or 2, one a clip: 1 to 12, or 0"),
+        ({"steps": [4, 0.5]}, r"STEPS cannot be \[4, 0.5\]: give one whole number"),
+        ({"steps": "many"}, "STEPS cannot be 'many'"),
+        ({"seed": 1.7}, r"SEED cannot be 1.7: give one whole number for all clips, or 2, one a clip: 0 to 2\^63 - 1"),
+        ({"seed": 2**63}, "SEED cannot be 9223372036854775808"),
     ],
 )
 def test_steps_and_seeds_that_are_none(given: dict, message: str) -> None:
@@ -74,6 +76,45 @@ def test_whole_numbers_of_any_type_are_steps() -> None:
         arrays = request(DEMO, clip["VIDEO"], clip["AUDIO"], 0, steps)  # type: ignore[arg-type]
         assert arrays["STEPS"].tolist() == [[4], [4]]
         assert arrays["STEPS"].dtype == np.int32
+
+
+def test_clips_that_are_no_arrays() -> None:
+    clip = random_clip(DEMO, 0)
+    video, audio = clip["VIDEO"], clip["AUDIO"]
+    wrongs: tuple[tuple[Any, Any, str], ...] = (
+        (list(video), audio, r"VIDEO must be uint8 \[batch, 16, 112, 192, 3\], not list: give an array"),
+        (video, None, r"AUDIO must be float32 \[batch, 16608\], not NoneType: give an array"),
+        (video, audio.astype(np.float64), r"AUDIO must be .*, not float64 \[1, 16608\]: convert it"),
+        (video[:, :, :100], audio, r"VIDEO must be .*: give clips of the model's configuration"),
+    )
+    for frames, sound, message in wrongs:
+        with pytest.raises(UserError, match=message):
+            request(DEMO, frames, sound, 0, 4)
+
+
+def test_a_folder_that_is_called_as_a_checkpoint(
+    demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A string names the checkpoint first, as everywhere; a Path, and ./demo, the folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    assert Pipeline.open().source == demo_artifacts.source
+    for folder in ("./demo", Path("demo")):
+        with pytest.raises(UserError, match=r"demo holds no manifest.json: make it with"):
+            Pipeline.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("packages.json", "holds no manifest.json, but AOTInductor's packages: use --engine aotinductor"),
+        ("engines.json", "holds no manifest.json, but TensorRT engines: use --engine tensorrt"),
+    ],
+)
+def test_a_folder_for_another_engine(tmp_path: Path, manifest: str, message: str) -> None:
+    (tmp_path / manifest).write_text("{}")
+    with pytest.raises(UserError, match=message):
+        Pipeline.open(tmp_path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

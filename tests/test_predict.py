@@ -180,7 +180,12 @@ class Untouched(Brightness):
         ({"maps": "m.npz", "stride": 0}, "stride 0"),
         ({"maps": "m.npz", "steps": 13}, "steps 13"),
         ({"maps": "m.npz", "seed": -1}, "seed -1"),
-        ({"maps": "m.npz", "batch": 0}, "batch of 0"),
+        ({"maps": "m.npz", "batch": 0}, "batch 0 is out of range: use 1 or more clips"),
+        ({"maps": "m.npz", "batch": 1.5}, "batch 1.5 is no int"),
+        ({"maps": "m.npz", "stride": 2.5}, "stride 2.5 is no int: use 1 or more frames"),
+        ({"maps": "m.npz", "stride": float("nan")}, "stride nan is no int"),
+        ({"maps": "m.npz", "steps": 2.5}, "steps 2.5 is no int"),
+        ({"maps": "m.npz", "seed": 0.5}, "seed 0.5 is no int"),
         ({"maps": "m.npz", "fit": "zoom"}, "'zoom'"),
     ],
 )
@@ -194,6 +199,31 @@ def test_refused_before_the_work(film, out, options, message):
     assert "\n" not in str(caught.value)
     assert film.read_bytes() == before
     assert names(out) == ["dir.mp4", "link.mp4"]
+
+
+def test_clips_refuse_settings_when_they_are_asked_for(film):
+    with pytest.raises(UserError, match="stride 0 is out of range"):
+        predict_clips(Untouched(), film, stride=0)
+    maps = predict_clips(Untouched(), film.with_name("gone.mp4"))
+    with pytest.raises(UserError, match=r"gone.mp4 does not exist"):
+        next(maps)
+
+
+def test_a_sheet_of_a_model_with_longer_clips(tmp_path, out, monkeypatch):
+    """Its maps come 24 frames after their own."""
+    film = write_film(tmp_path / "film.mp4", frame_times(25, 60), lambda i: np.full((90, 160, 3), 4 * i, np.uint8))
+    predictor = Brightness(replace(DEMO, frames=48))
+    drawn = []
+
+    def draw_sheet(path, name, pairs):
+        drawn.extend(pairs)
+        path.touch()
+
+    monkeypatch.setattr("mubic_deploy.media.sheet.draw_sheet", draw_sheet)
+    predict_film(predictor, film, maps=out / "m.npz", contact_sheet=out / "s.png")
+    assert [round(25 * time_s) for time_s, _, _ in drawn] == [24, 28, 32, 36]
+    for time_s, image, _ in drawn:
+        assert abs(image.mean() - 4 * 25 * time_s) < 4
 
 
 def test_a_folder_that_may_not_be_written(film, out):

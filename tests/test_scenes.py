@@ -472,11 +472,21 @@ def test_an_earlier_set_is_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "seconds", "message"),
-    [(0, 2, "0 scenes"), (-3, 2, "-3 scenes"), (1, 0.5, "0.5 s"), (1, 601, "601 s"), (1, float("nan"), "nan s")],
+    [
+        (0, 2, "videos 0 is"),
+        (-3, 2, "videos -3 is"),
+        (1.5, 2, "videos 1.5 is no int"),
+        (1, 0.5, "0.5 s"),
+        (1, 601, "601 s"),
+        (1, float("nan"), "nan s"),
+    ],
 )
 def test_settings_out_of_range(tmp_path, number, seconds, message):
     with pytest.raises(UserError, match=message):
         write_scenes(tmp_path / "set", number, seconds=seconds)
+    for seed, workers in ((-1, None), (0, 0), (0, -2)):
+        with pytest.raises(UserError, match="is out of range"):
+            write_scenes(tmp_path / "set", 1, seed, workers=workers)
     assert not list(tmp_path.iterdir())
 
 

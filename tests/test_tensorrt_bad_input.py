@@ -91,6 +91,17 @@ def test_an_engine_that_cannot_be_captured_is_said(
         load_engines(plans)["audio_encoder"]({"AUDIO": random_clip(TINY, 0)["AUDIO"]})
 
 
+def test_what_was_logged_before_is_no_reason(plans: Plans, trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier call's want of memory, which was over."""
+    engine = load_engines(plans)["audio_encoder"]
+    clip = {"AUDIO": random_clip(TINY, 0)["AUDIO"]}
+    engine(clip)
+    engine._runtime.logger.errors.append("out of memory")  # type: ignore[attr-defined]
+    monkeypatch.setattr(trt.IExecutionContext, "execute_async_v3", lambda *_: False)
+    with pytest.raises(UserError, match=r"could not run audio_encoder at a batch of 2 \(no reason given\)"):
+        engine({"AUDIO": random_clip(TINY, 0, 2)["AUDIO"]})
+
+
 def test_batches_of_different_size_are_refused(plans: Plans) -> None:
     engine = load_engines(plans)["denoiser"]
     inputs = {t.name: np.zeros((2 if t.name == "STEP" else 1, *t.shape), t.dtype) for t in engine.signature.inputs}

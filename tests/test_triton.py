@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline
 from mubic_deploy.triton import client as client_module
+from mubic_deploy.triton import health
 from mubic_deploy.triton.client import TritonPredictor, channel
 from mubic_deploy.triton.repository import write_repository
 from mubic_deploy.triton.server import TritonServer
@@ -211,6 +213,7 @@ def test_variants(variant: str, tmp_path: Path) -> None:
     with serving(artifacts, tmp_path) as server, TritonPredictor(server.url) as predictor:
         saliency, used = predictor.predict(video, audio, 5)
         adaptive, _ = predictor.predict(video, audio, 5, ADAPTIVE)
+        health.check(server.http_port, Counter(health.model_processes(server.shm_prefix).values()))
     expected, expected_used = pipeline.predict(video, audio, 5)
     np.testing.assert_allclose(saliency, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(used, expected_used)
@@ -225,6 +228,12 @@ def test_predictor_says_what_is_wrong(server: TritonServer, predictor: TritonPre
         predictor.predict(video, audio, steps=13)
     with pytest.raises(UserError, match=f"{server.url} answered with an error: .*seed -1 is negative"):
         predictor.predict(video, audio, seed=-1)
+    too_many = clips(predictor.config, predictor.max_batch + 1)
+    with pytest.raises(UserError, match=f"more than {server.url} takes: use predict, or send {predictor.max_batch}"):
+        predictor.predict_async(*too_many)
+    for timeout in (0.0, -1.0, float("inf"), float("nan"), None):
+        with pytest.raises(UserError, match=r"timeout .* is out of range: use seconds above 0"):
+            TritonPredictor(server.url, timeout=timeout)  # type: ignore[arg-type]
     with TritonPredictor(server.url) as hasty:
         hasty.timeout = 0.001
         with pytest.raises(UserError, match=r"within 0\.001 s: allow more \(timeout, --timeout\)"):
@@ -267,7 +276,8 @@ def test_predict_waits_as_long_as_it_is_told(run, server: TritonServer, tmp_path
     remote = ("--engine", f"triton://{server.url}", "--timeout")
     ran = run(*predict, *remote, "0.0001")
     assert (ran.code, ran.err.count("\n")) == (2, 1)
-    assert "did not answer within 0.0001 s" in ran.err
+    assert "did not answer as a Triton server within 0.0001 s: check the address, and that it is gRPC's" in ran.err
+    assert ran.err.endswith("or allow more (timeout, --timeout)\n")
     assert not list(tmp_path.iterdir())
     assert run(*predict, *remote, "120").code == 0
     assert "--timeout is for --engine triton" in run(*predict, "--timeout", "5").err

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -37,6 +38,11 @@ class TritonPythonModel(TritonPythonModel):
         if len(feeds) == 1 and len(feeds[0]["A"]) == {batch}:
             feeds = [{{name: array[:1].repeat({batch}, 0) for name, array in feeds[0].items()}}]
         return super()._run(feeds)
+"""
+FAULT = """
+class TritonPythonModel(TritonPythonModel):
+    def _run(self, feeds):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 """
 NOT_FINITE = """
 class TritonPythonModel(TritonPythonModel):
@@ -106,9 +112,7 @@ def test_a_server_with_a_model_that_is_gone_is_ended(
             server.check()
 
 
-@pytest.mark.parametrize(
-    "then", [ConnectionRefusedError("it has ended"), ValueError("another one"), health.GoneError("none is seen"), None]
-)
+@pytest.mark.parametrize("then", [ConnectionRefusedError("it has ended"), ValueError("another one"), None])
 def test_a_server_that_ends_by_itself_is_left_alone(then: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its models' processes go first."""
     found: list[Exception | None] = [health.GoneError("gone"), then]
@@ -119,10 +123,47 @@ def test_a_server_that_ends_by_itself_is_left_alone(then: Exception | None, monk
 
     monkeypatch.setattr(health, "check", check)
     monkeypatch.setattr(health, "AGAIN", 0.0)
-    monkeypatch.setattr(health, "model_processes", lambda: {} if isinstance(then, health.GoneError) else {1: "ddim"})
+    monkeypatch.setattr(health, "model_processes", lambda: {1: "ddim"})
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("it was ended"))
     assert health.main("8000", "1") == 1
     assert found == []
+
+
+def test_processes_that_cannot_be_seen_are_not_gone(toy_server: TritonServer) -> None:
+    """The maps tell then."""
+    health.check(toy_server.http_port, Counter())
+
+
+def test_a_server_whose_inferences_fail_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After a fault of the GPU nothing that runs in the server's process computes any more; not for one bad minute."""
+    failed, refused = health.FailedError("/v2/models/mubic/infer: 500 CUDA error"), ValueError("503 timeout expired")
+    found: list[Exception | None] = [failed, failed, None, failed, failed, refused, failed]
+    ended: list[tuple[int, int]] = []
+
+    def check(*_: object) -> None:
+        if (error := found.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(health, "check", check)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "kill", lambda *which: ended.append(which))
+    for code in (1, 1, 0, 1, 1, 1):
+        assert health.main("8000", "77") == code
+        assert not ended
+    assert health.main("8000", "77") == 1
+    assert ended == [(77, signal.SIGTERM)]
+    assert list(tmp_path.iterdir()) == []  # the next server begins anew
+
+
+def test_which_answers_are_the_servers_own_failure(toy_artifacts: Artifacts, tmp_path: Path) -> None:
+    write_repository(toy_artifacts, tmp_path / "models")
+    with (tmp_path / "models" / "fusion" / "1" / "model.py").open("a") as source:
+        source.write(FAULT)
+    with (
+        TritonServer(tmp_path / "models", log=tmp_path / "log", **FREE_PORTS) as server,
+        pytest.raises(health.FailedError, match=r"mubic/infer: 500 .*an illegal memory access"),
+    ):
+        check(server)
 
 
 def test_a_process_that_triton_only_tries(monkeypatch: pytest.MonkeyPatch) -> None:

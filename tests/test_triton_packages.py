@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from triton_serving import FREE_PORTS, clips, good, send, send_right_and_wrong
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
-from mubic_deploy.config import ADAPTIVE
+from mubic_deploy.config import ADAPTIVE, Config
 from mubic_deploy.engines.aotinductor import Packages
 from mubic_deploy.errors import UserError
 from mubic_deploy.pipeline import Pipeline, StepsError
@@ -161,7 +162,10 @@ def test_the_commands(run, server: TritonServer, packages: Packages, tmp_path: P
         (("serve", "--artifacts", "FOLDER", "--instances", "ddim=2"), "ddim=2 is for exported graphs on a CPU: say"),
         (("repository", "FOLDER", "--out", "OUT", "--loops", "2"), "--loops, --no-cuda-graphs and --no-warm-up are"),
         (("repository", "FOLDER", "--out", "OUT", "--threads", "9999999999"), "threads 9999999999 is out of range"),
-        (("repository", "FOLDER", "--out", "OUT", "--instances", "9999999999"), "instances of mubic are out of range"),
+        (
+            ("repository", "FOLDER", "--out", "OUT", "--instances", "9999999999"),
+            "instances of mubic 9999999999 is out of range",
+        ),
         (("repository", "NONE", "--out", "OUT"), "does not exist: compile it here with mubic-deploy compile"),
     ],
 )
@@ -193,11 +197,11 @@ def for_a_gpu(packages: Packages, max_batch: int) -> Packages:
     return Packages(packages.path, packages.config, {**packages.manifest, **changes})
 
 
-def test_a_gpu_prefers_the_sizes_that_are_captured(packages: Packages, tmp_path: Path) -> None:
+def test_a_gpu_has_sizes_that_are_captured(packages: Packages, tmp_path: Path) -> None:
     write_package_repository(for_a_gpu(packages, 24), tmp_path / "models", instances=2, queue_timeout_s=2.5)
     model = read(tmp_path / "models")
     assert (model.backend, model.max_batch_size, model.instance_group[0].count) == ("python", 24, 2)
-    assert list(model.dynamic_batching.preferred_batch_size) == [2, 4, 8, 16, 24]
+    assert list(model.dynamic_batching.preferred_batch_size) == [24]
     assert model.dynamic_batching.default_queue_policy.default_timeout_microseconds == 2_500_000
     assert json.loads(model.parameters["SIZES"].string_value) == [24, 16, 8, 4, 2, 1]
     assert {p.name for p in (tmp_path / "models").iterdir()} == {"mubic", "mubic_stream"}
@@ -211,8 +215,8 @@ def test_a_gpu_prefers_the_sizes_that_are_captured(packages: Packages, tmp_path:
 class Recorded:
     """A pipeline whose map is the seed, and which knows what it was asked for. Step 7 is what a model cannot do."""
 
-    def __init__(self, fixed_steps: int | None = None) -> None:
-        self.config, self.fixed_steps, self.calls = TINY, fixed_steps, list[tuple[int, list[int]]]()
+    def __init__(self, fixed_steps: int | None = None, config: Config = TINY) -> None:
+        self.config, self.fixed_steps, self.calls = config, fixed_steps, list[tuple[int, list[int]]]()
         self.allocated: list[np.ndarray] = []
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -232,14 +236,15 @@ class Recorded:
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch, packages: Packages, tmp_path: Path) -> Any:
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, packages: Packages, tmp_path: Path) -> Any:
     """The model of packages for a GPU that take 6 clips at once, when the server has loaded it."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend_utils())
     monkeypatch.delitem(sys.modules, "mubic_deploy.triton.graph_model", raising=False)
     write_package_repository(for_a_gpu(packages, 6), tmp_path / "models")
     config = read(tmp_path / "models")
     values = {key: {"string_value": value.string_value} for key, value in config.parameters.items()}
-    monkeypatch.setattr(Pipeline, "open", lambda *_: Recorded(fixed_steps=4))
+    config_of, fixed = getattr(request, "param", (TINY, 4))
+    monkeypatch.setattr(Pipeline, "open", lambda *_: Recorded(fixed_steps=fixed, config=config_of))
     model = load_script(source_dir("triton_models") / "mubic" / "1" / "model.py").TritonPythonModel()
     model.initialize({"model_config": json.dumps({"parameters": values}), "model_name": "mubic"})
     yield model
@@ -251,6 +256,11 @@ def request(count: int, seed: int, steps: int = 4) -> SimpleNamespace:
     arrays = {"VIDEO": video, "AUDIO": audio, "SEED": np.arange(seed, seed + count)[:, None]}
     arrays["STEPS"] = np.full((count, 1), steps, np.int32)
     return SimpleNamespace(tensors={name: Tensor(name, array) for name, array in arrays.items()})
+
+
+@pytest.mark.parametrize("model", [(replace(TINY, variant="no_diffusion"), None)], indirect=True)
+def test_a_model_without_diffusion_is_not_asked_for_two_steps(model: Any) -> None:
+    assert {steps for _, (steps,) in model.engine.pipeline.calls} == {1}
 
 
 def test_all_that_a_gpu_captures_is_captured_before_the_server_is_ready(model: Any) -> None:

@@ -125,10 +125,10 @@ def test_same_settings_same_files(toy_artifacts: Artifacts, tmp_path: Path) -> N
         ({"queue_delay_us": -1}, "queue delay -1 is out of range: use 0 or more microseconds"),
         ({"queue_timeout_s": 0.0}, "queue timeout 0 is out of range: use seconds above 0"),
         ({"queue_timeout_s": 1e300}, r"queue timeout 1e\+300 is out of range"),
-        ({"instances": {"fusion": 0}}, "0 instances of fusion are out of range"),
+        ({"instances": {"fusion": 0}}, "instances of fusion 0 is out of range"),
         ({"max_batch": 3_000_000_000}, "max_batch 3000000000 is out of range: use 1 to 2147483647"),
         ({"threads": 10**14}, "threads 100000000000000 is out of range"),
-        ({"instances": {"fusion": 3_000_000_000}}, "3000000000 instances of fusion are out of range"),
+        ({"instances": {"fusion": 3_000_000_000}}, "instances of fusion 3000000000 is out of range"),
         (
             {"instances": {"fuson": 1}},
             "there is no model 'fuson' to give instances to: choose from audio",
@@ -164,7 +164,7 @@ def test_nothing_half_written(toy_artifacts: Artifacts, tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", full)
-    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): make room"):
         write_repository(toy_artifacts, tmp_path / "r")
     assert not list(tmp_path.iterdir())
 

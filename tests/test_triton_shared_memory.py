@@ -191,6 +191,31 @@ def test_a_region_that_the_server_does_not_know(server: TritonServer, toy_pipeli
     assert not known(server)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_answer_that_is_empty_is_an_error(
+    server: TritonServer, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """As others saw them where a GPU's pool of memory was full: not the map that an earlier request left in the region,
+    nor a wait without an end."""
+    elsewhere = triton.InferRequestedOutput.set_shared_memory
+
+    def besides(self: triton.InferRequestedOutput, region: str, count: int, offset: int = 0) -> None:
+        """The output goes over the clip, at the region's beginning."""
+        elsewhere(self, region, count, 0 * offset)
+
+    with TritonPredictor(server.url, shared_memory=shared) as predictor:
+        video, audio = clips(predictor.config, 1)
+        expected, _ = predictor.predict(video, audio)
+        monkeypatch.setattr(triton.InferRequestedOutput, "set_shared_memory", besides)
+        monkeypatch.setattr(triton.InferResult, "as_numpy", lambda *_: np.empty((0, 1), np.float32))
+        with pytest.raises(
+            UserError, match=r"answered with something else than maps \(SALIENCY is empty\): see its log"
+        ):
+            predictor.predict_async(video, audio).result(timeout=20)
+        monkeypatch.undo()
+        np.testing.assert_array_equal(predictor.predict(video, audio)[0], expected)
+
+
 def test_a_client_that_is_closed_before_the_second_try(
     predictor: TritonPredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

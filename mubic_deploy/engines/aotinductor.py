@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader
 
-from mubic_deploy.artifacts import SEED, Folder, Layout, Needs
+from mubic_deploy.artifacts import PACKAGES_MANIFEST, SEED, Folder, Layout, Needs
 from mubic_deploy.config import TOKENS, Config
 from mubic_deploy.engines import Arrays, Engine
 from mubic_deploy.engines.eager import from_torch, require_gpu, to_torch
@@ -25,7 +25,6 @@ from mubic_deploy.engines.replay import Replayed, Run
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import SAMPLER, Signature, conditioner, parts, signatures
 
-MANIFEST = "packages.json"
 FORMAT = 4
 AGAIN = "compile it here with mubic-deploy compile"
 # how those flags of x86 begin that are instruction sets; the others are the kernel's and a hypervisor's
@@ -42,7 +41,7 @@ NEEDS: Needs = {
 class Packages(Folder):
     """Compiled packages."""
 
-    LAYOUT = Layout(MANIFEST, FORMAT, "packages", NEEDS, AGAIN)
+    LAYOUT = Layout(PACKAGES_MANIFEST, FORMAT, "packages", NEEDS, AGAIN)
 
     @property
     def max_batch(self) -> int:

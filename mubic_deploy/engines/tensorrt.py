@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mubic_deploy.artifacts import SEED, Folder, Layout, Needs
+from mubic_deploy.artifacts import PLANS_MANIFEST, SEED, Folder, Layout, Needs
 from mubic_deploy.engines import Arrays, DeviceArray, Engine, cuda
 from mubic_deploy.engines.cuda import GPU, CapturedGraph, Facts, Memory
 from mubic_deploy.engines.memory import is_short, short_of_memory
 from mubic_deploy.errors import UserError
 from mubic_deploy.graphs import Signature
 
-MANIFEST = "engines.json"
 FORMAT = 2
 AGAIN = "build it here with mubic-deploy engines"
 WITHOUT = "it runs without CUDA graphs, use --no-cuda-graphs"
@@ -68,7 +67,7 @@ def created(make: Callable[[Any], Any], log: Any) -> Any:
 class Plans(Folder):
     """TensorRT plans."""
 
-    LAYOUT = Layout(MANIFEST, FORMAT, "plans", NEEDS, AGAIN)
+    LAYOUT = Layout(PLANS_MANIFEST, FORMAT, "plans", NEEDS, AGAIN)
 
     @property
     def max_batch(self) -> int:
@@ -124,6 +123,7 @@ class TensorRTEngine:
                 memory.place(tensor)
 
     def __call__(self, inputs: Arrays) -> dict[str, DeviceArray]:
+        self._runtime.logger.errors.clear()  # what is said below is of this call
         arrays = {t.name: t.check(inputs[t.name]) for t in self.signature.inputs}
         batch, *others = {len(array) for array in arrays.values()}
         if others:

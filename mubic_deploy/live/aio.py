@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -39,7 +39,13 @@ class AsyncStreamClient:
         self._next: asyncio.Task[LiveMap | None] | None = None  # what the reader waits for
 
     async def __aenter__(self) -> AsyncStreamClient:
-        self._client = await asyncio.to_thread(StreamClient, self._url, **self._options)
+        connecting = self._feeder.submit(StreamClient, self._url, **self._options)
+        try:
+            self._client = await asyncio.wrap_future(connecting)
+        except BaseException:
+            connecting.add_done_callback(_close)  # a thread cannot be cancelled, and nobody has what it makes
+            self._shut()
+            raise
         return self
 
     async def __aexit__(
@@ -49,8 +55,11 @@ class AsyncStreamClient:
             await asyncio.to_thread(self.client.close)
         finally:
             self._closed = True
-            for threads in (self._feeder, self._reader):
-                threads.shutdown(wait=False)  # they end by themselves, since nothing waits any more
+            self._shut()
+
+    def _shut(self) -> None:
+        for threads in (self._feeder, self._reader):
+            threads.shutdown(wait=False)  # they end by themselves, since nothing waits any more
 
     async def _on(self, threads: ThreadPoolExecutor, call: Callable[..., T], *given: object) -> T:
         if self._closed:
@@ -104,3 +113,8 @@ class AsyncStreamClient:
                 if found is not None:
                     return found
         raise StopAsyncIteration
+
+
+def _close(connecting: Future[StreamClient]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from numbers import Real
 from types import TracebackType
 
 import av
 import numpy as np
 
 from mubic_deploy import graphs
-from mubic_deploy.config import SAMPLE_RATE, check_fit
-from mubic_deploy.errors import UserError
+from mubic_deploy.config import SAMPLE_RATE, check_fit, check_seed
+from mubic_deploy.errors import UserError, check_seconds, whole
 from mubic_deploy.live.backlog import SOUND_KEPT_S
 from mubic_deploy.live.link import Settings
 from mubic_deploy.live.report import Gap, LiveMap, Report
@@ -22,6 +23,7 @@ from mubic_deploy.live.timeline import MAX_TIME_S, check_stride
 from mubic_deploy.media.film import Resizer
 from mubic_deploy.media.fit import Fit, make_fit
 from mubic_deploy.media.sound import NOTABLE_S
+from mubic_deploy.pipeline import check_sound
 from mubic_deploy.triton.client import TritonPredictor, destination
 
 SILENCE_S = 1.0  # a source that gives no frame for so long has a gap
@@ -80,19 +82,15 @@ class StreamClient:
             raise UserError(f"unknown on_lag {on_lag!r}: use {' or '.join(ON_LAG)}")
         max_waiting = WAITING[on_lag] if max_waiting is None else max_waiting
         in_flight = IN_FLIGHT[on_lag] if in_flight is None else in_flight
-        if max_waiting < 1:
-            raise UserError(f"max_waiting {max_waiting} is out of range: use 1 or more windows")
-        if not 1 <= in_flight <= MAX_IN_FLIGHT:
-            raise UserError(f"in_flight {in_flight} is out of range: use 1 to {MAX_IN_FLIGHT} windows")
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed {seed} is out of range: use 0 to 2^63 - 1")
-        for name, seconds in (("timeout", timeout), ("give_up_s", give_up_s)):
-            if not 0 < seconds < math.inf:
-                raise UserError(f"{name} {seconds:g} is out of range: use seconds above 0")
+        max_waiting = whole("max_waiting", max_waiting, 1, unit=" windows")
+        in_flight = whole("in_flight", in_flight, 1, MAX_IN_FLIGHT, " windows")
+        seed = check_seed(seed)
+        check_seconds("timeout", timeout)
+        check_seconds("give_up_s", give_up_s)
         if fit is not None:
             check_fit(fit)
         self._on_lag, self._max_waiting = on_lag, max_waiting
-        check_stride(stride)
+        stride = check_stride(stride)
         check_encoding(encoding)
         address, model = destination(url)
         if model != graphs.ENSEMBLE:
@@ -100,17 +98,15 @@ class StreamClient:
         with TritonPredictor(address, shared_memory=False) as served:
             self.config, self.source = served.config, served.source
             served.require_streams()
-        settings = Settings(stride, seed, self.config.default_steps if steps is None else steps, encoding)
-        self.config.check_steps(settings.steps)
+        steps = self.config.check_steps(self.config.default_steps if steps is None else steps)
         self.fit: Fit | None = None  # known with the first frame
         self._fit_name = fit or self.config.fit
         self._resize = Resizer()
         self._interval_s = math.inf  # between the last two frames
         self._finished = False
         self._too_early = False  # sound, so that some of it was forgotten
-        self._sender = Sender(
-            address, self.config, settings, Limits(max_waiting, in_flight, timeout, give_up_s), on_gap
-        )
+        settings, limits = Settings(stride, seed, steps, encoding), Limits(max_waiting, in_flight, timeout, give_up_s)
+        self._sender = Sender(address, self.config, settings, limits, on_gap)
 
     def __enter__(self) -> StreamClient:
         return self
@@ -149,14 +145,14 @@ class StreamClient:
             return backlog.next_index - 1
 
     def sound(self, samples: np.ndarray, time_s: float) -> None:
-        """The next sound. samples: float32 [n], 16 kHz mono in [-1, 1]; time_s: of the first one, on the same clock
-        as the frames'. A time stamp that goes back by more than a second is a jump of the clock; what overlaps with
-        earlier sound by less is cut off. It never waits: sound may come up to 10 minutes before its frames."""
+        """The next sound. samples: float32 [n], 16 kHz mono in [-1, 1] (a mix may exceed it, but 8 was not scaled);
+        time_s: of the first one, on the same clock as the frames'. A time stamp that goes back by more than a second is
+        a jump of the clock; what overlaps with earlier sound by less is cut off. It never waits: sound may come up to
+        10 minutes before its frames."""
         _check_time(time_s, "the sound")
-        if samples.ndim != 1 or samples.dtype != np.float32:
-            raise UserError(f"sound must be float32 [n], not {samples.dtype} {list(samples.shape)}: resample it first")
-        if not np.isfinite(samples).all():
-            raise UserError("the sound holds numbers that are none: give samples in [-1, 1]")
+        if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype != np.float32:
+            raise UserError(f"sound must be float32 [n], not {_kind(samples)}: convert it, 16 kHz mono in [-1, 1]")
+        check_sound(samples, "the sound")
         if not self.config.has_audio:
             return
         start = round(time_s * SAMPLE_RATE)
@@ -204,14 +200,18 @@ class StreamClient:
         self._sender.changed.notify_all()
 
     def _fitted(self, image: np.ndarray | av.VideoFrame, display: tuple[int, int] | None) -> np.ndarray:
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                raise UserError(f"a frame must be uint8 [h, w, 3], RGB, not {image.dtype} {list(image.shape)}")
-            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
-        if self.fit is None:
-            size = self.config.height, self.config.width
-            self.fit = make_fit(self._fit_name, display or (image.height, image.width), size)
-        return self.fit.place(self._resize(image, self.fit.scaled, "rgb24").to_ndarray())
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            # of no pixels FFmpeg makes none
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24") if image.size else image
+        if not isinstance(image, av.VideoFrame):
+            raise UserError(f"a frame must be uint8 [h, w, 3], RGB, or PyAV's, not {_kind(image)}: convert it")
+        fit = self.fit
+        if fit is None:
+            shown = _display((image.height, image.width) if display is None else display)
+            fit = make_fit(self._fit_name, shown, (self.config.height, self.config.width))
+        small = fit.place(self._resize(image, fit.scaled, "rgb24").to_ndarray())
+        self.fit = fit
+        return small
 
     def _look_for_a_gap(self, time_s: float, now_s: float) -> None:
         before = self._sender.backlogs[-1].timeline.last_s
@@ -286,5 +286,17 @@ class StreamClient:
 
 
 def _check_time(time_s: float, what: str) -> None:
-    if not abs(time_s) < MAX_TIME_S:
-        raise UserError(f"{what} has the time stamp {time_s}: give seconds of the stream's clock")
+    if not isinstance(time_s, Real) or not abs(time_s) < MAX_TIME_S:
+        raise UserError(f"{what} has the time stamp {time_s!r}: give seconds of the stream's clock")
+
+
+def _display(given: tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = given
+    except (TypeError, ValueError):
+        raise UserError(f"display cannot be {given!r}: give (height, width) in pixels") from None
+    return whole("the display's height", height, 1, unit=" pixels"), whole("its width", width, 1, unit=" pixels")
+
+
+def _kind(given: object) -> str:
+    return f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+from mubic_deploy.config import SAMPLE_RATE
 from mubic_deploy.errors import UserError
 from mubic_deploy.live.client import StreamClient
 from mubic_deploy.live.items import Heard
@@ -70,7 +71,7 @@ class Feeder:
             self._client.frame(item.image, item.time_s, self._source.display)
             self.fed += 1
         elif isinstance(item, Heard):
-            self._client.sound(item.samples, item.start / 16_000)
+            self._client.sound(item.samples, item.start / SAMPLE_RATE)
         else:
             self._client.end_sound()
 

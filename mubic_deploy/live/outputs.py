@@ -23,8 +23,8 @@ from mubic_deploy.live.stop import STOP_S, Stopped
 from mubic_deploy.live.window import Window
 from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import MapsWriter
+from mubic_deploy.media.outputs import naming
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
-from mubic_deploy.predict import naming
 
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}
 STDOUT = Path("-")
@@ -140,7 +140,8 @@ class Outputs:
                 if self._stopped.is_set() and end is None:
                     end = time.monotonic() + _LAST_S
                 silent = (self._live or not lines.opened) and lines.idle_s > _PATIENCE_S
-                if silent or (end is not None and time.monotonic() > end):
+                over = silent or (end is not None and time.monotonic() > end)
+                if over and lines.waiting and kind in self.lines:  # it may be through by now, or have failed
                     self._leave_unread(kind)
                 time.sleep(_TICK_S)
 

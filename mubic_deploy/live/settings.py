@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 
 RAW, JPEG, H264 = "raw", "jpeg", "h264"
 ENCODINGS = (RAW, JPEG, H264)  # of frames on the wire
@@ -31,8 +31,7 @@ class StreamSettings:
     idle_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.max_streams < 1:
-            raise UserError(f"max_streams {self.max_streams} is out of range: use 1 or more")
+        whole("max_streams", self.max_streams, 1)
         if not 0.1 <= self.idle_s <= 86_400:
             raise UserError(f"idle_s {self.idle_s} is out of range: use 0.1 to 86400 seconds")
 

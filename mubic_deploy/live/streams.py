@@ -13,6 +13,7 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.live.packets import Decoder
 from mubic_deploy.live.settings import MAX_IN_FLIGHT, RAW, StreamSettings, check_encoding
 from mubic_deploy.live.timeline import FRAMES_WAIT, SOUND_KEPT_S, Timeline, Window
+from mubic_deploy.pipeline import check_sound
 
 MAX_FRAMES = 64  # of a request
 RECLAIM_S = 5.0  # a stream that says nothing for so long makes room for another one, if there is none
@@ -62,8 +63,7 @@ class Stream:
         timeline.check_sound(start, len(sound))
         if len(sound) > SOUND_KEPT_S * SAMPLE_RATE:
             raise UserError(f"a request holds {len(sound) / SAMPLE_RATE:.0f} s of sound: send {SOUND_KEPT_S:g} at most")
-        if not np.isfinite(sound).all():
-            raise UserError("SOUND holds numbers that are none: send samples in [-1, 1]")
+        check_sound(sound, "SOUND")
         frames, indices, times = self._frames(arrays)  # last of what is checked: a decoder does not go back
         self._skip(arrays)
         # sound first: no window shall go without sound that is in the same request

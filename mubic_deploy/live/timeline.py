@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, SAMPLE_RATE, Config
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.media.sound import JUMP_S, Blocks, excerpt_start
 
 SOUND_WAIT_S = 2.0  # sound that is later than this is missing: its window goes without
@@ -47,9 +47,7 @@ class Window:
 
 def check_stride(stride: int) -> int:
     """`stride` if it is 1 to 2^31 - 1, else UserError."""
-    if not 1 <= stride < 2**31:
-        raise UserError(f"stride {stride} is out of range: use 1 or more frames, below 2^31")
-    return stride
+    return whole("stride", stride, 1, 2**31 - 1, " frames")
 
 
 class Timeline:
@@ -67,7 +65,7 @@ class Timeline:
 
     def __init__(self, config: Config, stride: int = 4, kept_s: float = SOUND_KEPT_S) -> None:
         """kept_s: sound of this length at most is held, and as much of BEHIND_S as the next window needs. UserError
-        for a stride below 1."""
+        for a stride that is none."""
         self.stride = check_stride(stride)
         self._config = config
         self._kept, self._behind = round(kept_s * SAMPLE_RATE), round(BEHIND_S * SAMPLE_RATE)

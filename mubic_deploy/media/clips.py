@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mubic_deploy.config import AUDIO_SAMPLES, Config
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import whole
 from mubic_deploy.media.film import Film, Frame, Resizer
 from mubic_deploy.media.fit import make_fit
 
@@ -34,8 +34,7 @@ class Clipper:
 
     def __init__(self, film: Film, config: Config, stride: int = 4, fit: str | None = None) -> None:
         """fit: that of `config` for None. UserError for an unknown one or a stride below 1."""
-        if stride < 1:
-            raise UserError(f"stride {stride} is out of range: use 1 or more frames")
+        whole("stride", stride, 1, unit=" frames")
         self.fit = make_fit(fit or config.fit, film.display, (config.height, config.width))
         self._film, self._config, self._stride = film, config, stride
         self._sound = film.sound() if config.has_audio else None

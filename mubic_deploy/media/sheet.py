@@ -12,7 +12,6 @@ from mubic_deploy.media.film import Frame, Resizer
 from mubic_deploy.media.maps import FilmMap
 
 PAIRS = 8
-WINDOW = 16  # frames
 
 
 class ContactSheet:
@@ -20,10 +19,10 @@ class ContactSheet:
 
     Between `pairs` and 2 * `pairs` of them are kept at any time: when there are too many, every second one goes."""
 
-    def __init__(self, path: Path, name: str, pairs: int = PAIRS) -> None:
+    def __init__(self, path: Path, name: str, window: int, pairs: int = PAIRS) -> None:
+        """window: the frames of a clip; a map comes with its last one."""
         self._path, self._name, self._pairs = path, name, pairs
-        # a map comes with the last frame of its window, at most 16 frames after its own
-        self._waiting: deque[Frame] = deque(maxlen=WINDOW)
+        self._waiting: deque[Frame] = deque(maxlen=window)
         self._kept: list[tuple[float, np.ndarray, np.ndarray]] = []  # time, RGB, saliency
         self._every, self._maps = 1, 0
         self._resize = Resizer()

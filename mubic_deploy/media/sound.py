@@ -80,7 +80,8 @@ class Blocks:
 class Placer:
     """Puts decoded sound on the time line as 16 kHz mono, by its time stamps.
 
-    Channels are mixed by FFmpeg's downmix with weights that sum to 1, so that full scale stays in [-1, 1]. Time
+    Channels are mixed by FFmpeg's downmix with weights that sum to 1, so that full scale stays in [-1, 1]; what floats
+    of a file exceed it by is cut off. Time
     stamps that stray by less than 10 ms are rounding; one that strays by more, as that of a clock that drifts does
     in the end, is where the sound goes on."""
 
@@ -134,7 +135,7 @@ class Placer:
             if not np.isfinite(samples).all():  # floats of a file can be anything
                 samples[~np.isfinite(samples)] = 0
                 self.damaged += 1
-            out.append((self.position, samples))
+            out.append((self.position, np.clip(samples, -1, 1, out=samples)))
             self.position += len(samples)
         return out
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mubic_deploy.config import REWRITES, SPLIT_DEPTHWISE, TOKENS
+from mubic_deploy.config import REWRITES, SPLIT_DEPTHWISE, TOKENS, check_optimisations
 from mubic_deploy.errors import UserError
 from mubic_deploy.model.audio import TemporalRefinement
 from mubic_deploy.model.denoiser import NoiseAttention, NoiseStage
@@ -29,9 +29,7 @@ def optimised(model: MUBiC, names: Collection[str]) -> MUBiC:
     """A copy of `model` in eval mode with the named rewrites, whatever their order: same signatures, same result to
     rounding. `precision.half` takes it as it takes the model. UserError for an unknown name, or two that exclude each
     other."""
-    unknown = [name for name in names if name not in REWRITES]
-    if unknown:
-        raise UserError(f"unknown optimisation {unknown[0]!r}: choose from {', '.join(REWRITES)}")
+    check_optimisations(names, REWRITES)
     if {SPLIT_DEPTHWISE, TOKENS} <= set(names):
         raise UserError(f"{TOKENS} has depth-wise convolutions of its own: leave out {SPLIT_DEPTHWISE}")
     out = copy.deepcopy(model)

@@ -16,14 +16,17 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from mubic_deploy.config import SAMPLE_RATE
-from mubic_deploy.errors import UserError
+from mubic_deploy.config import SAMPLE_RATE, check_seed
+from mubic_deploy.engines import cpu
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.folders import replacing
 from mubic_deploy.scenes import plan as plans
 from mubic_deploy.scenes.picture import Painter
 from mubic_deploy.scenes.plan import FPS, streams
 from mubic_deploy.scenes.sound import synthesize
 from mubic_deploy.scenes.viewers import density, fixation_map, gaze
+from mubic_deploy.training.layout import FIXATIONS, Video, fold_list
+from mubic_deploy.training.settings import PARTS, SPLITS
 
 DATASET = "Scenes"
 MARK = "scenes.json"  # says how the folder was made
@@ -43,19 +46,21 @@ def write_scenes(
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
     """`videos` scenes of `seconds` seconds into the folder `out`, with fold lists for three splits. The same seed gives
-    the same scenes, whatever the number of worker processes; scene i of a seed is the same in every set.
+    the same scenes, whatever the number of worker processes (None: one a core); scene i of a seed is the same in every
+    set.
 
     `out` may be new, empty or an earlier set of scenes and no more, which is replaced. UserError if it is something
     else, cannot be written, or a setting is out of range. Nothing is left behind unless all is written."""
-    if videos < 1:
-        raise UserError(f"{videos} scenes cannot be made: ask for 1 or more")
+    whole("videos", videos, 1)
+    check_seed(seed)
+    workers = cpu.cores() if workers is None else whole("workers", workers, 1)
     require_length(seconds)
     out = Path(out)
     try:
         _require_scenes(out)
         with replacing(out) as folder:
             jobs = [(folder, index, seed, seconds) for index in range(videos)]
-            with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_end_with_parent) as pool:
+            with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
                 for done, _ in enumerate(pool.map(_write_one, jobs), 1):
                     progress(done, videos)
             _write_lists(folder, videos, round(seconds * FPS))
@@ -108,28 +113,22 @@ def _write_one(job: tuple[Path, int, int, float]) -> None:
     root, index, seed, seconds = job
     for_plan, for_pictures, for_sound, for_viewers = streams(seed, index)
     plan = plans.make_plan(for_plan, seconds)
-    pictures, sound, maps, fixations = folders(root, name(index))
-    for folder in (pictures, sound, maps, fixations):
-        folder.mkdir(parents=True, exist_ok=True)
+    video = Video(root, DATASET, name(index), plan.frames, FPS)
+    for path in (video.frame(1), video.sound, video.map(1), video.fixations(1)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     painter = Painter(plan, for_pictures)
     points = gaze(plan, for_viewers)
     for i in range(plan.frames):
-        painter.frame(i).save(pictures / f"img_{i + 1:05d}.jpg", quality=90)
+        painter.frame(i).save(video.frame(i + 1), quality=90)
         grey = np.rint(255 * density(points[:, i])).astype(np.uint8)
-        Image.fromarray(grey).save(maps / f"eyeMap_{i + 1:05d}.jpg", quality=95)
-        _write_mat(fixations / f"fixMap_{i + 1:05d}.mat", fixation_map(points[:, i]))
-    _write_wav(sound / f"{name(index)}.wav", synthesize(plan, for_sound))
-
-
-def folders(root: Path, video: str) -> tuple[Path, Path, Path, Path]:
-    """Folders of a video's pictures, sound, density maps and fixation maps."""
-    pictures, sound, notes = (root / part / DATASET / video for part in OF_VIDEOS)
-    return pictures, sound, notes / "maps", notes
+        Image.fromarray(grey).save(video.map(i + 1), quality=95)
+        _write_mat(video.fixations(i + 1), fixation_map(points[:, i]))
+    _write_wav(video.sound, synthesize(plan, for_sound))
 
 
 def _write_mat(path: Path, fixations: np.ndarray) -> None:
     with path.open("wb") as file:
-        savemat(file, {"eyeMap": fixations}, do_compression=True)
+        savemat(file, {FIXATIONS: fixations}, do_compression=True)
         file.seek(0)
         file.write(b"MATLAB 5.0 MAT-file".ljust(MAT_TEXT))  # SciPy writes the time here: no two files would be equal
 
@@ -143,10 +142,9 @@ def _write_wav(path: Path, samples: np.ndarray) -> None:
 
 
 def _write_lists(root: Path, videos: int, frames: int) -> None:
-    lists = root / LISTS
-    lists.mkdir()
-    for split in (1, 2, 3):
-        for part in ("train", "test"):
+    (root / LISTS).mkdir()
+    for split in SPLITS:
+        for part in PARTS:
             chosen = [i for i in range(videos) if (i % TEST_SHARE == split) == (part == "test")]
             lines = [f"{name(i)} {frames} {FPS}\n" for i in chosen]
-            (lists / f"{DATASET}_list_{part}_{split}_fps.txt").write_text("".join(lines))
+            fold_list(root, DATASET, part, split).write_text("".join(lines))

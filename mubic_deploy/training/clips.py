@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from mubic_deploy.config import AUDIO_SAMPLES, Config
-from mubic_deploy.errors import UserError
+from mubic_deploy.config import AUDIO_SAMPLES, Config, check_seed
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.media.fit import Fit, make_fit
 from mubic_deploy.media.sound import excerpt_start
 from mubic_deploy.training.layout import (
@@ -71,12 +71,10 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         fit: one of FITS, that of `config` unless another is asked for.
         flip: mirrors half of the clips; jitter: starts each up to stride - 1 frames later. Both are drawn from (seed,
         epoch, index) alone. sound: `own`, or to see what it is worth `muted`, `swapped` for the next video's, or
-        `shifted`, heard a second late. UserError for an unknown fit or sound, a stride below 1, a negative seed, a
-        sound or a map that is missing or damaged."""
-        if stride < 1:
-            raise UserError(f"stride {stride} is out of range: use 1 or more frames")
-        if seed < 0:
-            raise UserError(f"seed {seed} is out of range: use 0 or more")
+        `shifted`, heard a second late. UserError for an unknown fit or sound, a stride or a
+        seed that is none, a sound or a first frame that is missing, and what of these or of the maps is damaged."""
+        whole("stride", stride, 1, unit=" frames")
+        check_seed(seed)
         if sound not in SOUNDS:
             raise UserError(f"unknown sound {sound!r}: choose one of {', '.join(SOUNDS)}")
         if sound == "swapped" and len(videos) < 2:

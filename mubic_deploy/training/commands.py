@@ -110,9 +110,9 @@ def train(arguments: Namespace) -> int:
         )
     if finished is None:
         return 0
-    from mubic_deploy.training.state import load_state
+    from mubic_deploy.training.state import STATE, load_state
 
-    last = load_state(arguments.out / "state.safetensors").history[-1]
+    last = load_state(arguments.out / STATE, tensors=False).history[-1]
     if arguments.json:
         seconds = time.monotonic() - began
         print_json({"checkpoint": str(finished), "seconds": seconds, "last_epoch": last, "warnings": warnings})
@@ -390,12 +390,12 @@ def _settings(arguments: Namespace) -> Settings:
     if arguments.resume:
         if arguments.out is None:
             raise UserError("there is no run to go on with: name it with --out, or leave out --resume")
-        from mubic_deploy.training.state import load_state
+        from mubic_deploy.training.state import STATE, load_state
 
         for name in ("recipe", "checkpoint", "visual", "vggish"):
             if getattr(arguments, name) is not None:
                 raise UserError(f"a run goes on with the settings and weights that it has: leave out --{name}")
-        base = load_state(arguments.out / "state.safetensors").settings
+        base = load_state(arguments.out / STATE, tensors=False).settings
     else:
         base = RECIPES[arguments.recipe or "thesis"]
     given = {f.name: getattr(arguments, f.name) for f in fields(Settings)}

@@ -17,7 +17,7 @@ from PIL import Image
 from mubic_deploy import metrics
 from mubic_deploy.beside import ahead, in_order
 from mubic_deploy.engines import cpu
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.pipeline import Predictor, stacked
 from mubic_deploy.training.clips import Clips, GroundTruth
 from mubic_deploy.training.layout import Video, dataset_of, labelled, read_density, read_fixations
@@ -86,10 +86,13 @@ def evaluate(
     """Predicts the clips (all, or those of `indices`) and scores each map at its ground truth's own size. All clips
     start from the noise of `seed`, as the frames of a film do. shuffled: with the shuffled AUC, the slowest; negatives:
     its own, see `make_negatives`. keep: is given each map, float32 [H, W] in [0, 1], as it is scored, by several
-    threads.
+    threads. UserError if there is no clip, for a batch below 1, and as of `Predictor.predict` and `Clips`.
 
     While a batch is predicted, in the caller's thread, others read the next clips and score the maps before."""
     chosen = list(range(len(clips)) if indices is None else indices)
+    if not chosen:
+        raise UserError("there is no clip to evaluate: give videos with maps, or indices")
+    whole("batch", batch, 1, unit=" clips")
     result, of = Evaluation(), make_negatives(clips, negatives)
 
     def predicted(items: Iterator[dict[str, torch.Tensor]]) -> Iterator[tuple[int, np.ndarray]]:

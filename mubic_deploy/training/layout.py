@@ -105,8 +105,12 @@ def read_list(root: str | os.PathLike[str], dataset: str, part: str, split: int)
     return videos
 
 
+def fold_list(root: Path, dataset: str, part: str, split: int) -> Path:
+    return root / "fold_lists" / f"{dataset}_list_{part}_{split}_fps.txt"
+
+
 def _list(root: Path, dataset: str, part: str, split: int) -> Path:
-    path = root / "fold_lists" / f"{dataset}_list_{part}_{split}_fps.txt"
+    path = fold_list(root, dataset, part, split)
     shared = path.with_name(f"{dataset}_list_{part}_fps.txt")
     return shared if not path.is_file() and shared.is_file() else path
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mubic_deploy.config import Config
-from mubic_deploy.errors import UserError
+from mubic_deploy.config import Config, check_seed
+from mubic_deploy.errors import whole
 from mubic_deploy.model.audio import AudioEncoder
 from mubic_deploy.scenes.plan import KINDS, OFF_SCREEN, Plan, make_plan, streams
 from mubic_deploy.scenes.sound import synthesize
@@ -93,8 +93,8 @@ def listen(
     """Trains a fresh audio encoder -> it, and on scenes of seed + 1 how many kinds it names rightly (of 1) and by how
     many octaves it misses a pitch in the mean. The same settings give the same weights on the same machine. UserError
     for less than FEWEST steps."""
-    if steps < FEWEST:
-        raise UserError(f"steps {steps} is out of range: use {FEWEST} or more")
+    whole("steps", steps, FEWEST)
+    check_seed(seed)
     progress("making sounds", 0, steps)
     sounds = Sounds(seed, SCENES)
     with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from mubic_deploy.engines.eager import keep_all_bits
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 
 REMEDY = "use a smaller --batch or fewer --noises, or a GPU that is freer (see nvidia-smi)"  # for its memory
 
@@ -24,6 +24,10 @@ class Machine:
     accelerator: str = "auto"
     devices: int = 1
     workers: int = 2
+
+    def __post_init__(self) -> None:
+        whole("devices", self.devices, 1)
+        whole("workers", self.workers, 0)
 
 
 DEFAULT_MACHINE = Machine()

@@ -15,7 +15,7 @@ from mubic_deploy.folders import occupied, replacing_file
 from mubic_deploy.training.clips import Clips
 from mubic_deploy.training.layout import Video, digest
 from mubic_deploy.training.settings import Settings
-from mubic_deploy.training.state import State, load_state
+from mubic_deploy.training.state import STATE, State, load_state
 
 
 class Run:
@@ -29,7 +29,7 @@ class Run:
             self.data = digest(videos, sounds=False)
             self._same.add(self.data)
         self.clips: str | None = None
-        self.model, self.best, self.state = (folder / f"{n}.safetensors" for n in ("model", "best", "state"))
+        self.model, self.best, self.state = folder / "model.safetensors", folder / "best.safetensors", folder / STATE
         self.begun = folder / "settings.json"
 
     @contextlib.contextmanager

@@ -8,8 +8,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mubic_deploy.config import CONFIGS, FITS, VARIANTS
-from mubic_deploy.errors import UserError
+from mubic_deploy.config import CONFIGS, FITS, VARIANTS, check_seed
+from mubic_deploy.errors import UserError, whole
 
 # of the field's layout (layout.py); here because the command line wants them before it reads anything
 DATASETS = ("AVAD", "DIEM", "SumMe", "ETMD_av", "Coutrot_db1", "Coutrot_db2", "Scenes")
@@ -74,11 +74,9 @@ class Settings:
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         for name in ("epochs", "batch", "noises", "stride", "validate"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} is out of range: use 1 or more")
-        for name in ("warmup", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} {getattr(self, name)} is out of range: use 0 or more")
+            whole(name, getattr(self, name), 1)
+        whole("warmup", self.warmup, 0)
+        check_seed(self.seed)
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning rate {self.learning_rate} is out of range: use a positive number, such as 1e-4")
         if not 1 <= self.timestep_power <= 100:

@@ -15,6 +15,8 @@ from mubic_deploy.errors import UserError
 from mubic_deploy.model.mubic import MUBiC
 from mubic_deploy.training.settings import Settings
 
+STATE = "state.safetensors"  # in the folder of a run
+
 
 @dataclass
 class State:
@@ -81,16 +83,17 @@ def save_state(path: Path, state: State, model: MUBiC, adam: torch.optim.Adam) -
     write_tensors(path, tensors, {"state": json.dumps(facts)})
 
 
-def load_state(path: Path) -> State:
-    """UserError if there is none, or if it cannot be read."""
+def load_state(path: Path, tensors: bool = True) -> State:
+    """tensors: with them, 1 GB of `full`. UserError if there is none, or if it cannot be read."""
     if not path.is_file():
         raise UserError(f"{path.parent} holds no run to resume: leave out --resume")
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})["state"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            keys = file.keys() if tensors else ()
+            found = {key: file.get_tensor(key) for key in keys}
         settings = Settings.from_json(facts.pop("settings"))
-        return State(settings=settings, **facts, tensors=tensors)
+        return State(settings=settings, **facts, tensors=found)
     except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is no state of a run ({reason}): start a new run in another --out") from None

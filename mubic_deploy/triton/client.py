@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from mubic_deploy import graphs
 from mubic_deploy.config import Config
 from mubic_deploy.engines import HostArrays
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, check_seconds
 from mubic_deploy.pipeline import request
 from mubic_deploy.triton import parameters
 from mubic_deploy.triton.shared_memory import UNFINISHED, NotSharedError, Region, SharedMemory, bytes_of
@@ -30,6 +30,7 @@ REMEDIES = {  # where the server does not serve one of our models
 MODELS = tuple(REMEDIES)
 TIMEOUT_S = 60.0  # for a request
 _REFUSED = "Request timeout expired"  # Triton's words for a request that waited too long in a queue
+_UNWRITTEN = -1  # no map's value, and no number of steps
 _CONNECT_TIMEOUT = 10.0  # s, to learn what is served
 
 Result = tuple[np.ndarray, np.ndarray]  # saliency float32 [B, h, w], steps used int32 [B, 1]
@@ -66,7 +67,8 @@ class TritonPredictor:
     """A `Predictor` (see `pipeline`) that asks the server at `url`: triton://HOST:PORT or HOST:PORT, gRPC's port; with
     /mubic_fixed behind it, the ensemble whose number of steps is fixed.
 
-    timeout: seconds for a request, waiting in the server's queues included. The configuration comes from the server.
+    timeout: seconds above 0 for a request, waiting in the server's queues included. The configuration comes from the
+    server.
     shared_memory: whether clips and maps lie in memory that both map (/dev/shm), or go through gRPC; None: where the
     server is on this machine and can (`transport` says which). A request for which no room is left there, or whose
     server was started again, goes through gRPC.
@@ -78,7 +80,7 @@ class TritonPredictor:
 
     def __init__(self, url: str, timeout: float = TIMEOUT_S, shared_memory: bool | None = None) -> None:
         self.address, self.model = destination(url)
-        self.timeout = timeout
+        self.timeout = check_seconds("timeout", timeout)
         self._memory: SharedMemory | None = None
         self._client = triton.InferenceServerClient(self.address, channel_args=channel(self.address))
         connecting = min(timeout, _CONNECT_TIMEOUT)
@@ -92,7 +94,7 @@ class TritonPredictor:
             self.source = json.loads(answer.parameters[parameters.SOURCE].string_value)
         except InferenceServerException as error:
             self.close()
-            raise self._explained(error, connecting if connecting < timeout else None) from None
+            raise self._explained(error, connecting) from None
         except UserError:
             self.close()
             raise
@@ -161,8 +163,14 @@ class TritonPredictor:
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int = 0, steps: np.ndarray | int | None = None
     ) -> Future[Result]:
         """As `predict`, without waiting, for at most `max_batch` clips. What the server answers comes with the
-        future, as a result or a UserError; wrong arrays raise UserError at once."""
-        return self._submit(self._request(video, audio, seed, steps))
+        future, as a result or a UserError; wrong arrays, or more clips, raise UserError at once."""
+        arrays = self._request(video, audio, seed, steps)
+        if len(video) > self.max_batch:
+            raise UserError(
+                f"{len(video)} clips at once are more than {self.address} takes: use predict, or send "
+                f"{self.max_batch} at most"
+            )
+        return self._submit(arrays)
 
     def _request(
         self, video: np.ndarray, audio: np.ndarray, seed: np.ndarray | int, steps: np.ndarray | int | None
@@ -193,7 +201,7 @@ class TritonPredictor:
             if error is not None:
                 future.set_exception(self._explained(error))
             else:
-                future.set_result(self._result(arrays, result.as_numpy))
+                self._settle(future, lambda: self._result(arrays, result.as_numpy))
 
         inputs, outputs = self._tensors(arrays)
         for tensor in inputs:
@@ -206,9 +214,15 @@ class TritonPredictor:
 
         def done(result: triton.InferResult, error: InferenceServerException | None) -> None:
             if error is None:
-                saliency_and_steps = self._result(arrays, lambda name: places[name].array.copy())
+
+                def read(name: str) -> np.ndarray:
+                    answer, array = result.get_output(name), places[name].array
+                    if answer is None or tuple(answer.shape) != array.shape or (array == _UNWRITTEN).all():
+                        raise ValueError(f"{name} is empty")
+                    return array.copy()
+
+                self._settle(future, lambda: self._result(arrays, read))
                 memory.give(region)
-                future.set_result(saliency_and_steps)
             elif "shared memory" in (error.message() or "").lower():  # the server was started again, or has no room
                 memory.abandon(region)
                 memory.abandon_all()
@@ -223,10 +237,20 @@ class TritonPredictor:
         inputs, outputs = self._tensors(arrays)
         for tensor in inputs:
             np.copyto(places[tensor.name()].array, arrays[tensor.name()])
+        for tensor in outputs:  # else what an earlier request left there could be taken for an answer
+            places[tensor.name()].array.fill(_UNWRITTEN)
         for tensor in (*inputs, *outputs):
             place = places[tensor.name()]
             tensor.set_shared_memory(region.name, place.array.nbytes, place.offset)
         self._infer(inputs, outputs, done)
+
+    def _settle(self, future: Future[Result], read: Callable[[], Result]) -> None:
+        """What is wrong with an answer, as with an empty one, is the future's too: nobody hears this thread."""
+        try:
+            future.set_result(read())
+        except Exception as error:
+            text = f"the Triton server at {self.address} answered with something else than maps ({error}): see its log"
+            future.set_exception(UserError(text))
 
     @property
     def _all_tensors(self) -> tuple[graphs.Tensor, ...]:
@@ -244,7 +268,12 @@ class TritonPredictor:
 
     def _result(self, arrays: HostArrays, read: Callable[[str], np.ndarray]) -> Result:
         """read: the output of this name."""
-        return read("SALIENCY"), read("STEPS_USED") if self.fixed_steps is None else arrays["STEPS"]
+        saliency = read("SALIENCY")
+        used = read("STEPS_USED") if self.fixed_steps is None else arrays["STEPS"]
+        for tensor, array in (("SALIENCY", saliency), ("STEPS_USED", used)):
+            if array is None or len(array) != len(arrays["VIDEO"]):
+                raise ValueError(f"{tensor} is empty")
+        return saliency, used
 
     def _infer(
         self,
@@ -272,9 +301,10 @@ class TritonPredictor:
                 f"no Triton server answers at {self.address}: start one with mubic-deploy serve, or check the address"
             )
         if status == "DEADLINE_EXCEEDED" and connecting is not None:
+            more = ", or allow more (timeout, --timeout)" if connecting == self.timeout else ""
             return UserError(
                 f"{self.address} did not answer as a Triton server within {connecting:g} s: check the address, and "
-                f"that it is gRPC's port"
+                f"that it is gRPC's port{more}"
             )
         if status == "DEADLINE_EXCEEDED":
             return UserError(

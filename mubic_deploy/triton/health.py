@@ -1,14 +1,15 @@
 """Whether the models of the one Triton server on this machine answer, and rightly:
 `python3 -m mubic_deploy.triton.health PORT [PROCESS]`, of HTTP. PROCESS: the server's number; it is ended if a model's
-process is gone.
+process is gone, or if inferences failed in FAILURES checks in a row: after a fault of the GPU, as an illegal address,
+CUDA refuses all that a process asks of it, and TensorRT's engines run in the server's own.
 
-Triton says that it is ready for as long as its own process runs, also when a model's process has died and requests
-fail. So this asks for maps, and counts the processes of the Python models: where a model has several, the request may
-have met one that lives. And it asks for those of two clips by turns, alone and both in a batch, each of which must be
-what it was: with CUDA graphs Triton 25.10 was seen to answer with the result of an earlier request
-(https://github.com/triton-inference-server/server/issues/8550), and TensorRT 10.11 and 11.1 were seen to compute no
-sample rightly but that of a batch of one (https://github.com/NVIDIA/TensorRT/issues/4853). The server is watched from
-outside, hence nothing but the standard library."""
+Triton says that it is ready for as long as its own process runs, in versions before 2026 also when a model's process
+has died and requests fail. So this asks for maps, and counts the processes of the Python models: where a model has
+several, the request may have met one that lives. And it asks for those of two clips by turns, alone and both in a
+batch, each of which must be what it was: with CUDA graphs Triton 25.10 was seen to answer with the result of an earlier
+request (https://github.com/triton-inference-server/server/issues/8550), and TensorRT 10.11 and 11.1 were seen to
+compute no sample rightly but that of a batch of one (https://github.com/NVIDIA/TensorRT/issues/4853). The server is
+watched from outside, hence nothing but the standard library."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from array import array
 from collections import Counter
@@ -31,17 +33,23 @@ ENSEMBLES = ("mubic", "mubic_fixed")  # as `graphs` names them
 STUB = "triton_python_backend_stub"  # a process of a Python model
 TIMEOUT = 25.0  # s for an answer, waiting behind other requests included
 BUSY = 4.0  # s after which no further map is asked for: others wait for theirs
+FAILURES = 3  # checks in a row
 AGAIN = 1.0  # s after which a process that is gone is still gone, and the server does not just end
 LARGEST = 8  # clips in a request, or the whole check would take long
 TURNS = ((0,), (0,), (1,), (1,), (0,))  # the clips of each request; then those of the batches
 DIFFERENCE = 0.005  # of a map, by what else is in its batch: FP16 was seen to differ by 0.0002
 REMEDY = "write the repository again with --no-cuda-graphs, see docs/deployment.md"
 _TYPES = {"TYPE_UINT8": "B", "TYPE_INT32": "i", "TYPE_INT64": "q", "TYPE_FP32": "f"}
-_STEPS = 2
+_STEPS = {"no_diffusion": 1}  # by variant
+_LOOP = 2  # of the others
 
 
 class GoneError(ValueError):
     """A model's process, which Triton does not start again."""
+
+
+class FailedError(ValueError):
+    """The server's own error, 500: not what was wrong with a request, nor that it is overloaded."""
 
 
 def check(port: int, processes: Counter[str]) -> None:
@@ -52,7 +60,7 @@ def check(port: int, processes: Counter[str]) -> None:
     for name in served:
         config = _ask(port, "GET", f"/v2/models/{name}/config")
         wanted = sum(group["count"] for group in config["instance_group"]) if config["backend"] == "python" else 0
-        if processes[name] < wanted:
+        if processes and processes[name] < wanted:  # where none is seen at all they are only not visible from here
             raise GoneError(f"{name} has {processes[name]} of its {wanted} processes")
     until = time.monotonic() + BUSY
     for name in ENSEMBLES:
@@ -86,9 +94,11 @@ def check_maps(port: int, config: dict[str, Any], until: float) -> None:
 def infer(port: int, config: dict[str, Any], clips: Sequence[int]) -> array[float]:
     """SALIENCY of some clips in a batch: one that is black and silent for 0, else noise; all from one seed."""
     inputs, body = [], b""
+    variant = json.loads(config["parameters"]["CONFIG"]["string_value"])["variant"]
     for tensor in config["input"]:
         shape = [len(clips), *map(int, tensor["dims"])]
-        values = b"".join(_values(tensor["name"], tensor["data_type"], math.prod(shape[1:]), clip) for clip in clips)
+        count = math.prod(shape[1:])
+        values = b"".join(_values(tensor["name"], tensor["data_type"], count, clip, variant) for clip in clips)
         body += values
         inputs.append(
             {
@@ -106,11 +116,11 @@ def infer(port: int, config: dict[str, Any], clips: Sequence[int]) -> array[floa
 
 
 @functools.cache
-def _values(name: str, data_type: str, count: int, clip: int) -> bytes:
+def _values(name: str, data_type: str, count: int, clip: int, variant: str) -> bytes:
     """A tensor of a clip."""
     drawn = random.Random(clip)
     if name == "STEPS":
-        return array("i", [_STEPS]).tobytes()
+        return array("i", [_STEPS.get(variant, _LOOP)]).tobytes()
     if name == "VIDEO" and clip:
         return drawn.randbytes(count)
     if name == "AUDIO" and clip:
@@ -142,7 +152,8 @@ def _ask(port: int, method: str, path: str, body: bytes | None = None, headers: 
         answer = connection.getresponse()
         said = answer.read()
         if answer.status != http.client.OK:
-            raise ValueError(f"{path}: {answer.status} {said.decode(errors='replace')}")
+            kind = FailedError if answer.status == http.client.INTERNAL_SERVER_ERROR else ValueError
+            raise kind(f"{path}: {answer.status} {said.decode(errors='replace')}")
         length = answer.headers.get("Inference-Header-Content-Length")
         return json.loads(said) if length is None else said[int(length) :]
     finally:
@@ -151,17 +162,39 @@ def _ask(port: int, method: str, path: str, body: bytes | None = None, headers: 
 
 def end_if_gone(port: int, server: int) -> None:
     """Ends the server if a model's process is still gone: while it ends by itself they go too, and then it answers no
-    more. Not where none is seen at all: then it is this that does not see them, and another start would not help."""
+    more."""
     time.sleep(AGAIN)
     processes = Counter(model_processes().values())
     try:
         check(port, processes)
     except GoneError:
-        if processes:
-            print(f"ending the server, process {server}")
-            os.kill(server, signal.SIGTERM)
+        end(server)
     except (OSError, http.client.HTTPException, ValueError):
         pass  # it has ended, or what is wrong now is something else
+
+
+def end_if_failing(server: int) -> None:
+    """Ends the server if this is the last of FAILURES checks in a row that failed."""
+    file = _failures(server)
+    try:
+        before = int(file.read_text())
+    except (OSError, ValueError):
+        before = 0
+    if before + 1 < FAILURES:
+        file.write_text(str(before + 1))
+    else:
+        file.unlink(missing_ok=True)
+        end(server)
+
+
+def _failures(server: int) -> Path:
+    """Where checks leave for the next one how many failed."""
+    return Path(tempfile.gettempdir()) / f"mubic_health_{server}"
+
+
+def end(server: int) -> None:
+    print(f"ending the server, process {server}")
+    os.kill(server, signal.SIGTERM)
 
 
 def main(port: str, server: str | None = None) -> int:
@@ -171,7 +204,11 @@ def main(port: str, server: str | None = None) -> int:
         print(f"{type(error).__name__}: {error}")
         if server is not None and isinstance(error, GoneError):
             end_if_gone(int(port), int(server))
+        elif server is not None and isinstance(error, FailedError):
+            end_if_failing(int(server))
         return 1
+    if server is not None:
+        _failures(int(server)).unlink(missing_ok=True)
     return 0
 
 

@@ -20,10 +20,10 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 
 from mubic_deploy import graphs
 from mubic_deploy.artifacts import Artifacts, Folder, sha256
-from mubic_deploy.config import Config
+from mubic_deploy.config import MAX_BATCH, Config
 from mubic_deploy.engines import cpu
 from mubic_deploy.engines.tensorrt import Plans
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, whole
 from mubic_deploy.folders import replacing
 from mubic_deploy.graphs import Signature
 from mubic_deploy.live.settings import DEFAULTS, StreamSettings
@@ -39,7 +39,7 @@ PLAN = "model.plan"  # Triton's own name for it
 MOST = 2**31 - 1  # int32, as Triton's configurations count
 SEQUENCES = 1 << 16  # that Triton tells apart; the model holds fewer
 POOL_BYTES = 2 << 30  # of the GPU's memory that a server should keep for what lies between the models, at least
-# where the largest batch is so large at most, each size gets a CUDA graph, not only the preferred ones
+# where the largest batch is so large at most, each size gets a CUDA graph, not only the `_sizes`
 CAPTURE_ALL_UP_TO = 16
 # whose requests are never refused: a clip's sound is soon done, and Triton (2.51) never ends an ensemble's request of
 # which one step failed while another one ran; and in the loop most of a clip's work is done
@@ -63,7 +63,7 @@ def write_repository(
     *,
     engine: str = cpu.ENGINES[0],
     threads: int = 0,
-    max_batch: int = 8,
+    max_batch: int = MAX_BATCH,
     instances: Mapping[str, int] | None = None,
     queue_delay_us: int = 0,
     queue_timeout_s: float | None = None,
@@ -104,8 +104,7 @@ def write_repository(
 
 
 def _check_queues(delay_us: int, timeout_s: float | None) -> None:
-    if delay_us < 0:
-        raise UserError(f"queue delay {delay_us} is out of range: use 0 or more microseconds")
+    whole("queue delay", delay_us, 0, unit=" microseconds")
     if timeout_s is not None and not 1e-6 <= timeout_s <= MOST:
         raise UserError(f"queue timeout {timeout_s:g} is out of range: use seconds above 0, up to {MOST}")
 
@@ -130,7 +129,7 @@ class GpuSettings:
     queue_timeout_s seconds after which a request that still waits for an engine, or for a loop, is refused; None for
                     never
     cuda_graphs     Triton captures each batch size of each engine and replays it: every one where the largest is at
-                    most `CAPTURE_ALL_UP_TO`, else those that it prefers (powers of two, and the largest)
+                    most `CAPTURE_ALL_UP_TO`, else powers of two and the largest
     warm_up         requests of those sizes to each engine before the server says that it is ready"""
 
     instances: int = 1
@@ -142,8 +141,7 @@ class GpuSettings:
 
     def __post_init__(self) -> None:
         for name in ("instances", "loops"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise UserError(f"{name} {getattr(self, name)} is out of range: use 1 to {MOST}")
+            whole(name, getattr(self, name), 1, MOST)
         _check_queues(self.queue_delay_us, self.queue_timeout_s)
 
 
@@ -159,23 +157,23 @@ def write_gpu_repository(
 
     The plans are copied: the repository is whole by itself. UserError if `out` holds something else."""
     config, precision = plans.config, plans.precision
-    preferred = _preferred(plans.max_batch)
+    sizes = _sizes(plans.max_batch)
     # when a delay is over what waits is sent, and a client sends its own batch: of any size, and a graph is of one
-    captured = list(range(1, plans.max_batch + 1)) if plans.max_batch <= CAPTURE_ALL_UP_TO else preferred
+    captured = list(range(1, plans.max_batch + 1)) if plans.max_batch <= CAPTURE_ALL_UP_TO else sizes
     configs, files = [], {}
     for name, signature in plans.signatures.items():
         model = _model(signature, config)
         model.platform, model.max_batch_size = "tensorrt_plan", plans.max_batch
         model.default_model_filename = PLAN
         _batched(model, settings.queue_delay_us, settings.queue_timeout_s)
-        _prefers(model, preferred)
+        _prefers_largest(model)
         model.instance_group.add(count=settings.instances, kind=ModelInstanceGroup.KIND_GPU)
         if settings.cuda_graphs:
             model.optimization.cuda.graphs = True
             for batch in captured:
                 model.optimization.cuda.graph_spec.add(batch_size=batch)
         if settings.warm_up:
-            _warm_up(model, signature, captured if settings.cuda_graphs else preferred)
+            _warm_up(model, signature, captured if settings.cuda_graphs else sizes)
         configs.append(model)
         files[name] = plans.file(name)
     configs += [
@@ -210,24 +208,27 @@ def write_package_repository(
     _check_processes(threads, {graphs.ENSEMBLE: instances})
     _check_queues(queue_delay_us, queue_timeout_s)
     manifest = (packages.path / packages.LAYOUT.manifest).resolve()
-    sizes = _preferred(packages.max_batch) if on_gpu else []
+    sizes = _sizes(packages.max_batch) if on_gpu else []
     settings = PackageSettings(manifest, sha256(manifest), threads, tuple(reversed(sizes)))
     source = {parameters.SOURCE: json.dumps(packages.source)}
     model = python_model(graphs.pipeline(packages.config), packages.max_batch, packages.config, instances)
     for key, value in {**source, **settings.to_strings()}.items():
         model.parameters[key].string_value = value
     _batched(model, queue_delay_us, queue_timeout_s)
-    _prefers(model, sizes)
+    _prefers_largest(model)
     _write([model, _stream(packages.config, streams)], Path(out))
 
 
-def _preferred(max_batch: int) -> list[int]:
+def _sizes(max_batch: int) -> list[int]:
     """Powers of two, and the largest: it is what a client that has more sends."""
     return sorted({max_batch, *(n for n in _POWERS if n <= max_batch)})
 
 
-def _prefers(model: ModelConfig, sizes: list[int]) -> None:
-    model.dynamic_batching.preferred_batch_size.extend(n for n in sizes if n > 1)
+def _prefers_largest(model: ModelConfig) -> None:
+    """And no smaller one: without a delay Triton closes a batch that waits for a busy model at the first preferred
+    size that it reaches (`GetDynamicBatch` in core's dynamic_batch_scheduler.cc)."""
+    if model.max_batch_size > 1:
+        model.dynamic_batching.preferred_batch_size.append(model.max_batch_size)
 
 
 def pool_bytes(plans: Plans, settings: GpuSettings) -> int:
@@ -269,8 +270,7 @@ def _settings(artifacts: Artifacts, graph: str, engine: str, threads: int) -> Gr
 def _check(engine: str, max_batch: int, threads: int, instances: Mapping[str, int], names: set[str]) -> None:
     if engine not in cpu.ENGINES:
         raise UserError(f"unknown engine {engine!r} for a CPU: use {' or '.join(cpu.ENGINES)}")
-    if not 1 <= max_batch <= MOST:
-        raise UserError(f"max_batch {max_batch} is out of range: use 1 to {MOST}")
+    whole("max_batch", max_batch, 1, MOST)
     for name in instances:
         if name not in names:
             raise UserError(f"there is no model {name!r} to give instances to: choose from {', '.join(sorted(names))}")
@@ -278,11 +278,9 @@ def _check(engine: str, max_batch: int, threads: int, instances: Mapping[str, in
 
 
 def _check_processes(threads: int, instances: Mapping[str, int]) -> None:
-    if not 0 <= threads <= MOST:
-        raise UserError(f"threads {threads} is out of range: use 1 to {MOST}, or 0 for one a core")
+    whole("threads", threads, 0, MOST, use=f"1 to {MOST}, or 0 for one a core")
     for name, count in instances.items():
-        if not 1 <= count <= MOST:
-            raise UserError(f"{count} instances of {name} are out of range: use 1 to {MOST}")
+        whole(f"instances of {name}", count, 1, MOST)
 
 
 def _model(signature: Signature, config: Config, **extra: str) -> ModelConfig:
@@ -396,7 +394,12 @@ def _write(configs: list[ModelConfig], out: Path, plans: Mapping[str, Path] = Ma
                 if model.name in plans:
                     shutil.copyfile(plans[model.name], version / PLAN)
     except OSError as error:
-        raise UserError(f"the model repository {out} cannot be written: {error}") from None
+        raise _unwritable(out, error) from None
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"the model repository {out} cannot be written ({reason}): make room, or choose another folder")
 
 
 def require_repository(out: Path) -> None:
@@ -411,7 +414,7 @@ def require_repository(out: Path) -> None:
         if strange := sorted(entry.name for entry in out.iterdir() if entry.name not in ours):
             raise UserError(f"{out} would be replaced, but holds {strange[0]} too: give another folder, or move that")
     except OSError as error:
-        raise UserError(f"the model repository {out} cannot be written: {error}") from None
+        raise _unwritable(out, error) from None
 
 
 def _is_repository(path: Path) -> bool:

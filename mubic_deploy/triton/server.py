@@ -137,7 +137,7 @@ class TritonServer:
         """UserError if the server is not running any more, with the cause from the log, or if a model's process is not:
         Triton (2.51) starts none again and still calls itself ready, but every request to that process fails."""
         if self._process is None:
-            raise UserError("the Triton server is not started")
+            raise UserError("the Triton server is not started: use start, or `with`")
         gone = [model for number, model in self._models.items() if not model_of(number, self.shm_prefix)]
         if gone:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -179,7 +179,7 @@ class TritonServer:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise UserError(f"the Triton server cannot be started: {error}") from None
+            raise UserError(f"the Triton server cannot be started ({error}): end what else runs here") from None
 
     def _command(self, package: Path, backends: Path, shm_prefix: str) -> list[str]:
         options = {
@@ -370,7 +370,9 @@ def _ports(host: str, ports: dict[str, int]) -> list[int]:
                         f"{host} is no address of this machine: use 127.0.0.1, 0.0.0.0 or one of its own"
                     ) from None
                 reason = getattr(error, "strerror", None) or error
-                raise UserError(f"{use} port {port} of {host} cannot be used ({reason}): choose another") from None
+                raise UserError(
+                    f"{use} port {port} of {host} cannot be used ({reason}): choose another with --{use.lower()}-port"
+                ) from None
             found.append(listener.getsockname()[1])
     return found
 

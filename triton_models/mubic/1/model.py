@@ -27,7 +27,8 @@ class Chain:
         for batch in self.sizes:
             # the sampler, if there is one, and the loop: 1 or 2 steps are its, whichever number the sampler has
             for steps in {1, 2, self.pipeline.fixed_steps or 1}:
-                self(self.silence(batch, steps))
+                if steps <= self.pipeline.config.max_steps:
+                    self(self.silence(batch, steps))
 
     def silence(self, batch: int, steps: int) -> HostArrays:
         """Black clips without a sound."""
