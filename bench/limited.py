@@ -72,9 +72,10 @@ def kill(leader: subprocess.Popen[bytes]) -> None:
 
 
 def tail(log: Path) -> list[str]:
-    """The last lines of a file that are not empty. Of a crash, first the stack of the thread that crashed, and none of
-    the others'."""
-    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """The last lines of a file that are not empty, none where it is missing. Of a crash, first the stack of the thread
+    that crashed, and none of the others'."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     crash = next((i for i, line in enumerate(lines) if CRASH.match(line)), None)
     if crash is None:
         return lines[-TAIL:]

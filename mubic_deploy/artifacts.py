@@ -69,7 +69,7 @@ class Layout:
         except (FileNotFoundError, NotADirectoryError):
             missing = "is a file, not a folder" if path.is_file() else f"holds no {self.manifest}"
             if other := next((what for name, what in KINDS.items() if (path / name).is_file()), None):
-                raise UserError(f"{path} {missing}, but {other}") from None
+                raise UserError(f"{path} {missing}, but {other}; or {self.again}") from None
             what = missing if path.exists() else "does not exist"
             raise UserError(f"{path} {what}: {self.again}") from None
         except (ValueError, OSError) as error:

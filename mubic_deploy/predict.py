@@ -17,7 +17,8 @@ from mubic_deploy.errors import UserError, whole
 from mubic_deploy.media.clips import Clip, Clipper
 from mubic_deploy.media.film import Film, Frame
 from mubic_deploy.media.maps import FilmMap, MapsWriter
-from mubic_deploy.media.outputs import check_targets, naming, replacing
+from mubic_deploy.media.naming import naming
+from mubic_deploy.media.outputs import check_targets, replacing
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
 from mubic_deploy.media.sheet import ContactSheet
 from mubic_deploy.media.source import Source, is_file

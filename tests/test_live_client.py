@@ -383,7 +383,9 @@ def test_bad_frames_and_sound_leave_the_stream_as_it_was(toy_server: TritonServe
             ((36, 64, 4), np.uint8),
             ((0, 64, 3), "u1"),
         ):
-            with pytest.raises(UserError, match=r"a frame must be uint8 \[h, w, 3\], RGB, not "):
+            with pytest.raises(
+                UserError, match=r"a frame must be uint8 \[h, w, 3\], RGB, or PyAV's, not .*: convert it"
+            ):
                 client.frame(np.zeros(shape, dtype), 0.4)
         for given in (None, [[1]], SimpleNamespace(height=9, width=9)):  # as PIL's pictures have it
             with pytest.raises(UserError, match=r"a frame must be .*, or PyAV's, not "):

@@ -23,7 +23,7 @@ from mubic_deploy.live.stop import STOP_S, Stopped
 from mubic_deploy.live.window import Window
 from mubic_deploy.media.film import Frame
 from mubic_deploy.media.maps import MapsWriter
-from mubic_deploy.media.outputs import naming
+from mubic_deploy.media.naming import naming
 from mubic_deploy.media.overlay import SUFFIXES, OverlayWriter
 
 KINDS = {"overlay": SUFFIXES, "maps": (".npz",), "ndjson": (".ndjson", ".jsonl")}

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import av
-
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import ADDED, beside
-from mubic_deploy.media.source import reason
 
 
 def check_targets(targets: Mapping[str, Path], suffixes: Mapping[str, tuple[str, ...]], source: Path | None) -> None:
@@ -65,15 +61,3 @@ def replacing(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
             if staged[kind].stat().st_mode != modes[kind]:  # of a library that put a file of its own in its place
                 staged[kind].chmod(modes[kind])
             staged[kind].replace(real[kind])
-
-
-@contextmanager
-def naming(kind: str, target: Path) -> Iterator[None]:
-    """Errors of writing name the output."""
-    try:
-        yield
-    except (OSError, av.FFmpegError) as error:
-        by_number = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EPIPE: "whatever read it has ended"}
-        other = "check the disk" if isinstance(error, OSError) else "write it as .mkv, or convert the film first"
-        remedy = by_number.get(getattr(error, "errno", None) or 0, other)
-        raise UserError(f"{kind} {target} cannot be written ({reason(error)}): {remedy}") from error
