@@ -23,7 +23,7 @@ WINDOW = 3
 SLOWER = 4  # times warm_up_s
 ASLEEP = 2_000_000  # cycles, a millisecond on an H200: longer than the host takes to enqueue some graphs
 AT_LEAST = 5  # calls of a side, however slow it is; and warm-up calls, before it counts as not settled
-FEW = 5  # rounds, or pairs: an interval of fewer says nothing, of one it would be a point
+FEW = 5  # rounds, pairs, blocks: an interval of fewer says nothing, of one it would be a point
 UNKNOWN = (0.0, math.inf)  # the interval then
 
 numbers = itertools.count(1)  # of this process's measurements
@@ -83,7 +83,7 @@ class Timing:
         return 0 < len(self.rounds) < FEW
 
     def resampled(self, seed: int = 0) -> np.ndarray:
-        """RESAMPLES medians of what is drawn with replacement: calls, or whole rounds."""
+        """RESAMPLES medians of what is drawn with replacement: calls, in blocks, or whole rounds."""
         if not self.rounds:
             return resampled_medians(self.samples, seed)
         rounds = np.split(np.asarray(self.samples), np.cumsum(self.rounds)[:-1])
@@ -114,10 +114,29 @@ class Timing:
 
 
 def resampled_medians(samples: Sequence[float], seed: int = 0) -> np.ndarray:
-    """Medians of RESAMPLES samples drawn from `samples` with replacement."""
-    values = np.asarray(samples)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    return np.median(values[drawn], axis=1)
+    """Medians of RESAMPLES series as long as `samples`, each of blocks of neighbours drawn from it with replacement,
+    since a call is like the one before it where the machine wanders; after the last comes the first."""
+    values, block = np.asarray(samples), block_length(samples)
+    n = len(values)
+    first = np.random.default_rng(seed).integers(0, n, (RESAMPLES, math.ceil(n / block)))
+    drawn = (first[..., None] + np.arange(block)) % n  # [RESAMPLES, blocks, block]
+    return np.median(values[drawn.reshape(RESAMPLES, -1)[:, :n]], axis=1)
+
+
+def block_length(samples: Sequence[float]) -> int:
+    """How many neighbours are drawn together: for an AR(1) series of n values whose neighbours correlate by r
+    (2 r / (1 - r^2))^(2/3) n^(1/3) (Carlstein 1986), such that there are FEW blocks at least; 1 unless r > 0. r is that
+    of the ranks, from which one slow call takes little."""
+    _, places, counts = np.unique(samples, return_inverse=True, return_counts=True)
+    apart = (np.cumsum(counts) - counts / 2)[places] - len(
+        samples
+    ) / 2  # ranks, the same of equal values, from their mean
+    squares = apart @ apart
+    r = apart[1:] @ apart[:-1] / squares if squares else 0.0
+    if r <= 0:
+        return 1
+    length = (2 * r / (1 - r**2)) ** (2 / 3) * len(samples) ** (1 / 3)
+    return max(1, min(round(length), len(samples) // FEW))
 
 
 def interval(resampled: np.ndarray) -> tuple[float, float]:

@@ -188,20 +188,72 @@ def test_a_wide_interval_is_marked() -> None:
     assert Timing((1.0, 2.0, 1.5, 3.0, 1.1)).wide
 
 
+def series(r: float, rng: np.random.Generator, n: int = 200) -> np.ndarray:
+    """AR(1) around 1, whose neighbours correlate by r."""
+    out = rng.normal(0, 1, n)
+    for i in range(1, n):
+        out[i] = r * out[i - 1] + (1 - r**2) ** 0.5 * out[i]
+    return 1 + 0.02 * out
+
+
+def independent(samples: np.ndarray) -> tuple[float, float]:
+    """The bootstrap that draws calls one by one."""
+    drawn = np.random.default_rng(0).integers(0, len(samples), (timing.RESAMPLES, len(samples)))
+    return timing.interval(np.median(samples[drawn], axis=1))
+
+
+def test_calls_that_follow_each_other_are_not_independent() -> None:
+    """The true median is 1: 95 of 100 intervals should hold it, and of pairs' ratios too."""
+    rng = np.random.default_rng(0)
+    held = {"blocks": 0, "pairs": 0, "one by one": 0}
+    for _ in range(60):
+        calls = series(0.8, rng)
+        ends = {"blocks": Timing(tuple(calls)).interval, "one by one": independent(calls)}
+        ends["pairs"] = timing.paired_ratio(calls.tolist(), [1.0] * len(calls))[1:]
+        for name, (low, high) in ends.items():
+            held[name] += low <= 1 <= high
+    assert held["blocks"] == held["pairs"] >= 50  # of 60
+    assert held["one by one"] <= 45
+
+
+def test_independent_calls_are_drawn_as_ever() -> None:
+    rng = np.random.default_rng(1)
+    widths = []
+    for _ in range(40):
+        calls = series(0.0, rng)
+        (low, high), (a, b) = Timing(tuple(calls)).interval, independent(calls)
+        widths.append((high - low) / (b - a))
+        if timing.block_length(calls.tolist()) == 1:
+            assert (low, high) == (a, b)
+    assert 0.97 < np.mean(widths) < 1.05
+    assert np.min(widths) > 0.7
+
+
+def test_the_length_of_a_block_is_carlsteins() -> None:
+    """By hand: r = 0.5 gives (1 / 0.75)^(2/3) = 1.211 times n^(1/3)."""
+    calls = series(0.5, np.random.default_rng(2), 8000)
+    assert timing.block_length(calls.tolist()) == pytest.approx(1.211 * 20, abs=2)
+    calls[::100] = 1000.0  # outliers, beside which a correlation of the values would see nothing
+    assert timing.block_length(calls.tolist()) == pytest.approx(1.211 * 20, abs=3)
+    assert timing.block_length([1.0, 2.0] * 50) == 1
+    assert timing.block_length([1.0] * 50) == 1
+    assert timing.block_length(list(range(50))) == 10  # five blocks, or there would be no interval
+    assert timing.block_length([1.0]) == timing.block_length(list(range(8))) == 1
+
+
 def test_calls_of_one_round_are_not_independent() -> None:
     """Eight rounds of 50 calls, each round with a pace of its own: the true median is that of the paces."""
     rng = np.random.default_rng(0)
     held = {"pooled": 0, "by round": 0}
     for _ in range(40):
         calls = np.concatenate([pace + rng.normal(0, 0.005, 50) for pace in 1 + rng.normal(0, 0.1, 8)])
-        timings = {"pooled": Timing(tuple(calls)), "by round": Timing(tuple(calls), rounds=(50,) * 8)}
-        for name, timed in timings.items():
-            low, high = timed.interval
+        load = Timing(tuple(calls), rounds=(50,) * 8)
+        for name, (low, high) in {"pooled": independent(calls), "by round": load.interval}.items():
             held[name] += low <= 1 <= high
     assert held["by round"] >= 34  # of 40: 95 % of so few rounds is a little optimistic
     assert held["pooled"] < 20
-    _, low, high = timing.ratio(timings["by round"], Timing((1.0,)))
-    assert (low, high) == timings["by round"].interval
+    _, low, high = timing.ratio(load, Timing((1.0,)))
+    assert (low, high) == load.interval
 
 
 def test_too_few_rounds_tell_no_interval() -> None:
@@ -234,7 +286,7 @@ def test_pairs_leave_out_what_changes_from_pair_to_pair() -> None:
     machine = rng.choice([1.0, 0.6], 20)
     a, b = 0.9 * machine + rng.normal(0, 0.01, 20), machine + rng.normal(0, 0.01, 20)
     value, low, high = timing.paired_ratio(a.tolist(), b.tolist())
-    assert 0.88 < low < value < high < 0.92
+    assert 0.87 < low < value < high < 0.93
     assert value == pytest.approx(np.median(a / b))
     _, low, high = timing.ratio(Timing(tuple(a)), Timing(tuple(b)))
     assert high - low > 0.2
