@@ -31,6 +31,7 @@ from mubic_deploy.parity import allocated, random_clip
 from mubic_deploy.pipeline import ALLOCATE, Pipeline, Predictor
 
 RULE = timing.Rule(repeats=100, seconds=2.0, short_s=1.0, warm_up_s=5.0)
+TAIL_CALLS, TAIL_S = 1000, 5.0  # of an engine's single clip: a p99 has an upper end from 368 calls on
 BATCHES = (1, 2, 4, 8, 16, 32)
 AHEAD = 4  # largest batches at once: the next one goes up while one is computed
 STEPS = (4, 8, 12)
@@ -46,12 +47,13 @@ class Run:
     """A run of the benchmark, or the part of one that a process of its own does.
 
     file    where all that there is is written after each thing that was measured
-    rule    of the whole inference; `look` for what is compared only
+    rule    of the whole inference; `look` for what is compared only, `tail` for an engine, which is alone
     traces  folder for the profiler's, if they are wanted"""
 
     def __init__(self, config: Config, device: str, rule: timing.Rule, file: Path, traces: Path | None = None) -> None:
         self.config, self.device, self.rule, self.file, self.traces = config, device, rule, file, traces
         self.look = replace(rule, repeats=rule.repeats // 2, seconds=rule.seconds / 2, short_s=rule.short_s / 2)
+        self.tail = rule if rule.quick else replace(rule, repeats=TAIL_CALLS, seconds=TAIL_S)
         self.clock = timing.cuda_events if device == "cuda" else timing.wall
         # a CPU is there to see that it runs
         settings = {"size": config.name, "device": device, "steps": DEFAULT_STEPS, "quick": device == "cpu"}
@@ -160,7 +162,7 @@ class Run:
 
     def engine(self, name: str, pipeline: Pipeline, of_torch: bool = True) -> None:
         """All of an engine. of_torch: whether it takes PyTorch's tensors on the device."""
-        self.predictors(WHOLE, {name: pipeline}, self.rule)
+        self.predictors(WHOLE, {name: pipeline}, self.tail)
         self.write()
         if self.device == "cuda":
             plain = {name: np.array(array) for name, array in self.clips[0].items()}

@@ -72,6 +72,18 @@ class Timing:
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.samples, q))
 
+    def percentile_interval(self, q: float) -> tuple[float, float]:
+        """Calls between which the percentile lies with CONFIDENCE, whatever their distribution, if they are
+        independent: how many of n are under it is binomial. 0 or infinity where none is low or high enough: a p99 has
+        no upper end from fewer than 368 calls."""
+        n, under = len(self.samples), np.arange(len(self.samples) + 1)
+        factorial = np.concatenate([[0.0], np.cumsum(np.log(under[1:]))])  # its logarithm
+        chosen = factorial[n] - factorial - factorial[::-1]
+        at_most = np.cumsum(np.exp(chosen + under * math.log(q / 100) + (n - under) * math.log(1 - q / 100)))
+        first, last = np.searchsorted(at_most, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        ordered = [0.0, *sorted(self.samples), math.inf]
+        return ordered[first], ordered[last + 1]
+
     @property
     def interval(self) -> tuple[float, float]:
         """Bootstrap confidence interval of the median (percentile method, fixed seed); UNKNOWN of too few rounds."""

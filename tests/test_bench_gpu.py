@@ -227,6 +227,13 @@ def test_the_gpus_own_time_is_of_the_same_maps() -> None:
     assert gpu_run.resident(stages.build(stages.REFERENCE, SMALL, "cpu"), clip, "cpu") is None
 
 
+@pytest.mark.parametrize(("call_s", "calls"), [(0.005, 1000), (0.008, 625), (0.025, 200), (1.0, 5)])
+def test_an_engine_is_called_often_enough_for_its_p99(call_s: float, calls: int, tmp_path: Path) -> None:
+    run = gpu.Run(SMALL, "cpu", gpu_run.RULE, tmp_path / "x")
+    assert run.tail.calls(call_s) == calls
+    assert gpu.Run(SMALL, "cpu", RULE, tmp_path / "x").tail == RULE  # a look stays one
+
+
 def test_parts_are_of_a_real_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each at both batch sizes, given what those before it made."""
     monkeypatch.setattr(gpu_run, "BATCHES", (1, 2))

@@ -241,6 +241,17 @@ def test_the_length_of_a_block_is_carlsteins() -> None:
     assert timing.block_length([1.0]) == timing.block_length(list(range(8))) == 1
 
 
+@pytest.mark.parametrize("n", [50, 367, 368, 500, 1000])
+def test_the_interval_of_a_percentile_is_scipys(n: int) -> None:
+    samples = np.random.default_rng(n).gamma(4.0, 0.01, n)
+    for q in (50, 95, 99):
+        found = stats.quantile_test(samples, p=q / 100).confidence_interval(0.95)
+        low, high = Timing(tuple(samples)).percentile_interval(q)
+        assert low == (0.0 if np.isnan(found.low) else found.low)
+        assert high == (np.inf if np.isnan(found.high) else found.high)
+    assert np.isfinite(Timing(tuple(samples)).percentile_interval(99)[1]) == (n >= 368)
+
+
 def test_calls_of_one_round_are_not_independent() -> None:
     """Eight rounds of 50 calls, each round with a pace of its own: the true median is that of the paces."""
     rng = np.random.default_rng(0)
