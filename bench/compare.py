@@ -1,7 +1,8 @@
 """`python -m bench compare A B`: which differences between two runs are real.
 
-A median differs really if the bootstrap interval of the ratio leaves out 1 and the ratio is 2 % or more from it; a load
-of too few rounds has no interval and leaves that undecided. The interval covers what varied within the runs. What the
+A median differs really if the bootstrap interval of the ratio leaves out 1 and the ratio is 2 % or more from it; there
+is no difference if the interval keeps within 2 %; else, and of a load of too few rounds, it is undecided. What B did
+not measure, or what became NaN or infinite there, is lost. The interval covers what varied within the runs. What the
 machine did between them is not in it: hence the warnings about machines, settings and measured limits, and hence one
 pair of runs proves little where the difference is small."""
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from bench import machine, results, text
 from bench.results import Results, Row
-from bench.timing import ratio
+from bench.timing import Timing, ratio
 from mubic_deploy.arguments import number
 from mubic_deploy.console import print_json, say, warn
 from mubic_deploy.errors import UserError
@@ -28,13 +30,13 @@ from mubic_deploy.errors import UserError
 AT_LEAST = 1.02  # the ratio from which on a difference is worth a word, either way
 METRIC_AT_LEAST = 0.0005  # of CC, SIM, NSS and AUC, whose scale is fixed
 LIMIT_DRIFT = 0.05  # by which two runs' measured limits may differ
-FASTER, SLOWER, ALIKE, UNDECIDED = "faster", "slower", "no difference", "undecided"
-LOOKS = {FASTER: "green", SLOWER: "bold red", "better": "green", "worse": "bold red"}
+FASTER, SLOWER, ALIKE, UNDECIDED, LOST = "faster", "slower", "no difference", "undecided", "lost"
+LOOKS = {FASTER: "green", SLOWER: "bold red", LOST: "bold red", "better": "green", "worse": "bold red"}
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A row's times in two runs: medians in seconds, b's over a's with its interval.
+    """A row's times in two runs: medians in seconds, b's over a's with its interval; NaN where it is lost.
 
     wide: the runs in which the row was marked as not to be relied on"""
 
@@ -57,7 +59,7 @@ class Timed:
 @dataclass(frozen=True)
 class Value:
     """A row's figure in two runs. It was taken once in each, so there is no interval: `verdict` says which way it went
-    where it moved by more than a little."""
+    where it moved by more than a little, or that it is lost, b being NaN or infinite then."""
 
     what: str
     side: str
@@ -70,7 +72,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs of a suite. only: rows that one of them has, as text; lost: those that only A timed, by name."""
+    """Two runs of a suite. only: rows that one of them has, as text; both: how many both have."""
 
     suite: str
     a: str
@@ -80,11 +82,22 @@ class Comparison:
     values: list[Value]
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    both: int = 0
 
     def slower(self, percent: float) -> list[Timed]:
-        """Rows that are slower in b, by more than `percent` %, really or perhaps, those too that are wide."""
-        return [t for t in self.times if t.verdict in (SLOWER, UNDECIDED) and 100 * (t.ratio - 1) > percent]
+        """Rows that are slower in b by more than `percent` %, wherever in its interval the ratio lies."""
+        return [t for t in self.times if 100 * (t.low - 1) > percent]
+
+    def perhaps_slower(self, percent: float) -> list[Timed]:
+        """Rows that may be: their interval reaches over it."""
+        return [t for t in self.times if 100 * (t.low - 1) <= percent < 100 * (t.high - 1)]
+
+    @property
+    def lost(self) -> list[str]:
+        """What only A has, by name: rows with their times, and figures of the others."""
+        rows = [_name(t) for t in self.times if t.verdict == LOST]
+        figures = [v for v in self.values if v.verdict == LOST and _name(v) not in rows]
+        return rows + [f"{_name(v)}: {text.heading(v.name)}" for v in figures]
 
     def to_json(self) -> dict[str, Any]:
         out = asdict(self)
@@ -99,11 +112,9 @@ def compare(a: Results, b: Results, name_a: str = "A", name_b: str = "B") -> Com
     times, values = [], []
     for key, row_a in rows_a.items():
         row_b = rows_b.get(key)
-        if row_b is None:
-            continue
-        if row_a.timing is not None and row_b.timing is not None:
-            times.append(_timed(row_a, row_b))
-        values += _values(row_a, row_b)
+        if row_a.timing is not None:
+            times.append(_timed(row_a, row_a.timing, row_b.timing if row_b else None))
+        values += _values(row_a, row_b.values if row_b else {})
     return Comparison(
         a.suite if a.suite == b.suite else f"{a.suite} and {b.suite}",
         name_a,
@@ -113,7 +124,7 @@ def compare(a: Results, b: Results, name_a: str = "A", name_b: str = "B") -> Com
         values,
         [_missing(row, b) for key, row in rows_a.items() if key not in rows_b],
         [_missing(row, a) for key, row in rows_b.items() if key not in rows_a],
-        [_name(row) for key, row in rows_a.items() if row.timing and not (key in rows_b and rows_b[key].timing)],
+        len(rows_a.keys() & rows_b.keys()),
     )
 
 
@@ -162,27 +173,32 @@ def _by_key(rows: list[Row]) -> dict[tuple, Row]:
     return out
 
 
-def _timed(a: Row, b: Row) -> Timed:
-    assert a.timing is not None
-    assert b.timing is not None
-    change, low, high = ratio(b.timing, a.timing)
-    verdict = ALIKE if math.isfinite(high) else UNDECIDED
-    if not low <= 1 <= high and max(change, 1 / change) >= AT_LEAST:
+def _timed(row: Row, a: Timing, b: Timing | None) -> Timed:
+    change, low, high = (math.nan,) * 3 if b is None else ratio(b, a)
+    if not math.isfinite(change):
+        verdict = LOST
+    elif not low <= 1 <= high and max(change, 1 / change) >= AT_LEAST:
         verdict = SLOWER if change > 1 else FASTER
-    wide = tuple(name for name, row in (("A", a), ("B", b)) if row.timing is not None and row.timing.wide)
-    return Timed(a.what, a.side, a.axes, a.timing.median, b.timing.median, change, low, high, verdict, wide)
+    else:
+        verdict = ALIKE if low >= 1 / AT_LEAST and high <= AT_LEAST else UNDECIDED
+    wide = tuple(name for name, timing in (("A", a), ("B", b)) if timing is not None and timing.wide)
+    b_s = math.nan if b is None else b.median
+    return Timed(row.what, row.side, row.axes, a.median, b_s, change, low, high, verdict, wide)
 
 
-def _values(a: Row, b: Row) -> list[Value]:
+def _values(row: Row, b: Mapping[str, float]) -> list[Value]:
+    """Of all that A could tell; the ends of intervals are no figures of their own."""
     out = []
-    for name, old in a.values.items():
-        new = b.values.get(name, math.nan)
-        if not (math.isfinite(old) and math.isfinite(new)):
+    for name, old in row.values.items():
+        if not math.isfinite(old) or name.removesuffix("_low").removesuffix("_high") in row.values.keys() - {name}:
             continue
-        verdict = ALIKE
-        if _moved(name, old, new):
-            verdict = {0: "changed", 1: "better", -1: "worse"}[text.better(name) * (1 if new > old else -1)]
-        out.append(Value(a.what, a.side, a.axes, name, old, new, verdict))
+        new, verdict = b.get(name, math.nan), ALIKE
+        if not math.isfinite(new):
+            verdict = LOST
+        elif _moved(name, old, new):
+            better = text.better(name, row.what) * (1 if new > old else -1)
+            verdict = {0: "changed", 1: "better", -1: "worse"}[better]
+        out.append(Value(row.what, row.side, row.axes, name, old, new, verdict))
     return out
 
 
@@ -194,13 +210,9 @@ def _moved(name: str, old: float, new: float) -> bool:
 
 
 def _partly(rows_a: dict[tuple, Row], rows_b: dict[tuple, Row]) -> list[str]:
-    """Rows that were timed in one run only."""
-    found = []
-    for key in rows_a.keys() & rows_b.keys():
-        timed = [rows[key].timing is not None for rows in (rows_a, rows_b)]
-        if timed[0] != timed[1]:
-            found.append(f"{_name(rows_a[key])} was timed in {'A' if timed[0] else 'B'} only")
-    return sorted(found)
+    """Rows of both runs that B alone timed."""
+    both = rows_a.keys() & rows_b.keys()
+    return sorted(f"{_name(rows_a[k])} was timed in B only" for k in both if rows_b[k].timing and not rows_a[k].timing)
 
 
 def _name(row: Row | Timed | Value) -> str:
@@ -219,8 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-if-slower",
         metavar="PERCENT",
         type=number,
-        help="exit code 1 if a row's median is really slower in B, by more than this, or B did not time it; wide rows "
-        "do not count",
+        help="exit code 1 if a row is slower in B by more than this, with all of its interval, or lost there",
     )
     parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
 
@@ -231,15 +242,16 @@ def run(arguments: argparse.Namespace) -> int:
     if percent is not None and not 0 <= percent < math.inf:
         raise UserError(f"--fail-if-slower {percent:g}: use 0 or more per cent")
     comparisons, only_a, only_b = _load(arguments.a, arguments.b)
-    if not any(c.times or c.values for c in comparisons):  # nor may --fail-if-slower pass for want of rows
+    if not any(c.both for c in comparisons):  # nor may --fail-if-slower pass for want of rows
         raise UserError(f"{arguments.a} and {arguments.b} have no row in common: nothing to compare")
-    found = [t for c in comparisons for t in c.slower(percent)] if percent is not None else []
-    slower, wide = [t for t in found if not t.wide], [t for t in found if t.wide]
-    lost = [*(name for c in comparisons for name in c.lost), *only_a] if percent is not None else []
+    counted = comparisons if percent is not None else []
+    slower = [t for c in counted for t in c.slower(percent)]
+    perhaps = [t for c in counted for t in c.perhaps_slower(percent)]
+    lost = [*(name for c in counted for name in c.lost), *(only_a if counted else [])]
     alone = [f"{name} is in {a} only" for a, names in ((arguments.a, only_a), (arguments.b, only_b)) for name in names]
     if arguments.json:
-        names = {"too_slow": [_name(t) for t in slower], "too_slow_but_wide": [_name(t) for t in wide]}
-        said = {"warnings": alone, **names, "not_timed": lost}
+        names = {"too_slow": [_name(t) for t in slower], "perhaps_too_slow": [_name(t) for t in perhaps]}
+        said = {"warnings": alone, **names, "lost": lost}
         print_json({"comparisons": [c.to_json() for c in comparisons], **said})
     else:
         warn(alone)
@@ -248,9 +260,9 @@ def run(arguments: argparse.Namespace) -> int:
         for timed in slower:
             say(f"too slow: {_name(timed)}: {100 * (timed.ratio - 1):.1f} % slower, {percent:g} % are allowed")
         for name in lost:
-            say(f"not timed in B, so nobody knows whether it is slower: {name}")
-        if wide:
-            warn([f"slower than that, but wide, so not counted: {len(wide)} rows, measure them again"])
+            say(f"lost in B, so nobody knows whether it is worse: {name}")
+        if perhaps:
+            warn([f"perhaps slower than that, and not counted: {len(perhaps)} rows, measure them again"])
     return 1 if slower or lost else 0
 
 
@@ -282,13 +294,14 @@ def _show(found: Comparison) -> None:
         table.add_column("", no_wrap=True)
         for t in found.times:
             verdict = t.verdict + (f", wide in {' and '.join(t.wide)}" if t.wide else "")
-            figures = (text.seconds(t.a), text.seconds(t.b), f"{t.ratio:.3f}", text.ends(t.low, t.high))
+            change = f"{t.ratio:.3f}" if t.verdict != LOST else "-"
+            figures = (text.seconds(t.a), text.seconds(t.b), change, text.ends(t.low, t.high))
             table.add_row(escape(_name(t)), *figures, verdict, style=LOOKS.get(t.verdict))
         screen.print(table)
     if any(t.wide for t in found.times):
         say("wide: the spread was too large, or the warm-up too short, to rely on the median; measure again")
     if moved := [v for v in found.values if v.verdict != ALIKE]:
-        table = Table(title="other figures that moved, each taken once", title_justify="left")
+        table = Table(title="other figures that moved or were lost, each taken once", title_justify="left")
         for heading, justify in (("what", "left"), ("figure", "left"), ("A", "right"), ("B", "right"), ("", "left")):
             table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for v in moved:
@@ -300,8 +313,11 @@ def _show(found: Comparison) -> None:
             say(f"only in {side}: {row}")
     count = Counter(t.verdict for t in found.times)
     still = sum(v.verdict == ALIKE for v in found.values)
+    gone = sum(v.verdict == LOST for v in found.values)
     say(
-        f"{count[FASTER]} faster, {count[SLOWER]} slower, {count[ALIKE]} without a real difference"
-        + (f", {count[UNDECIDED]} undecided, of too few rounds; " if count[UNDECIDED] else "; ")
-        + f"{len(found.values) - still} of {len(found.values)} other figures moved"
+        f"{count[FASTER]} faster, {count[SLOWER]} slower, {count[ALIKE]} without a difference, "
+        f"{count[UNDECIDED]} undecided"
+        + (f", {count[LOST]} lost; " if count[LOST] else "; ")
+        + f"{len(found.values) - still - gone} of {len(found.values)} other figures moved"
+        + (f", {gone} lost" if gone else "")
     )

@@ -11,6 +11,10 @@ from mubic_deploy.errors import UserError
 METRICS = ("cc", "sim", "nss", "auc_judd", "auc")
 HIGHER_IS_BETTER = (*METRICS, "gain")
 LOWER_IS_BETTER = ("seconds", "_s", "_ms", "_mb", "_bytes", "difference", "share_besides_engines", "growth", "lost")
+IN_PROCESS = "over_in_process"  # of a load the rate over another's, of a clip the time
+CPU = "cpu_s_"  # seconds, and then whose
+UNSURE = "unsure"  # of a gain that may be none
+PER_S = re.compile("_per_s($|_)")
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -85,9 +89,9 @@ def figure(name: str, value: float) -> str:
         return f"{100 * value:.1f} %"
     if name == "gain":
         return f"{value:.2f} x"
-    if name.endswith("_per_s"):
+    if PER_S.search(name):
         return f"{digits(value)} /s"
-    if name.endswith("_s") or name == "seconds":
+    if name.endswith("_s") or name == "seconds" or name.startswith(CPU):
         return seconds(value)
     if name.endswith("_ms"):
         return seconds(value / 1e3)
@@ -108,16 +112,21 @@ def heading(name: str) -> str:
     """A value's name without the unit that `figure` gives: peak_mb is peak, clips_per_s is clips."""
     if name == "seconds":
         return "time"
-    for unit in ("_per_s", "_mb", "_ms", "_bytes", "_s"):
+    name = PER_S.sub(r"\1", name.replace(CPU, "cpu_"))
+    for unit in ("_mb", "_ms", "_bytes", "_s"):
         name = name.removesuffix(unit)
     return name.replace("_", " ")
 
 
-def better(name: str) -> int:
-    """1 if more of it is better, -1 if less is, 0 if it is neither."""
-    if _metric(name) or name in HIGHER_IS_BETTER or name.startswith("share_of") or name.endswith(("_per_s", "rate")):
+def better(name: str, what: str = "") -> int:
+    """1 if more of it is better, -1 if less is, 0 if it is neither. what: the row's."""
+    if name == IN_PROCESS:
+        return 1 if what == "server" else -1
+    if _metric(name) or name in HIGHER_IS_BETTER or name.startswith("share_of") or name.endswith("rate"):
         return 1
-    return -1 if name.endswith(LOWER_IS_BETTER) else 0
+    if PER_S.search(name):
+        return 1
+    return -1 if name.endswith((*LOWER_IS_BETTER, "dropped")) or name.startswith(CPU) else 0
 
 
 def setting(axes: Mapping[str, object]) -> str:

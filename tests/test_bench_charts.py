@@ -96,6 +96,8 @@ def test_charts_keep_their_width_and_their_text(width: int) -> None:
         ("queue_ms", 3.5e-1, "350 µs"),
         ("peak_mb", 478.36, "478 MB"),
         ("clips_per_s", 12.345, "12.3 /s"),
+        ("clips_per_s_of_all_calls", 12.345, "12.3 /s"),
+        ("cpu_s_models", 0.0968, "96.8 ms"),
         ("bytes", 1.4e8, "140 MB"),
         ("macs", 190.8e9, "191 GMAC"),
         ("gemm_rate", 2.41e11, "241 GFLOP/s"),
@@ -110,6 +112,19 @@ def test_charts_keep_their_width_and_their_text(width: int) -> None:
 )
 def test_figures(name: str, value: float, said: str) -> None:
     assert text.figure(name, value) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("clips_per_s", "clips"),
+        ("clips_per_s_of_all_calls", "clips of all calls"),
+        ("cpu_s_models", "cpu models"),
+        ("peak_bytes", "peak"),
+    ],
+)
+def test_headings_leave_units_out(name: str, said: str) -> None:
+    assert text.heading(name) == said
 
 
 def test_intervals_and_ticks() -> None:

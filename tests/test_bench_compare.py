@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from bench import compare
-from bench.compare import ALIKE, FASTER, SLOWER, UNDECIDED
+from bench import compare, results
+from bench.compare import ALIKE, FASTER, LOST, SLOWER, UNDECIDED
 from bench.results import Results, Row
 from bench.timing import Timing
 from mubic_deploy.arguments import Parser
@@ -51,13 +53,15 @@ def parse(*arguments: object) -> argparse.Namespace:
         ([1.0] * 30, [1.019] * 30, 1.019, ALIKE),  # surely other, but by under 2 %
         ([1.019] * 30, [1.0] * 30, 1 / 1.019, ALIKE),
         ([1.0] * 30, [1.0] * 30, 1.0, ALIKE),
-        ([1.0, 2.0] * 15, [1.1, 2.1] * 15, 1.6 / 1.5, ALIKE),  # 7 %, but the spread is far larger
+        ([1.0, 2.0] * 15, [1.1, 2.1] * 15, 1.6 / 1.5, UNDECIDED),  # 7 %, but the spread is far larger
+        ([1.0] * 30, [0.99, 1.03] * 15, 1.01, UNDECIDED),  # 2 % or none
+        ([0.99, 1.03] * 15, [1.0] * 30, 1 / 1.01, UNDECIDED),
     ],
 )
 def test_verdict(a: list[float], b: list[float], ratio: float, verdict: str) -> None:
     (found,) = compare.compare(run_of([timed(*a)]), run_of([timed(*b)])).times
     assert found.ratio == pytest.approx(ratio)
-    assert (found.verdict, found.real) == (verdict, verdict != ALIKE)
+    assert (found.verdict, found.real) == (verdict, verdict in (FASTER, SLOWER))
 
 
 def test_too_few_rounds_leave_it_undecided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,9 +78,9 @@ def test_too_few_rounds_leave_it_undecided(tmp_path: Path, capsys: pytest.Captur
     load(1.5, 4).write(tmp_path / "b.json")
     assert compare.run(parse(tmp_path / "a.json", tmp_path / "b.json", "--fail-if-slower", 5)) == 0
     said = capsys.readouterr()
-    assert "0 faster, 0 slower, 0 without a real difference, 1 undecided, of too few rounds; 0 of 0" in said.out
+    assert "0 faster, 0 slower, 0 without a difference, 1 undecided; 0 of 0" in said.out
     assert re.search(r"1\.500 │ +- │", said.out)
-    assert "slower than that, but wide, so not counted: 1 rows" in said.err
+    assert "perhaps slower than that, and not counted: 1 rows" in said.err
 
 
 def test_interval_is_scipys() -> None:
@@ -99,7 +103,8 @@ def test_rows_pair_by_all_that_was_set() -> None:
     a = run_of([timed(1.0, 1.0, batch=1), timed(8.0, 8.0, batch=8), Row("fusion", "openvino", values={"macs": 5.0})])
     b = run_of([timed(7.0, 7.0, batch=8), timed(1.0, 1.0, batch=16)], left_out={"openvino": "it is not installed"})
     found = compare.compare(a, b)
-    assert [(t.axes, t.a, t.b) for t in found.times] == [({"batch": 8}, 8.0, 7.0)]
+    assert [(t.axes, t.a, t.b) for t in found.times if t.verdict != LOST] == [({"batch": 8}, 8.0, 7.0)]
+    assert found.both == 1
     assert found.only_a == ["whole, eager, batch 1", "fusion, openvino (left out: it is not installed)"]
     assert found.only_b == ["whole, eager, batch 16"]
 
@@ -127,12 +132,23 @@ def test_rows_that_share_a_key_pair_in_order() -> None:
         ("share_besides_engines", 0.05, 0.1, "worse"),
         ("lost", 0.0, 1.0, "worse"),
         ("macs", 1e9, 2e9, "changed"),
+        ("cpu_s_models", 0.1, 0.2, "worse"),
+        ("clips_per_s_of_all_calls", 10.0, 11.0, "better"),
+        ("share_dropped", 0.1, 0.2, "worse"),
     ],
 )
 def test_values(name: str, a: float, b: float, verdict: str) -> None:
     before, after = (run_of([Row("x", "y", values={name: v})]) for v in (a, b))
     (found,) = compare.compare(before, after).values
     assert found.verdict == verdict
+
+
+def test_over_in_process_is_of_rates_or_of_times() -> None:
+    """Of a load more is better, of a clip's latency less."""
+    for what, verdict in (("server", "better"), ("whole", "worse"), ("work", "worse")):
+        before, after = (run_of([Row(what, "x", values={"over_in_process": v})]) for v in (1.0, 1.1))
+        (found,) = compare.compare(before, after).values
+        assert found.verdict == verdict
 
 
 def test_warnings() -> None:
@@ -177,17 +193,62 @@ def test_exit_code(files: tuple[Path, Path], allowed: str | None, code: int) -> 
     assert compare.run(parse(*files, *options)) == code
 
 
-def test_wide_rows_do_not_fail_and_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_counts_with_all_of_its_interval_wide_or_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = tmp_path / "a.json", tmp_path / "b.json"
-    for path, x in zip(paths, (1.0, 2.0), strict=True):
-        run_of([timed(*[x] * 9, settled=False)]).write(path)
-    assert compare.run(parse(*paths, "--fail-if-slower", "5")) == 0
-    said = capsys.readouterr()
-    assert "too slow" not in said.out
-    assert "slower than that, but wide, so not counted: 1 rows" in " ".join(said.err.split())
-    assert compare.run(parse(*paths, "--fail-if-slower", "5", "--json")) == 0
+    unsettled = {f"{x}": timed(*[x] * 9, settled=False) for x in (1.0, 2.0)}
+    wide = {f"{k}": timed(*(k * x for x in [1.0, 1.3, 0.8] * 5), batch=2) for k in (1, 2)}
+    for path, x, k in zip(paths, ("1.0", "2.0"), ("1", "2"), strict=True):
+        run_of([unsettled[x], wide[k]]).write(path)
+    assert compare.run(parse(*paths, "--fail-if-slower", "5", "--json")) == 1
     found = json.loads(capsys.readouterr().out)
-    assert (found["too_slow"], found["too_slow_but_wide"]) == ([], ["whole, eager"])
+    assert (found["too_slow"], found["perhaps_too_slow"]) == (["whole, eager", "whole, eager, batch 2"], [])
+    assert [t["wide"] for t in found["comparisons"][0]["times"]] == [["A", "B"]] * 2
+    assert compare.run(parse(*paths, "--fail-if-slower", "90", "--json")) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["too_slow"], found["perhaps_too_slow"]) == (["whole, eager"], ["whole, eager, batch 2"])
+    assert compare.run(parse(*paths, "--fail-if-slower", "110")) == 0
+    assert "perhaps slower than that, and not counted: 1 rows" in " ".join(capsys.readouterr().err.split())
+
+
+def test_twice_as_slow_is_seen_in_what_was_measured() -> None:
+    """However wide its rows are."""
+    before, after = (results.read(results.FOLDER / "engines_full.json") for _ in range(2))
+    for row in after.rows:
+        assert row.timing is not None
+        row.timing = replace(row.timing, samples=tuple(2 * s for s in row.timing.samples))
+    found = compare.compare(before, after)
+    slow = {(t.what, t.side) for t in found.slower(5)}
+    assert slow == {(row.what, row.side) for row in before.rows}
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf, None])
+def test_what_is_lost_is_a_row_and_fails(
+    lost: float | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    kept = {"cc": 0.99, "spread": math.nan, "gain": 1.5, "gain_low": 1.4}  # what A could not tell cannot be lost
+    a = run_of([timed(*[1.0] * 9), Row("maps", "eager", values=kept)])
+    values = {"gain": 1.5} if lost is None else {"gain": 1.5, "gain_low": lost, "cc": lost}
+    b = run_of([timed(*[1.0] * 9), Row("maps", "eager", values=values)])
+    found = compare.compare(a, b)
+    assert [(v.name, v.verdict) for v in found.values] == [("cc", LOST), ("gain", ALIKE)]
+    paths = tmp_path / "a.json", tmp_path / "b.json"
+    a.write(paths[0])
+    b.write(paths[1])
+    assert compare.run(parse(*paths)) == 0
+    said = capsys.readouterr().out
+    assert "1 without a difference, 0 undecided; 0 of 2 other figures moved, 1 lost" in said
+    assert re.search(r"maps, eager +│ cc +│ 0\.9900 │ +- │ lost", said)
+    assert compare.run(parse(*paths, "--fail-if-slower", "5")) == 1
+    assert "lost in B, so nobody knows whether it is worse: maps, eager: cc" in capsys.readouterr().out
+    assert compare.run(parse(*reversed(paths), "--fail-if-slower", "5")) == 0
+
+
+def test_a_row_that_is_gone_is_lost(tmp_path: Path) -> None:
+    gone = Row("parity", "openvino", values={"cc": 1.0, "largest_difference": 1e-6})
+    found = compare.compare(run_of([timed(1.0, 1.0), gone]), run_of([Row("whole", "eager", values={"macs": 1.0})]))
+    assert [(t.verdict, t.wide) for t in found.times] == [(LOST, ())]
+    assert found.lost == ["whole, eager", "parity, openvino: cc", "parity, openvino: largest difference"]
 
 
 def test_what_was_not_timed_again_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,13 +257,14 @@ def test_what_was_not_timed_again_fails(tmp_path: Path, capsys: pytest.CaptureFi
     run_of(fast).write(a)
     run_of([fast[0], Row("whole", "eager", {"batch": 2}, values={"macs": 1.0})]).write(b)
     assert compare.run(parse(a, b)) == 0
-    assert compare.run(parse(b, a, "--fail-if-slower", "5")) == 0
+    assert compare.run(parse(b, a, "--fail-if-slower", "5")) == 1  # macs
     capsys.readouterr()
     assert compare.run(parse(a, b, "--fail-if-slower", "5")) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "not timed in B, so nobody knows whether it is slower: whole, eager, batch 2" in said
+    assert "lost in B, so nobody knows whether it is worse: whole, eager, batch 2" in said
+    assert "1 without a difference, 0 undecided, 2 lost; 0 of 0" in said
     assert compare.run(parse(a, b, "--fail-if-slower", "5", "--json")) == 1
-    assert json.loads(capsys.readouterr().out)["not_timed"] == ["whole, eager, batch 2", "whole, eager, batch 4"]
+    assert json.loads(capsys.readouterr().out)["lost"] == ["whole, eager, batch 2", "whole, eager, batch 4"]
 
 
 def test_json(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +281,7 @@ def test_table(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], mon
     assert compare.run(parse(*files, "--fail-if-slower", "5")) == 1
     said = capsys.readouterr().out
     assert "1.080" in said
-    assert "0 faster, 1 slower, 1 without a real difference" in said
+    assert "0 faster, 1 slower, 1 without a difference" in said
     assert "too slow: whole, eager, batch 1: 8.0 % slower, 5 % are allowed" in said
     assert [path.read_bytes() for path in files] == before
 
