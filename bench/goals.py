@@ -89,18 +89,33 @@ def faster(side: str, than: str, what: str = "whole") -> Callable[[Results], Fig
     return of
 
 
-def value(what: str, side: str, name: str, **axes: int | str) -> Callable[[Results], Figure]:
-    """A row's value, and its interval where NAME_low and NAME_high are beside it; UNKNOWN of too few rounds."""
+Over = Callable[[Results], Sequence[Row]]  # rows that a figure is a ratio to
+
+
+def value(what: str, side: str, name: str, over: Over = lambda _: (), **axes: int | str) -> Callable[[Results], Figure]:
+    """A row's value, and its interval where NAME_low and NAME_high are beside it; UNKNOWN of too few rounds. It settled
+    if the row did, and all that it is a ratio to."""
 
     def of(results: Results) -> Figure:
         row = results.row(what, side, **axes)
         values = row.values
+        settled = all(r.timing is None or r.timing.settled for r in (row, *over(results)))
         if row.timing is not None and row.timing.few:
-            return Figure(values[name], UNKNOWN)
+            return Figure(values[name], UNKNOWN, settled)
         ends = [values[end] for end in (f"{name}_low", f"{name}_high") if end in values]
-        return Figure(values[name], (ends[0], ends[1]) if ends else None)
+        return Figure(values[name], (ends[0], ends[1]) if ends else None, settled)
 
     return of
+
+
+def best_batch(results: Results) -> Sequence[Row]:
+    """That in process with the most clips a second."""
+    rows = [row for row in results.rows if (row.what, row.side) == ("batch", "in process")]
+    return sorted(rows, key=lambda row: row.values["clips_per_s"])[-1:]
+
+
+def rows_of(*whats: str, side: str) -> Over:
+    return lambda results: [row for row in results.rows if row.what in whats and row.side == side]
 
 
 def share_of_limit(side: str) -> Callable[[Results], Figure]:
@@ -115,13 +130,17 @@ def share_of_limit(side: str) -> Callable[[Results], Figure]:
 
 
 def extreme(pick: Callable[[list[float]], float], what: str, name: str) -> Callable[[Results], Figure]:
-    """The least or the most of a value among all rows of a group that have it. pick: NumPy's, which keep a NaN."""
+    """The least or the most of a value among all rows of a group that have it, and of the ends of its interval. pick:
+    NumPy's, which keep a NaN."""
 
     def of(results: Results) -> Figure:
-        found = [row.values[name] for row in results.rows if row.what == what and name in row.values]
+        found = [row.values for row in results.rows if row.what == what and name in row.values]
         if not found:
             raise KeyError(name)
-        return Figure(float(pick(found)))
+        picked, low, high = (
+            float(pick([values.get(f"{name}{end}", values[name]) for values in found])) for end in ("", "_low", "_high")
+        )
+        return Figure(picked, (low, high) if any(f"{name}_low" in values for values in found) else None)
 
     return of
 
@@ -270,14 +289,14 @@ GOALS = (
     Goal(
         "demo, 4 clients against the best batch in process",
         "server_demo",
-        value("server", "our clients", "over_in_process", protocol="grpc", concurrency=4),
+        value("server", "our clients", "over_in_process", best_batch, protocol="grpc", concurrency=4),
         least=1,
     ),
     *(
         Goal(
             f"full, {engine}, loop of 8 steps minus 4 over four denoiser calls by themselves",
             "steps_full",
-            value("8 steps over 4", engine, "loop_over_lone_calls"),
+            value("8 steps over 4", engine, "loop_over_lone_calls", rows_of("loop", "denoiser alone", side=engine)),
             0.95,
             1.05,
         )
@@ -317,18 +336,21 @@ GOALS = (
 )
 
 
-def outcomes(found: Mapping[str, Results]) -> list[Outcome]:
+def outcomes(found: Mapping[str, Results], absent: bool = False) -> list[Outcome]:
     """Of all goals whose results file is among those found, by its name with .json; quick looks do not count. Where
-    there may be one a device, the goal's name says of which it is."""
+    there may be one a device, the goal's name says of which it is. absent: those too that have no file, as not
+    measured."""
     out = []
     for goal in GOALS:
-        for name, results in found.items():
-            if not fnmatchcase(name, f"{goal.file}.json") or results.settings.get("quick"):
-                continue
+        files = [n for n, r in found.items() if fnmatchcase(n, f"{goal.file}.json") and not r.settings.get("quick")]
+        of_device = goal.file.endswith("*")
+        if absent and not files:
+            out.append(Outcome(replace(goal, name=f"GPU: {goal.name}") if of_device else goal, None))
+        for name in files:
             device = name.removeprefix(goal.file.rstrip("*")).removesuffix(".json").replace("_", " ")
-            named = replace(goal, name=f"{device}: {goal.name}") if goal.file.endswith("*") else goal
+            named = replace(goal, name=f"{device}: {goal.name}") if of_device else goal
             try:
-                out.append(Outcome(named, goal.figure(results)))
+                out.append(Outcome(named, goal.figure(found[name])))
             except KeyError:
                 out.append(Outcome(named, None))
     return out

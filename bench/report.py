@@ -121,8 +121,10 @@ def _opening(found: dict[str, Results]) -> str:
 
 def _goals(found: dict[str, Results]) -> str:
     """What was aimed at beside what was measured; nothing where no goal was measured."""
+    if not any(outcome.figure for outcome in outcomes(found)):
+        return ""
     rows = []
-    for outcome in outcomes(found):
+    for outcome in outcomes(found, absent=True):
         goal, figure, said = outcome.goal, outcome.figure, outcome.reached
         measured = f"{figure.measured:.4g} {goal.unit}".rstrip() if figure else "-"
         interval = text.ends(*figure.interval, ".4g") if figure and figure.interval else "-"
@@ -133,8 +135,6 @@ def _goals(found: dict[str, Results]) -> str:
         if goal.unit:
             bounds = bounds.replace(f" {goal.unit}", f"&nbsp;{goal.unit}")  # or a line would begin with it
         rows.append([escape(goal.name), bounds, measured, interval, strong])
-    if not rows:
-        return ""
     headings = ["what", "goal", "measured", "interval", "reached"]
     about = (
         f"<p>{UNDECIDED}: the interval of what was measured reaches over the goal, or too few rounds tell none, or the "

@@ -74,6 +74,69 @@ def test_intervals_that_results_state() -> None:
     assert [clients(*ends).reached for ends in ((1.0, 1.1), (0.9, 1.1), (0.9, 0.99))] == ["yes", "undecided", "no"]
 
 
+@pytest.mark.parametrize(
+    ("ours", "best", "other", "reached"),
+    [
+        (True, True, True, goals.YES),
+        (False, True, True, goals.UNDECIDED),
+        (True, False, True, goals.UNDECIDED),
+        (True, True, False, goals.YES),  # a batch that is not the best
+    ],
+)
+def test_a_ratio_settled_if_both_did(ours: bool, best: bool, other: bool, reached: str) -> None:
+    def load(settled: bool) -> Timing:
+        return Timing((1.0,) * 5, settled=settled, rounds=(1,) * 5)
+
+    axes: dict[str, int | str] = {"protocol": "grpc", "concurrency": 4}
+    values = {"over_in_process": 1.2, "over_in_process_low": 1.1, "over_in_process_high": 1.3}
+    rows = [Row("server", "our clients", axes, load(ours), values)]
+    for batch, clips, settled in ((1, 5.0, other), (2, 9.0, best), (4, 6.0, other)):
+        rows.append(Row("batch", "in process", {"batch": batch}, load(settled), {"clips_per_s": clips}))
+    found = {"server_demo.json": Results("server", {}, rows=rows)}
+    got = outcome(found, "demo, 4 clients against the best batch in process")
+    assert got.reached == reached
+    assert got.figure is not None
+    assert got.figure.settled == (ours and best)
+
+
+@pytest.mark.parametrize("unsettled", [None, "loop", "denoiser alone"])
+def test_the_loop_settled_with_its_calls(unsettled: str | None) -> None:
+    rows = [Row("8 steps over 4", goals.DEFAULT, values={"loop_over_lone_calls": 1.0})]
+    for side in (goals.DEFAULT, "another"):
+        for what in ("loop", "denoiser alone"):
+            rows.append(Row(what, side, {}, Timing((1.0,), settled=side == goals.DEFAULT and what != unsettled)))
+    name = f"full, {goals.DEFAULT}, loop of 8 steps minus 4 over four denoiser calls by themselves"
+    got = outcome({"steps_full.json": Results("steps", {}, rows=rows)}, name)
+    assert got.reached == (goals.UNDECIDED if unsettled else goals.YES)
+
+
+@pytest.mark.parametrize(
+    ("ends", "reached"),
+    [
+        ([(0.01, 0.015), (0.005, 0.018)], goals.YES),
+        ([(0.01, 0.015), (0.005, 0.05)], goals.UNDECIDED),  # of one of them it hangs on when the run stopped
+        ([(0.03, 0.04), (0.005, 0.05)], goals.NO),
+        ([None, None], goals.YES),
+    ],
+)
+def test_the_worst_growth_has_the_worst_interval(ends: list[tuple[float, float] | None], reached: str) -> None:
+    rows = []
+    for i, both in enumerate(ends):
+        values = {"growth": 0.012 if both is None else sum(both) / 2}
+        if both is not None:
+            values |= {"growth_low": both[0], "growth_high": both[1]}
+        rows.append(Row("soak", f"client {i}", values=values))
+    got = outcome({"streams_soak.json": Results("streams_soak", {}, rows=rows)}, "live streams, growth of memory")
+    assert got.reached == reached
+
+
+@pytest.mark.parametrize(("high", "reached"), [(0.09, goals.YES), (0.11, goals.UNDECIDED)])
+def test_work_beside_the_engines_has_an_interval(high: float, reached: str) -> None:
+    values = {f"share_besides_engines{end}": v for end, v in (("", 0.08), ("_low", 0.07), ("_high", high))}
+    found = Results("streams_work", {}, rows=[Row("work", "mubic_stream", {}, Timing((1.0,) * 9), values)])
+    assert outcome({"streams_work.json": found}, "live stream, work besides the engines").reached == reached
+
+
 @pytest.mark.parametrize("rounds", [1, 4, 5])
 def test_too_few_rounds_decide_nothing(rounds: int) -> None:
     """Whatever interval older results state for them."""
@@ -255,3 +318,16 @@ def test_the_report_says_them() -> None:
     assert "<strong>no</strong>" in said
     assert "not measured" in said
     assert report._goals({}) == ""
+
+
+def test_goals_without_results_are_not_measured() -> None:
+    """All of them are in the report, those of a GPU once for all devices."""
+    told = goals.outcomes(engines(2.0), absent=True)
+    assert {o.goal.name for o in told} >= {o.goal.name for o in goals.outcomes(engines(2.0))}
+    assert len(told) == len(goals.GOALS)
+    steps = f"full, {goals.DEFAULT}, loop of 8 steps minus 4 over four denoiser calls by themselves"
+    reached = {o.goal.name: o.reached for o in told}
+    assert reached[steps] == reached["GPU: best batch"] == goals.NOT_MEASURED
+    assert {o.goal.name for o in goals.outcomes(on_gpu(ours=3.5), absent=True)} >= {"nvidia h200: best batch", steps}
+    assert steps in report._goals(engines(2.0))
+    assert report._goals(engines(2.0, quick=True)) == ""
