@@ -195,9 +195,10 @@ def summary(name: str, found: Results) -> None:
     for heading in ("", "side", "median ms", "p99 ms", "more"):
         table.add_column(heading, justify="right" if "ms" in heading else "left")
     for row in found.rows:
-        times = (
-            [f"{1000 * row.timing.median:.2f}", f"{1000 * row.timing.percentile(99):.2f}"] if row.timing else ["", ""]
-        )
+        times = ["", ""]
+        if row.timing:
+            p99 = f"{1000 * row.timing.percentile(99):.2f}" if 99 in timing.told(len(row.timing.samples)) else "-"
+            times = [f"{1000 * row.timing.median:.2f}", p99]
         more = {**row.axes, **{key: f"{value:.4g}" for key, value in row.values.items()}}
         table.add_row(row.what, row.side, *times, ", ".join(f"{key} {value}" for key, value in more.items()))
     console.print(table)

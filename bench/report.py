@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Collection, Iterator
 from datetime import datetime
@@ -19,7 +20,7 @@ from bench.goals import NO, UNDECIDED, outcomes
 from bench.groups import Group, first_of, group_charts, groups, reached, roofline
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder
-from bench.timing import CONFIDENCE, FEW, WIDE, ratio_in_run
+from bench.timing import CONFIDENCE, FEW, PERCENTILES, WIDE, ratio_in_run
 from mubic_deploy.console import bar, say
 from mubic_deploy.errors import UserError
 from mubic_deploy.folders import replacing
@@ -108,8 +109,9 @@ def _opening(found: dict[str, Results]) -> str:
     links = "".join(f'<li><a href="#{_slug(n)}">{escape(_heading(n, r))}</a></li>' for n, r in found.items())
     reading = (
         f"Figures are medians of all calls, beside them the {100 * CONFIDENCE:.0f} % bootstrap interval of the median; "
-        "p95 is what 95 of 100 calls stayed under. The ratio is to the table's first side with the same settings: "
-        f"under 1 is faster. A load of fewer than {FEW} rounds has no interval. <mark>wide</mark> marks a median that "
+        "p95 is what 95 of 100 calls stayed under, left out where so few calls cannot tell. The ratio is to the "
+        f"table's first side with the same settings: under 1 is faster. A load of fewer than {FEW} rounds has no "
+        f"interval. <mark>{text.UNSURE}</mark> marks a gain whose interval includes 1, <mark>wide</mark> a median that "
         f"has none, or one of more than {100 * WIDE:.0f} % to each side, <mark>not settled</mark> one whose warm-up "
         "calls still changed: rely on neither."
     )
@@ -224,7 +226,7 @@ def _times(group: Group, row: Row, compared: bool) -> list[str]:
     mark = "not settled" if not row.timing.settled else "wide" if s["wide"] else ""
     median = f"<strong>{text.seconds(s['median'])}</strong>" + (f" <mark>{mark}</mark>" if mark else "")
     cells = [median, text.interval(s["low"], s["high"])]
-    cells += [text.seconds(s[f"p{q}"]) for q in (90, 95, 99)] + [str(s["calls"])]
+    cells += [text.seconds(s.get(f"p{q}", math.nan)) for q in PERCENTILES] + [str(s["calls"])]
     if not compared:
         return cells
     first = first_of(group, row)

@@ -144,7 +144,7 @@ def show(results: Results) -> None:
             times = [
                 f"{1000 * row.timing.median:.1f}{mark}",
                 text.ends(low, high, ".1f"),
-                f"{1000 * row.timing.percentile(99):.1f}",
+                f"{1000 * row.timing.percentile(99):.1f}" if 99 in timing.told(len(row.timing.samples)) else "-",
                 str(len(row.timing.samples)),
             ]
         more = {**row.axes, **{key: f"{value:.4g}" for key, value in row.values.items()}}

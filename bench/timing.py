@@ -17,6 +17,7 @@ Clock = Callable[[Callable[[], Any]], float]  # seconds of one call
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+PERCENTILES = (90, 95, 99)
 WIDE = 0.05  # half of a confidence interval over its median, from which on a result is marked
 STABLE = 0.05  # by how much two medians of WINDOW warm-up calls may differ
 WINDOW = 3
@@ -118,11 +119,16 @@ class Timing:
             "median": self.median,
             "low": low,
             "high": high,
-            **{f"p{q}": self.percentile(q) for q in (90, 95, 99)},
+            **{f"p{q}": self.percentile(q) for q in told(len(self.samples))},
             "min": min(self.samples),
             "max": max(self.samples),
             "wide": self.wide,
         }
+
+
+def told(calls: int) -> list[int]:
+    """Those of PERCENTILES that are more than about the slowest of so many calls: p90 from 10 on, p99 from 100."""
+    return [q for q in PERCENTILES if calls * (100 - q) >= 100]
 
 
 def resampled_medians(samples: Sequence[float], seed: int = 0) -> np.ndarray:

@@ -245,6 +245,8 @@ def test_a_table_has_times_and_ratios() -> None:
     assert cells[3][7:] == ["0.250", "0.250 to 0.250", "-"]
     assert cells[4][1] == "<strong>51.0 ms</strong> <mark>not settled</mark>"
     assert (cells[4][3], cells[4][4], cells[4][5], cells[4][9]) == ("91.0 ms", "96.0 ms", "100 ms", "19.6 /s")
+    few = report._table(Group("whole", [Row("whole", "d", {}, Timing(samples[:19], 6))]))
+    assert re.findall(r"<td ?[^>]*>(.*?)</td>", few)[2:6] == ["17.2 ms", "-", "-", "19"]
     rows[2] = Row("whole", "c", {"batch": 1}, Timing(samples, 6))
     assert "<mark>wide</mark>" in report._table(Group("whole", rows))
 

@@ -68,6 +68,7 @@ def test_what_is_written_fits_the_schema(tmp_path: Path, validator: Draft202012V
     row = written["rows"][0]
     assert (row["seconds"]["median"], row["seconds"]["calls"], row["seconds"]["warm_ups"]) == (0.2, 3, 4)
     assert row["samples_s"] == [0.3, 0.1, 0.2]
+    assert not row["seconds"].keys() & {"p90", "p95", "p99"}
     assert written["rows"][2]["values"] == {"cc": None, "sim": 0.5}
     assert written["rows"][3]["rounds"] == [1, 2]
     assert "rounds" not in row
@@ -75,6 +76,28 @@ def test_what_is_written_fits_the_schema(tmp_path: Path, validator: Draft202012V
     assert "measurement" not in written["rows"][1]
     back = [row.timing for row in results.read(tmp_path / "a.json").rows]
     assert back == [row.timing for row in measured().rows]
+
+
+def test_percentiles_that_few_calls_cannot_tell_are_not_written(validator: Draft202012Validator) -> None:
+    for calls, told in (
+        (9, set()),
+        (10, {"p90"}),
+        (20, {"p90", "p95"}),
+        (99, {"p90", "p95"}),
+        (100, {"p90", "p95", "p99"}),
+    ):
+        found = Results("engines", {}, rows=[Row("whole", "eager", timing=Timing((0.1,) * calls))])
+        written = plain(found)
+        validator.validate(written)
+        seconds = written["rows"][0]["seconds"]
+        assert {name for name in seconds if name.startswith("p")} == told
+        seconds |= {"p90": 0.1, "p95": 0.1, "p99": 0.1}  # as files had it that were written before
+        validator.validate(written)
+
+
+@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_what_was_measured_fits_the_schema(path: Path, validator: Draft202012Validator) -> None:
+    validator.validate(json.loads(path.read_text()))
 
 
 @pytest.mark.parametrize(

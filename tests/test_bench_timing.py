@@ -172,7 +172,7 @@ def test_the_order_is_random_and_even() -> None:
 
 
 def test_statistics_are_those_of_numpy_and_scipy() -> None:
-    samples = tuple(np.random.default_rng(3).gamma(4.0, 0.01, 60))
+    samples = tuple(np.random.default_rng(3).gamma(4.0, 0.01, 120))
     timed = Timing(samples)
     summary = timed.summary()
     for name, expected in (("median", 50), ("p90", 90), ("p95", 95), ("p99", 99)):
