@@ -55,13 +55,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Bar:
-    """A step of a waterfall: seconds with its interval, and how many times faster than the step before, if known."""
+    """A step of a waterfall: seconds with its interval, and how many times faster than the step before with its own,
+    if known."""
 
     name: str
     seconds: float
     low: float
     high: float
-    gain: float | None = None
+    gain: tuple[float, float, float] | None = None
+
+    @property
+    def gained(self) -> str:
+        """2.00 x (1.90 to 2.10)."""
+        return text.gain(*self.gain) if self.gain else ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ def waterfall(bars: Sequence[Bar], width: int) -> Figure:
     with rc_context(RC):
         names = [textwrap.wrap(f"{i + 1}. {bar.name}", int((width - 40) / 9)) for i, bar in enumerate(bars)]
         above = [20 * len(lines) for lines in names]
-        tops = np.cumsum([0, *(size + 66 for size in above)])  # px from above, of each name
+        below = [86 if bar.gain else 66 for bar in bars]
+        tops = np.cumsum([0, *np.add(above, below)])  # px from above, of each name
         figure = Figure((width / DOTS, (tops[-1] + 40) / DOTS), dpi=DOTS, layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.subplots()
@@ -165,9 +172,9 @@ def waterfall(bars: Sequence[Bar], width: int) -> Figure:
                 axes.barh(y, size, 24, left=kept, fill=False, edgecolor=INK, hatch=hatch, lw=1)
             spread = [[max(0, bar.seconds - bar.low)], [max(0, bar.high - bar.seconds)]]
             axes.errorbar(bar.seconds, y, xerr=spread, color=INK, capsize=4, elinewidth=1.2)
-            times = text.seconds(bar.seconds) + (f", {bar.gain:.2f} x" if bar.gain is not None else "")
             axes.text(0, y - 14, "\n".join(names[i]), va="bottom", linespacing=1.1)
-            axes.text(0, y + 14, times, va="top", weight="bold")
+            axes.text(0, y + 14, text.seconds(bar.seconds), va="top", weight="bold")
+            axes.text(0, y + 34, bar.gained, va="top")
         axes.set_ylim(tops[-1], -4)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)

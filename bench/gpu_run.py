@@ -150,14 +150,14 @@ class Run:
 
     def _gain(self, what: str, name: str, over: str, timings: Mapping[str, timing.Timing]) -> None:
         if name in timings and over in timings:
-            self.results.row(what, name).values["gain"] = timings[over].median / timings[name].median
+            self.results.row(what, name).values |= gain(timings[over], timings[name])
 
     def compiled_waterfall(self, sides: Mapping[str, str]) -> None:
         """Puts what was measured whole behind the last of the waterfall, as far as it was. sides: by the name there."""
         for name, side in sides.items():
             before = [row.timing.median for row in self.results.rows if row.what == "waterfall" and row.timing]
             for row in [row for row in self.results.rows if (row.what, row.side) == (WHOLE, side) and row.timing]:
-                values = {"gain": before[-1] / row.timing.median} if before and row.timing else {}
+                values = gain(before[-1], row.timing) if before and row.timing else {}
                 self.results.rows.append(Row("waterfall", name, row.axes, row.timing, values))
 
     def engine(self, name: str, pipeline: Pipeline, of_torch: bool = True) -> None:
@@ -270,6 +270,11 @@ class Run:
             for key, (t, n) in largest
         ]
         self.write()
+
+
+def gain(before: timing.Timing, now: timing.Timing) -> dict[str, float]:
+    """How many times faster, with its interval."""
+    return timing.with_ends("gain", timing.ratio_in_run(before, now))
 
 
 def chain(config: Config, clip: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,9 +5,9 @@ What a chart needs of the rows of a results file; where that is missing there is
 latency    rows with times whose axes are all the same: a distribution a side
 curve      ... whose axes differ in a number (steps, batch, minutes): a line a side. Rows of "growth ..." also get one
            for each of their values
-throughput "batch": the axis batch; "server": the axes protocol and concurrency, the value clips_per_s; times, or the
-           value median_s, which a load that is not ours (perf_analyzer) says
-waterfall  "waterfall": in order, each side all before it and one technique more; the value gain, or it is worked out
+throughput "batch": the axis batch; "server": the axes protocol and concurrency, the value clips_per_s; the value
+           median_s, which loads say, or times
+waterfall  "waterfall": in order, each side all before it and one technique more
 roofline   the values macs and bytes (read and written at least once: weights, inputs, outputs) of the call that was
            timed, and the file's limits (results.Results.least_s)
 parity     "parity ...": the axes graph and tensor, or step or steps; the value largest_difference"""
@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from bench import charts, text
+from bench import charts, text, timing
 from bench.charts import Bar, Point, Work
 from bench.drawing import Styles
 from bench.page import Chart
@@ -113,23 +113,37 @@ def _named(name: str, kind: str) -> str:
     return name if name.endswith(kind) else f"{name}_{kind}"
 
 
+def with_gains(rows: list[Row]) -> list[Row]:
+    """A waterfall's rows with their gains over those before and the intervals, which older results do not state."""
+    out: list[Row] = []
+    before: timing.Timing | None = None
+    for row in rows:
+        if row.timing is not None and before is not None:
+            gain = timing.with_ends("gain", timing.ratio_in_run(before, row.timing))
+            row = replace(row, values=row.values | gain)
+        before = row.timing or before
+        out.append(row)
+    return out
+
+
 def _waterfall(group: Group, timed: list[Row], name: str) -> Iterator[Chart]:
     bars: list[Bar] = []
-    for row in timed:
+    for row in with_gains(timed):
         assert row.timing is not None
-        seconds, gain = row.timing.median, row.values.get("gain")
-        if gain is None and bars:
-            gain = bars[-1].seconds / seconds
+        seconds = row.timing.median
         ends = (seconds, seconds) if row.timing.few else row.timing.interval
-        bars.append(Bar(row.side, seconds, *ends, gain if bars else None))
+        v = row.values
+        gain = (v["gain"], v["gain_low"], v["gain_high"]) if bars else None
+        bars.append(Bar(row.side, seconds, *ends, gain))
     if len(bars) < 2 or group.varying:
         return
-    steps = "; ".join(f"{b.name}: {text.seconds(b.seconds)}" + (f", {b.gain:.2f} x" if b.gain else "") for b in bars)
+    steps = "; ".join(", ".join(filter(None, (f"{b.name}: {text.seconds(b.seconds)}", b.gained))) for b in bars)
     total = bars[0].seconds / bars[-1].seconds
     alt = f"{group.title}, bars: {steps}. {total:.2f} x in all."
     caption = (
         "Each bar is all before it and one technique more: solid is the time that is left, striped what was saved, "
-        f"crossed what was lost. {total:.2f} x in all."
+        f"crossed what was lost. In brackets the gain's interval, {text.UNSURE} where it includes 1. "
+        f"{total:.2f} x in all."
     )
     yield Chart(_named(name, "waterfall"), alt, caption, partial(charts.waterfall, bars))
 
@@ -139,7 +153,7 @@ def _throughput(group: Group, name: str, styles: Styles) -> Iterator[Chart]:
     series: dict[str, list[Point]] = {}
     for row in group.rows:
         load = row.axes.get(axis)
-        latency = row.timing.median if row.timing else row.values.get("median_s", math.nan)
+        latency = row.values.get("median_s", row.timing.median if row.timing else math.nan)
         default = load / latency if axis == "batch" and isinstance(load, int) else math.nan
         rate = row.values.get("clips_per_s", default)
         if isinstance(load, int) and latency > 0 and rate > 0:

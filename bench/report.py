@@ -17,7 +17,7 @@ from typing import Any
 from bench import page, text
 from bench.drawing import Styles
 from bench.goals import NO, UNDECIDED, outcomes
-from bench.groups import Group, first_of, group_charts, groups, reached, roofline
+from bench.groups import Group, first_of, group_charts, groups, reached, roofline, with_gains
 from bench.page import Chart
 from bench.results import FOLDER, Results, Row, read_folder
 from bench.timing import CONFIDENCE, FEW, PERCENTILES, WIDE, ratio_in_run
@@ -202,9 +202,11 @@ def _section(name: str, results: Results, styles: Styles) -> tuple[str, list[Cha
 
 def _table(group: Group) -> str:
     """Sides with their times and other figures."""
+    if group.what == "waterfall" and not group.varying:
+        group = Group(group.what, with_gains(group.rows))
     timed = [row for row in group.rows if row.timing is not None]
     compared = any(first_of(group, row) is not row for row in timed)
-    values = list(dict.fromkeys(name for row in group.rows for name in row.values))
+    values = list(dict.fromkeys(name for row in group.rows for name in row.values if not _is_end(row, name)))
     headings = ["side", *map(text.heading, group.varying)]
     texts = len(headings)
     if timed:
@@ -214,9 +216,25 @@ def _table(group: Group) -> str:
     for row in group.rows:
         cells = [escape(row.side), *(escape(str(row.axes.get(name, "-"))) for name in group.varying)]
         cells += (_times(group, row, compared)) if timed else []
-        cells += [text.figure(name, row.values[name]) if name in row.values else "-" for name in values]
+        cells += [_value(row, name) if name in row.values else "-" for name in values]
         rows.append(cells)
     return page.table(group.title, headings, rows, texts)
+
+
+def _is_end(row: Row, name: str) -> bool:
+    """Whether it is an end of another value's interval."""
+    return name.endswith(("_low", "_high")) and name.removesuffix("_low").removesuffix("_high") in row.values
+
+
+def _value(row: Row, name: str) -> str:
+    """With its interval, if it has one; a gain is marked whose interval includes 1."""
+    said = text.figure(name, row.values[name])
+    low, high = (row.values.get(f"{name}_{end}", math.nan) for end in ("low", "high"))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return said
+    mark = f" <mark>{text.UNSURE}</mark>" if name == "gain" and low <= 1 <= high else ""
+    ends = text.ends(low, high, ".2f") if name == "gain" else " to ".join(text.figure(name, x) for x in (low, high))
+    return f"{said} ({ends}){mark}"
 
 
 def _times(group: Group, row: Row, compared: bool) -> list[str]:

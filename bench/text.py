@@ -33,6 +33,13 @@ def ends(low: float, high: float, form: str = ".3f") -> str:
     return f"{low:{form}} to {high:{form}}" if math.isfinite(high) else "-"
 
 
+def gain(times: float, low: float, high: float) -> str:
+    """1.02 x (0.95 to 1.08), unsure: whose interval includes 1."""
+    if not math.isfinite(high):
+        return f"{times:.2f} x"
+    return f"{times:.2f} x ({ends(low, high, '.2f')})" + (f", {UNSURE}" if low <= 1 <= high else "")
+
+
 def interval(low: float, high: float) -> str:
     """81.6 to 82.4 ms; both units where they differ; - of what has none."""
     if not (math.isfinite(low) and math.isfinite(high)):

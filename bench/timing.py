@@ -184,6 +184,11 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, 
     return float(np.median(ratios)), *(UNKNOWN if len(ratios) < FEW else interval(resampled_medians(ratios)))
 
 
+def with_ends(name: str, measured: tuple[float, float, float]) -> dict[str, float]:
+    """A figure and its interval as a row states them."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), measured, strict=True))
+
+
 def wall(call: Callable[[], Any]) -> float:
     """By the host's clock: for calls that return when their result is there."""
     began = time.perf_counter()

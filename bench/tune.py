@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tritonclient.utils import InferenceServerException
 
-from bench import text
+from bench import text, timing
 from bench.descent import RATE, Rank, Verdict, descend, judged, rank
 from bench.load import Load, Run, interleaved, kept_up
 from bench.results import FOLDER, LOOKS, Results, Row
@@ -293,7 +293,7 @@ def tune(bench: Bench, target_s: float, quick: bool, found: Results, count: Coun
     verdict = judged(loads[DEFAULT], loads[best.text(default)], target_s)
     axes: dict[str, int | str] = {"protocol": bench.protocol, "concurrency": bench.concurrency}
     found.rows += [_row("tuned", name, axes, load, target_s) for name, load in loads.items()]
-    found.rows[-1].values |= {"gain": verdict.gain, "gain_low": verdict.low, "gain_high": verdict.high}
+    found.rows[-1].values |= timing.with_ends("gain", (verdict.gain, verdict.low, verdict.high))
     found.notes["verdict"] = _said(best.text(default), verdict)
     return best if verdict.real else default
 

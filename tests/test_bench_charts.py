@@ -63,7 +63,7 @@ def test_charts_keep_their_width_and_their_text(width: int) -> None:
     styles, times = Styles(), {f"torch.compile FP16, optimised for side {i}": constant(0.1 * i + 0.1) for i in range(8)}
     bars = [
         Bar("a technique with a name that is longer than a phone is wide", 1.0, 0.9, 1.1),
-        Bar("b", 0.5, 0.5, 0.5, 2),
+        Bar("b", 0.5, 0.5, 0.5, (1.02, 0.98, 1.05)),
     ]
     points = {"a": [Point(1, 2.0, "1"), Point(2, 3.0, "2")]}
     for figure in (

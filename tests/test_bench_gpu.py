@@ -120,7 +120,25 @@ def test_gains_are_of_the_bar_before(measured: results.Results) -> None:
     for before, row in itertools.pairwise(rows):
         assert before.timing is not None
         assert row.timing is not None
-        assert row.values["gain"] == pytest.approx(before.timing.median / row.timing.median, rel=1e-4)
+        expected, *_ = timing.ratio_in_run(before.timing, row.timing)
+        assert row.values["gain"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_gains_have_intervals(tmp_path: Path) -> None:
+    """Of calls that were made in turn by their pairs, else of the medians; the row that a gain is over has none."""
+    run, rng = script(tmp_path).run, np.random.default_rng(0)
+    pace = np.repeat([1.0, 1.5], 20)
+    first, now = (timing.Timing(tuple(s * pace * rng.normal(1, 0.005, 40)), measurement=1) for s in (1.0, 0.8))
+    run.results.add("alone", {"a": first, "b": now})
+    run._gain("alone", "b", "a", {"a": first, "b": now})
+    values = run.results.row("alone", "b").values
+    assert (values["gain_low"], values["gain_high"]) == pytest.approx((1.25, 1.25), rel=0.01)
+    assert values["gain_low"] < values["gain"] < values["gain_high"]
+    run.results.add("waterfall", {"a": first})
+    run.results.add("whole", {"b": replace(now, measurement=2)})
+    run.compiled_waterfall({"compiled": "b"})
+    values = run.results.row("waterfall", "compiled").values
+    assert values["gain_high"] - values["gain_low"] > 0.3
 
 
 def test_a_technique_alone_gains_over_the_plain_one_of_its_precision(measured: results.Results) -> None:
@@ -132,7 +150,7 @@ def test_a_technique_alone_gains_over_the_plain_one_of_its_precision(measured: r
         row, first = measured.row(what, side), measured.row(what, over)
         assert row.timing is not None
         assert first.timing is not None
-        assert row.values["gain"] == pytest.approx(first.timing.median / row.timing.median, rel=1e-4)
+        assert row.values["gain"] == pytest.approx(timing.ratio_in_run(first.timing, row.timing)[0], rel=1e-4)
     assert "gain" not in measured.row("alone", "FP32, CUDA graphs").values
 
 

@@ -251,6 +251,28 @@ def test_a_table_has_times_and_ratios() -> None:
     assert "<mark>wide</mark>" in report._table(Group("whole", rows))
 
 
+def test_values_have_their_intervals_beside_them() -> None:
+    ends = {"gain": 1.02, "gain_low": 0.95, "gain_high": 1.08}
+    rows = [
+        Row("waterfall", "a", values=ends),
+        Row("waterfall", "b", values={"gain": 1.5, "gain_low": 1.4, "gain_high": 1.6}),
+        Row("waterfall", "c", values={"gain": 1.5, "gain_low": 0.0, "gain_high": float("nan")}),  # of too few pairs
+        Row("waterfall", "d", values={"gain": 1.5}),
+    ]
+    said = report._table(Group("waterfall", rows))
+    assert re.findall(r"<th scope=.col.[^>]*>(.*?)</th>", said) == ["side", "gain"]
+    assert re.findall(r"<td>(.*?)</td>", said) == [
+        "1.02 x (0.95 to 1.08) <mark>unsure</mark>",
+        "1.50 x (1.40 to 1.60)",
+        "1.50 x",
+        "1.50 x",
+    ]
+    share = Row(
+        "work", "a", values={f"share_besides_engines{e}": v for e, v in (("", 0.1), ("_low", 0.09), ("_high", 0.11))}
+    )
+    assert "<td>10.0 % (9.0 % to 11.0 %)</td>" in report._table(Group("work", [share]))
+
+
 def test_ratios_are_to_the_first_side_of_the_same_batch() -> None:
     rows = [Row("batch", side, {"batch": n}, constant(s * n)) for n in (1, 2) for side, s in (("a", 1.0), ("b", 3.0))]
     first = groups.first_of(Group("batch", rows), rows[3])
@@ -302,7 +324,8 @@ def test_roofline_takes_the_limit_of_the_precision() -> None:
 def test_waterfall_by_hand() -> None:
     rows = [Row("waterfall", name, {}, constant(s)) for name, s in (("eager", 1.0), ("folded", 0.5), ("FP16", 0.8))]
     (chart,) = groups.group_charts(Group("waterfall", rows), "x", Styles())
-    assert "eager: 1.00 s; folded: 500 ms, 2.00 x; FP16: 800 ms, 0.62 x. 1.25 x in all." in chart.alt
+    said = "eager: 1.00 s; folded: 500 ms, 2.00 x (2.00 to 2.00); FP16: 800 ms, 0.62 x (0.62 to 0.62). 1.25 x in all."
+    assert said in chart.alt
     (axes,) = chart.draw(page.WIDE).axes
     bars = [(b.get_x(), b.get_width(), b.get_hatch()) for b in axes.patches if isinstance(b, Rectangle)]
     assert bars == [
@@ -312,6 +335,38 @@ def test_waterfall_by_hand() -> None:
         (0, 0.5, None),
         (0.5, pytest.approx(0.3), "xxx"),  # lost again
     ]
+
+
+def test_a_gain_that_may_be_none_is_marked() -> None:
+    """Sides whose calls were made in turn, on a machine that wanders: by pairs a gain of 1.1 x is sure, one of 1.005 x
+    is not."""
+    rng = np.random.default_rng(1)
+    pace = np.repeat([1.0, 1.5], 20)
+    times = {name: s * pace * rng.normal(1, 0.02, 40) for name, s in (("a", 1.0), ("b", 0.91), ("c", 0.905))}
+    rows = [Row("waterfall", name, {}, Timing(tuple(t), measurement=1)) for name, t in times.items()]
+    (chart,) = groups.group_charts(Group("waterfall", rows), "x", Styles())
+    assert [", unsure" in part for part in chart.alt.split(";")] == [False, False, True]
+    (axes,) = chart.draw(page.NARROW).axes
+    drawn = [t.get_text() for t in axes.texts]
+    assert sum(text.endswith("), unsure") for text in drawn) == 1
+    assert any(re.fullmatch(r"1\.(09|10) x \(1\.0\d to 1\.1\d\)", text) for text in drawn)
+
+
+def test_the_table_of_a_waterfall_says_what_its_chart_does() -> None:
+    """Whatever older results state."""
+    rows = [Row("waterfall", name, {}, constant(s), {"gain": 9.0}) for name, s in (("a", 1.0), ("b", 0.5))]
+    del rows[0].values["gain"]
+    assert "<td>2.00 x (2.00 to 2.00)</td>" in report._table(Group("waterfall", rows))
+    assert rows[1].values == {"gain": 9.0}
+
+
+def test_loads_are_drawn_by_what_both_clients_say() -> None:
+    """perf_analyzer's latencies are medians over rounds: ours are set against them by the same."""
+    axes: list[dict[str, int | str]] = [{"protocol": "grpc", "concurrency": n} for n in (1, 4)]
+    rows = [Row("server", "ours", a, constant(0.1), {"clips_per_s": 10.0, "median_s": 0.12}) for a in axes]
+    (chart,) = groups.group_charts(Group("server", rows), "x", Styles())
+    (line,) = chart.draw(page.WIDE).axes[0].lines
+    assert np.asarray(line.get_xdata()) == pytest.approx(np.array([0.12, 0.12]))
 
 
 def test_throughput_of_a_batch_is_worked_out() -> None:

@@ -278,7 +278,7 @@ def test_waterfall(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.side for row in bars] == list(waterfall.BARS.values())
     assert bars[0].timing is not None
     assert bars[1].timing is not None
-    assert bars[1].values["gain"] == pytest.approx(bars[0].timing.median / bars[1].timing.median)
+    assert bars[1].values == timing.with_ends("gain", timing.ratio_in_run(bars[0].timing, bars[1].timing))
 
 
 def test_parity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,8 +74,7 @@ def _latency(
         for protocol in server:
             values = results.row("whole", protocol).values
             values["largest_difference"] = float(np.abs(maps[protocol] - maps[IN_PROCESS]).max())
-            over = timing.ratio_in_run(timings[protocol], timings[IN_PROCESS])
-            values |= dict(zip(("over_in_process", "over_in_process_low", "over_in_process_high"), over, strict=True))
+            values |= timing.with_ends("over_in_process", timing.ratio_in_run(timings[protocol], timings[IN_PROCESS]))
 
 
 def _check(side: Predictor, context: Context) -> None:
@@ -138,8 +137,8 @@ def _throughput(
 
 def _over(figure: str, load: Load, other: Load) -> dict[str, float]:
     """Its rate over the other's, by the rounds that both had; with its interval if there were enough for one."""
-    names = (figure, f"{figure}_low", f"{figure}_high") if len(load.answers) >= timing.FEW else (figure,)
-    return dict(zip(names, timing.paired_ratio(load.rates, other.rates), strict=False))
+    over = timing.paired_ratio(load.rates, other.rates)
+    return timing.with_ends(figure, over) if len(load.answers) >= timing.FEW else {figure: over[0]}
 
 
 @dataclass

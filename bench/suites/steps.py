@@ -58,7 +58,5 @@ def over_calls(eight: Timing, four: Timing, one: Timing) -> dict[str, float]:
     """Loops of 8 minus 4 steps over four calls of the denoiser by itself: the median over the k-th calls of all three,
     which were made together, with its bootstrap interval. ValueError unless each was called as often."""
     loops, calls = np.subtract(eight.samples, four.samples).tolist(), (4 * np.array(one.samples)).tolist()
-    over, low, high = timing.paired_ratio(loops, calls)
-    figure = "loop_over_lone_calls"
     values = {"loop_s": float(np.median(loops)), "calls_s": float(np.median(calls))}
-    return values | {figure: over, f"{figure}_low": low, f"{figure}_high": high}
+    return values | timing.with_ends("loop_over_lone_calls", timing.paired_ratio(loops, calls))

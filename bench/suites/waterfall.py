@@ -27,4 +27,4 @@ def measure(context: Context, rule: Rule, results: Results) -> None:
     for before, row in pairwise([row for row in results.rows if row.what == "waterfall"]):
         assert before.timing is not None
         assert row.timing is not None
-        row.values["gain"] = before.timing.median / row.timing.median
+        row.values |= timing.with_ends("gain", timing.ratio_in_run(before.timing, row.timing))
