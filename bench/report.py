@@ -34,7 +34,8 @@ ABOUT = {  # suites, as they come on the page
     "waterfall": "What each technique gives, added to all those before it.",
     "steps": "What a denoising step more costs.",
     "batch": "What clips together give.",
-    "server": "Triton, from the client's call to its answer.",
+    "server": "Triton, from the client's call to its answer. Of a load, figures up to the number of calls are of all "
+    "calls, those behind it medians over the rounds, for our clients as for perf_analyzer.",
     "transport": "What a clip's way to Triton and back takes, without what is computed there.",
     "tune": "The server's settings, one changed at a time.",
     "parity": "How far the engines' maps are from eager PyTorch's in FP32, and from where viewers looked.",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -119,11 +119,11 @@ def _throughput(
             results.left_out[theirs] = run.failed
             del rows[theirs], loads[theirs]
         else:
-            rows[theirs].values |= run.values() | _over("over_ours", loads[theirs], loads[pairs[theirs]])
+            rows[theirs].values |= over_rounds(run.said) | _over("over_ours", loads[theirs], loads[pairs[theirs]])
     for name, row in rows.items():
         if row.side != NVIDIAS:
             row.timing = loads[name].timing
-            row.values |= {"clips_per_s": loads[name].clips_per_s}
+            row.values |= over_rounds([_said(answers) for answers in loads[name].answers])
             row.values |= {f"cpu_s_{who}": s for who, s in loads[name].cpu_s.items()}
         if rounds > 1:
             row.values["spread"] = loads[name].spread
@@ -133,6 +133,18 @@ def _throughput(
             if row.side == OURS:
                 row.values |= _over("over_in_process", loads[name], best)
     results.rows += rows.values()
+
+
+def over_rounds(said: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each figure over the rounds that all tell it."""
+    return {name: float(np.median([of[name] for of in said])) for name in said[0] if all(name in of for of in said)}
+
+
+def _said(answers: Answers) -> dict[str, float]:
+    """A round of ours in the words of `perf_analyzer.run`."""
+    of = timing.Timing(answers.latencies)
+    tails = {f"p{q}_s": of.percentile(q) for q in timing.told(len(answers.latencies))}
+    return {"clips_per_s": answers.clips / answers.seconds, "median_s": of.median, **tails}
 
 
 def _over(figure: str, load: Load, other: Load) -> dict[str, float]:
@@ -158,15 +170,14 @@ class Analyzed:
         least = max(timing.AT_LEAST, 2 * self.concurrency)
         try:
             if not self.failed:
-                self.said.append(self.ask(max(least, round(self.rate * seconds / perf_analyzer.WINDOWS))))
-                self.rate = self.said[-1]["clips_per_s"]
+                requests = max(least, round(self.rate * seconds / perf_analyzer.WINDOWS))
+                known = {f"p{q}_s" for q in timing.told(requests * perf_analyzer.WINDOWS)}
+                found = self.ask(requests)
+                self.said.append({n: s for n, s in found.items() if n in {"clips_per_s", "median_s", *known}})
+                self.rate = found["clips_per_s"]
         except UserError as error:
             self.failed = str(error)
         return Answers(math.nan if self.failed else self.rate, 1.0, (), 0)
-
-    def values(self) -> dict[str, float]:
-        """The median of each figure over the rounds."""
-        return {name: float(np.median([said[name] for said in self.said])) for name in self.said[0]}
 
 
 def _analyze(context: Context, results: Results) -> Callable[[str, str, int, int], dict[str, float]] | None:
