@@ -40,6 +40,7 @@ KERNELS = 30  # of a table
 TRACED = 12  # lines of a traceback
 WHOLE = "whole"  # the rows that goals look at
 PARTS = "parts"
+ON_GPU = "batch, on the GPU"  # the same by its own time
 UNPINNED = "from plain memory"  # the same of a clip that no GPU copies from by itself
 
 
@@ -57,6 +58,7 @@ class Run:
         self.clock = timing.cuda_events if device == "cuda" else timing.wall
         # a CPU is there to see that it runs
         settings = {"size": config.name, "device": device, "steps": DEFAULT_STEPS, "quick": device == "cpu"}
+        settings["memory"] = "pinned" if device == "cuda" else "plain"  # that clips lie in
         self.results = Results("gpu", settings)
         self.clips = [self.clip(seed) for seed in range(CLIPS)]
 
@@ -155,7 +157,7 @@ class Run:
     def compiled_waterfall(self, sides: Mapping[str, str]) -> None:
         """Puts what was measured whole behind the last of the waterfall, as far as it was. sides: by the name there."""
         for name, side in sides.items():
-            before = [row.timing.median for row in self.results.rows if row.what == "waterfall" and row.timing]
+            before = [row.timing for row in self.results.rows if row.what == "waterfall" and row.timing]
             for row in [row for row in self.results.rows if (row.what, row.side) == (WHOLE, side) and row.timing]:
                 values = gain(before[-1], row.timing) if before and row.timing else {}
                 self.results.rows.append(Row("waterfall", name, row.axes, row.timing, values))
@@ -198,9 +200,9 @@ class Run:
         self.write()
 
     def batches(self, name: str, predictor: Predictor, of_torch: bool = True) -> None:
-        """Clips a second over the batch, as a user gets them; beside it the GPU's own time, with the clips and their
-        noise there already, and which share of the peak that is. Of an engine that takes no more at once, AHEAD of its
-        largest batches too."""
+        """Clips a second over the batch, as a user gets them; beside it, and in a row of its own, the GPU's own time,
+        with the clips and their noise there already, and which share of the peak that is. Of an engine that takes no
+        more at once, AHEAD of its largest batches too."""
         rule = replace(self.rule, repeats=10, seconds=0.7, short_s=min(self.rule.short_s, 0.3), warm_up_s=1.0)
         most = predictor.max_batch if isinstance(predictor, Pipeline) else None
         for batch in (*BATCHES, AHEAD * most) if most else BATCHES:
@@ -213,13 +215,14 @@ class Run:
                 row.values["clips_per_s_of_all_calls"] = batch * len(timed.samples) / sum(timed.samples)
                 at_once = most is None or batch <= most
                 call = resident(predictor, clip, self.device) if of_torch and at_once else None
+                self.results.rows.append(row)
                 if call is not None:
                     (on_gpu,) = timing.measure({name: call}, rule, self.clock).values()
                     row.values["on_gpu_s"] = on_gpu.median
                     if "gemm_float16" in self.results.limits:
                         rate = 2 * self.cost.macs_4_steps * batch / on_gpu.median
                         row.values["share_of_fp16_peak"] = rate / self.results.limits["gemm_float16"]
-                self.results.rows.append(row)
+                    self.results.rows.append(Row(ON_GPU, name, {"batch": batch}, on_gpu))
                 self.write()
 
     def graphs(self, stage: Stage) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from half_fixtures import TINY
 
-from bench import goals, gpu, gpu_child, gpu_run, groups, machine, results, stages, timing
+from bench import compare, goals, gpu, gpu_child, gpu_run, groups, machine, results, stages, timing
 from mubic_deploy import graphs
 from mubic_deploy.cli import guarded
 from mubic_deploy.config import Config
@@ -65,7 +65,7 @@ def script(out: Path, minutes: float = 1.0) -> gpu.Script:
 
 def test_all_that_needs_no_gpu_is_measured(measured: results.Results) -> None:
     what = {row.what for row in measured.rows if not row.what.startswith("parity")}
-    assert what == {
+    assert what - {gpu_run.ON_GPU} == {
         "whole",
         "waterfall",
         "steps",
@@ -152,6 +152,29 @@ def test_a_technique_alone_gains_over_the_plain_one_of_its_precision(measured: r
         assert first.timing is not None
         assert row.values["gain"] == pytest.approx(timing.ratio_in_run(first.timing, row.timing)[0], rel=1e-4)
     assert "gain" not in measured.row("alone", "FP32, CUDA graphs").values
+
+
+def test_the_gpus_own_time_is_kept_call_by_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run, "BATCHES", (1, 2))
+    run = script(tmp_path).run
+    run.results.limits = {"gemm_float16": 1e12}
+    run.batches("a side", stages.build(stages.Stage(sampler=True), SMALL, "cpu"))
+    for batch in (1, 2):
+        alone = run.results.row(gpu_run.ON_GPU, "a side", batch=batch).timing
+        assert alone is not None
+        assert len(alone.samples) >= timing.AT_LEAST
+        assert run.results.row("batch", "a side", batch=batch).values["on_gpu_s"] == alone.median
+
+
+def test_results_say_where_clips_lie(
+    measured: results.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert measured.settings["memory"] == "plain"
+    monkeypatch.setattr(gpu_run.Run, "clip", lambda *_: {})
+    pinned = gpu.Run(SMALL, "cuda", RULE, tmp_path / "x").results
+    assert pinned.settings["memory"] == "pinned"
+    older = results.Results("gpu", {name: v for name, v in pinned.settings.items() if name != "memory"})
+    assert "the setting memory differs: None and pinned" in compare.warnings(older, pinned)
 
 
 def test_a_step_more(measured: results.Results) -> None:
