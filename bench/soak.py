@@ -15,9 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from bench.looped import RATE, Loop, clip, repository, server_of
 from bench.results import Results, Row
 from bench.serving import processes
+from bench.timing import with_ends
 from mubic_deploy import StreamClient
 from mubic_deploy.config import DEMO
 from mubic_deploy.triton.server import TritonServer
@@ -65,7 +68,7 @@ def soak(arguments: argparse.Namespace, results: Results) -> None:
         reports = {f"client {i}": _said(process, i) for i, process in enumerate(clients[1:], 1)}
     for who, samples in memory.items():
         report = reports.get(who, {})
-        values = {"growth": growth(samples), "private_mb": samples[-1][1]}
+        values = with_ends("growth", (growth(samples), *growths(samples))) | {"private_mb": samples[-1][1]}
         values |= {name: value for name, value in report.items() if name != "gaps"}
         if report:
             values["gaps"] = len(report["gaps"])
@@ -85,6 +88,18 @@ def growth(samples: Sequence[tuple[float, float]], last_s: float = LAST_S) -> fl
     first = [mb for at, mb in samples if end - span <= at <= end - 2 / 3 * span]
     last = [mb for at, mb in samples if at >= end - span / 3]
     return median(last) / median(first) - 1 if first and last and span else math.nan
+
+
+def growths(samples: Sequence[tuple[float, float]], last_s: float = LAST_S) -> tuple[float, float]:
+    """The least and the most that `growth` would have been, had the run stopped somewhere in the last third of its end:
+    what comes and goes in minutes must not hang on when that was. NaN where there are too few samples."""
+    if not samples:
+        return math.nan, math.nan
+    (began, _), (end, _) = samples[0], samples[-1]
+    third = min(last_s, 2 / 3 * (end - began)) / 3
+    stops = [i for i, (at, _) in enumerate(samples, 1) if at >= end - third]
+    found = [growth(samples[:i], last_s) for i in stops]
+    return float(np.min(found)), float(np.max(found))
 
 
 def _client(film: str, url: str, seconds: float) -> subprocess.Popen[str]:

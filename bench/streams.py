@@ -34,7 +34,7 @@ from bench import alignment, text
 from bench.looped import RATE, Loop, clip, repository, server_of
 from bench.results import FOLDER, LOOKS, Results, Row
 from bench.soak import server_mb, soak
-from bench.timing import Timing
+from bench.timing import Timing, numbers, paired_ratio, with_ends
 from mubic_deploy import StreamClient, exported
 from mubic_deploy.arguments import Parser, number, positive
 from mubic_deploy.cli import guarded
@@ -54,7 +54,7 @@ FRAMES = 500  # of `bytes`: enough that the windows that no frame completes any 
 WARM_UPS = 5  # maps of `work`
 STRIDE = 5  # of a stream of `load`: 5 maps a second
 WARM_S = 3.0  # of a stream before `load`
-SIDE = "mubic_stream"
+SIDE, IN_PROCESS = "mubic_stream", "in process"
 
 
 # ---- bytes
@@ -97,7 +97,7 @@ def work(arguments: argparse.Namespace, results: Results) -> None:
     loop = Loop(arguments.film or clip())
     graphs = exported.cached(DEMO_CHECKPOINT)
     pipeline, window = Pipeline(graphs.config, cpu.load_engines(cpu.ENGINES[0], graphs)), random_clip(DEMO, 0)
-    waits, shares, alone = [], [], []
+    waits, computed, alone = [], [], []
     with (
         repository() as models,
         server_of(models) as server,
@@ -122,10 +122,19 @@ def work(arguments: argparse.Namespace, results: Results) -> None:
                 engines = {name: s - before[name] for name, s in _computed(counter).items()}
                 busy = max(engines["visual_encoder"], engines["audio_encoder"]) + engines["fusion"] + engines["ddim"]
                 waits.append(found.wait_s)
-                shares.append((found.wait_s - busy) / busy)
-    values = {"share_besides_engines": median(shares), "over_in_process": median(waits) / median(alone)}
-    results.rows.append(Row("work", SIDE, {"streams": 1}, Timing(tuple(waits), WARM_UPS), values))
-    results.rows.append(Row("work", "in process", {"streams": 1}, Timing(tuple(alone), WARM_UPS)))
+                computed.append(busy)
+    results.rows += worked(waits, computed, alone)
+
+
+def worked(waits: Sequence[float], computed: Sequence[float], alone: Sequence[float]) -> list[Row]:
+    """Seconds of each map: at the client, of the server's engines for it, and in this process beside it."""
+    besides, low, high = paired_ratio(waits, computed)
+    values = with_ends("share_besides_engines", (besides - 1, low - 1, high - 1))
+    values |= with_ends("over_in_process", paired_ratio(waits, alone))
+    number = next(numbers)
+    times = {SIDE: waits, "engines in the server": computed, IN_PROCESS: alone}
+    timings = {side: Timing(tuple(of), WARM_UPS, measurement=number) for side, of in times.items()}
+    return [Row("work", side, {"streams": 1}, t, values if side == SIDE else {}) for side, t in timings.items()]
 
 
 def _computed(counter: triton.InferenceServerClient) -> dict[str, float]:
@@ -176,14 +185,16 @@ def hold(url: str, film_loop: Loop, count: int, seconds: float) -> dict[str, flo
     """`count` streams of 25 frames and 5 maps a second each, at once and evenly spread, for `seconds` seconds (> 0.6,
     which the first window takes), from the server at `url`; a window too late to wait is dropped.
 
-    median_s    from capture to map: of each stream, and the median of these
-    p99_s       the same in 99 of 100 maps: of each stream, and the worst of these
-    maps_per_s  of all streams: 5 x count if the server keeps up
-    dropped     windows of all streams
+    median_s       from capture to map: of each stream, and the median of these
+    p99_s          the same in 99 of 100 maps: of each stream, and the worst of these
+    maps_per_s     of all streams: nearly 5 x count if the server keeps up, since the time from a stream's last frame to
+                   its last map counts too
+    dropped        windows of all streams
+    share_dropped  of all windows: they have no latency, so the more there are the less the others' say
 
     UserError if a stream fails."""
     windows = (round(seconds * RATE) - DEMO.frames) // STRIDE + 1  # that a stream has
-    reports: list[Report] = []
+    reports: list[tuple[Report, float]] = []
     failures: list[BaseException] = []
 
     def camera(delay: float) -> None:
@@ -199,16 +210,24 @@ def hold(url: str, film_loop: Loop, count: int, seconds: float) -> dict[str, flo
         thread.join()
     if failures:
         raise failures[0]
+    return held(reports, windows)
+
+
+def held(reports: Sequence[tuple[Report, float]], windows: int) -> dict[str, float]:
+    """What `hold` returns. reports: of each stream, and the seconds from its last frame to its last map; windows: that
+    each had."""
+    dropped = sum(r.dropped for r, _ in reports)
     return {
-        "median_s": median(r.median_s for r in reports),
-        "p99_s": max(r.p99_s for r in reports),
-        "maps_per_s": RATE / STRIDE * sum(r.maps for r in reports) / windows,
-        "dropped": sum(r.dropped for r in reports),
+        "median_s": median(r.median_s for r, _ in reports),
+        "p99_s": max(r.p99_s for r, _ in reports),
+        "maps_per_s": sum(r.maps / (windows * STRIDE / RATE + late_s) for r, late_s in reports),
+        "dropped": dropped,
+        "share_dropped": dropped / (windows * len(reports)),
     }
 
 
-def _camera(url: str, loop: Loop, seconds: float, delay: float) -> Report:
-    """A stream in its own time."""
+def _camera(url: str, loop: Loop, seconds: float, delay: float) -> tuple[Report, float]:
+    """A stream in its own time, and the seconds from its last frame to its last map."""
     with StreamClient(url, stride=STRIDE, on_lag="drop") as client:
         began = time.monotonic() + delay
         for i in range(round(seconds * RATE)):
@@ -216,10 +235,11 @@ def _camera(url: str, loop: Loop, seconds: float, delay: float) -> Report:
             loop.feed(client, i)
             while client.poll() is not None:
                 pass
+        ended = answered = time.monotonic()
         client.finish()
         for _ in client:
-            pass
-        return client.report()
+            answered = time.monotonic()
+        return client.report(), answered - ended
 
 
 # ---- alignment

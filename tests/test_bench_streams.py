@@ -68,6 +68,22 @@ def test_growth_of_a_long_and_of_a_short_run() -> None:
     assert math.isnan(soak.growth([(0.0, 100.0), (60.0, 100.0)]))  # nobody looked in the first third
 
 
+def test_growth_if_the_run_had_stopped_before() -> None:
+    """Half as much again for some minutes: it is out of the last third when the run ends, and not, had it ended
+    sooner."""
+    flat = [(15.0 * n, 100.0) for n in range(121)]
+    assert soak.growths(flat) == (0, 0)
+    came_and_went = [(at, 150.0 if 1160 <= at <= 1560 else mb) for at, mb in flat]
+    assert soak.growth(came_and_went) == 0
+    assert soak.growths(came_and_went) == (0, 0.5)
+    slowly = [(at, 100 + at / 10) for at, _ in flat]
+    low, high = soak.growths(slowly)
+    found = [soak.growth(slowly[:i]) for i in range(94, 122)]  # 1395 s is before the last third, 1410 s in it
+    assert (low, high) == (min(found[1:]), max(found[1:]))
+    assert low < high
+    assert all(math.isnan(end) for few in ([], flat[:2]) for end in soak.growths(few))
+
+
 def test_private_memory() -> None:
     before = soak.private_mb(os.getpid())
     # pages of its own: an array may get pages that the process has already
@@ -95,12 +111,47 @@ def test_a_loop_goes_on(film: Path) -> None:
 
 def test_streams_on_a_server(film: Path, toy_server: TritonServer) -> None:
     values = streams.hold(toy_server.url, Loop(film), count=2, seconds=2.0)
-    assert values.keys() == {"median_s", "p99_s", "maps_per_s", "dropped"}
+    assert values.keys() == {"median_s", "p99_s", "maps_per_s", "dropped", "share_dropped"}
     # each stream's 50 frames make windows 0..15, 5..20 .. 30..45: 7, of which none is dropped
-    assert (values["maps_per_s"], values["dropped"]) == (10.0, 0)
+    assert (values["dropped"], values["share_dropped"]) == (0, 0)
+    assert 5 < values["maps_per_s"] < 10  # the last ones come after the last frame
     # half the excerpt of sound, 0.519 s, has to be waited for, but at the end; the last of it is in the piece of 0.04 s
     # that comes 0.48 s after the middle frame
     assert 0.47 < values["median_s"] <= values["p99_s"] < 2
+
+
+def test_maps_that_come_late_take_their_time() -> None:
+    """Two streams of 100 windows, 20 s: one with all maps half a second after its last frame, the other with 60, of
+    which the last came 10 s later."""
+    prompt, slow = (
+        SimpleNamespace(median_s=m, p99_s=2 * m, maps=maps, dropped=100 - maps) for m, maps in ((0.6, 100), (2.0, 60))
+    )
+    values = streams.held([(prompt, 0.5), (slow, 10.0)], 100)  # type: ignore[list-item]
+    assert values == {
+        "median_s": 1.3,
+        "p99_s": 4.0,
+        "maps_per_s": pytest.approx(100 / 20.5 + 60 / 30),
+        "dropped": 40,
+        "share_dropped": 0.2,
+    }
+
+
+def test_work_is_of_pairs() -> None:
+    """A machine that is half as fast for a while: the share beside the engines does not move, nor does the ratio."""
+    pace = np.repeat([1.0, 2.0], 30)
+    noise = np.random.default_rng(0).normal(1, 0.01, 60)
+    mine, engines, alone = streams.worked((0.11 * pace * noise).tolist(), (0.1 * pace).tolist(), (0.08 * pace).tolist())
+    assert (mine.side, alone.side) == (streams.SIDE, "in process")
+    for name, true in (("share_besides_engines", 0.1), ("over_in_process", 1.375)):
+        figures = [mine.values[f"{name}{end}"] for end in ("_low", "", "_high")]
+        assert figures == sorted(figures)
+        assert figures[1] == pytest.approx(true, abs=0.01)
+        assert 0 < figures[2] - figures[0] < 0.02
+    assert engines.timing is not None
+    assert mine.timing is not None
+    shares = np.divide(mine.timing.samples, engines.timing.samples) - 1  # of each map, in the file
+    assert mine.values["share_besides_engines"] == pytest.approx(np.median(shares))
+    assert engines.timing.measurement == mine.timing.measurement is not None
 
 
 def test_a_stream_that_fails_is_not_left_out(film: Path) -> None:
