@@ -29,7 +29,7 @@ from bench.serving import PROTOCOLS, addresses, client, serving
 from bench.sides import CLIPS, Context, asking, installed_engines
 from mubic_deploy.arguments import number, positive
 from mubic_deploy.artifacts import Artifacts
-from mubic_deploy.config import CONFIGS
+from mubic_deploy.config import CONFIGS, MAX_BATCH
 from mubic_deploy.console import bar, say, warn
 from mubic_deploy.engines import cpu
 from mubic_deploy.errors import UserError
@@ -42,7 +42,6 @@ OUT = Path("out") / "tuned"
 SECONDS, QUICK_SECONDS = 10.0, 2.0  # of a trial
 PARTS = 2  # of a trial, so that it has a spread
 ROUNDS, QUICK_ROUNDS = 8, 5  # of the winner against the default, each half a trial long
-MAX_BATCH = 8  # `write_repository`'s own
 DELAYS_US = (0, 500, 2000, 10000)
 DEFAULT = "default"
 LOOP, DENOISER = "ddim", "denoiser"

@@ -6,6 +6,7 @@ Shapes leave out the batch axis, which is the first and the only dynamic one."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -71,6 +72,15 @@ class Signature:
     @property
     def output_names(self) -> list[str]:
         return [t.name for t in self.outputs]
+
+    def batch(self, inputs: Mapping[str, ShapedT]) -> tuple[int, dict[str, ShapedT]]:
+        """The batch size of the inputs, which all have, and each input checked, in the signature's order. UserError
+        for one that is none, or where they differ."""
+        arrays = {t.name: t.check(inputs[t.name]) for t in self.inputs}
+        batch, *others = {array.shape[0] for array in arrays.values()}
+        if others:
+            raise UserError(f"the tensors of {self.name} must have the same batch size")
+        return batch, arrays
 
 
 def video(c: Config) -> Tensor:

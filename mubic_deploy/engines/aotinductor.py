@@ -117,10 +117,7 @@ class AOTInductorEngine:
         self.run, self.signature, self.device, self.max_batch, self.parts = run, signature, device, max_batch, parts
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        arrays = [t.check(inputs[t.name]) for t in self.signature.inputs]
-        batch, *others = {len(array) for array in arrays}
-        if others:
-            raise UserError(f"the tensors of {self.signature.name} must have the same batch size")
+        batch, arrays = self.signature.batch(inputs)
         if batch > self.max_batch:
             raise UserError(
                 f"a batch of {batch} is above the package's {self.max_batch}: send fewer at once, or compile with "
@@ -129,7 +126,7 @@ class AOTInductorEngine:
         # a graph has a way of its own from the host
         device = torch.device("cpu") if isinstance(self.run, Replayed | Lanes) else self.device
         with torch.inference_mode(), on_gpu(self.signature.name, self.device):
-            outputs = self.run(*(to_torch(array, device) for array in arrays))
+            outputs = self.run(*(to_torch(array, device) for array in arrays.values()))
         return {name: from_torch(x) for name, x in zip(self.signature.output_names, outputs, strict=True)}
 
 

@@ -88,10 +88,7 @@ class BoundEngine:
         self._bindings: dict[int, tuple[ort.IOBinding, ort.RunOptions]] = {}
 
     def __call__(self, inputs: Arrays) -> dict[str, DeviceArray]:
-        arrays = {t.name: t.check(inputs[t.name]) for t in self.signature.inputs}
-        batch, *others = {len(array) for array in arrays.values()}
-        if others:
-            raise UserError(f"the tensors of {self.signature.name} must have the same batch size")
+        batch, arrays = self.signature.batch(inputs)
         with enough_memory(f"{self.signature.name} at a batch of {batch}"):
             for tensor in self.signature.inputs:
                 self._places.write(tensor, arrays[tensor.name])

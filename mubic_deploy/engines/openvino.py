@@ -45,11 +45,8 @@ class OpenVinoEngine:
         self._request = core().compile_model(model, "CPU", settings).create_infer_request()
 
     def __call__(self, inputs: Arrays) -> HostArrays:
-        feed = {t.name: np.asarray(t.check(inputs[t.name])) for t in self.signature.inputs}
-        lengths = {len(array) for array in feed.values()}
-        if len(lengths) > 1:
-            raise UserError(f"the inputs of {self.signature.name} are batches of {sorted(lengths)}: send one batch")
-        (batch,) = lengths
+        batch, arrays = self.signature.batch(inputs)
+        feed = {name: np.asarray(array) for name, array in arrays.items()}
         clips = [self._infer({name: array[i : i + 1] for name, array in feed.items()}) for i in range(batch)]
         if batch == 1:
             return clips[0]

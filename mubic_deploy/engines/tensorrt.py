@@ -124,10 +124,7 @@ class TensorRTEngine:
 
     def __call__(self, inputs: Arrays) -> dict[str, DeviceArray]:
         self._runtime.logger.errors.clear()  # what is said below is of this call
-        arrays = {t.name: t.check(inputs[t.name]) for t in self.signature.inputs}
-        batch, *others = {len(array) for array in arrays.values()}
-        if others:
-            raise UserError(f"the tensors of {self.signature.name} must have the same batch size")
+        batch, arrays = self.signature.batch(inputs)
         if batch > self.max_batch:
             raise UserError(
                 f"a batch of {batch} is above the engine's {self.max_batch}: send fewer at once, or build with "
