@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,7 @@ AT_LEAST = 1.02  # the ratio from which on a difference is worth a word, either 
 METRIC_AT_LEAST = 0.0005  # of CC, SIM, NSS and AUC, whose scale is fixed
 LIMIT_DRIFT = 0.05  # by which two runs' measured limits may differ
 FASTER, SLOWER, ALIKE, UNDECIDED, LOST = "faster", "slower", "no difference", "undecided", "lost"
+PERCENTILE = re.compile(r"p\d+_s")
 LOOKS = {FASTER: "green", SLOWER: "bold red", LOST: "bold red", "better": "green", "worse": "bold red"}
 
 
@@ -103,7 +105,7 @@ class Comparison:
         out = asdict(self)
         for row, timed in zip(out["times"], self.times, strict=True):
             row["real"] = timed.real
-        return out
+        return out | {"lost": self.lost}
 
 
 def compare(a: Results, b: Results, name_a: str = "A", name_b: str = "B") -> Comparison:
@@ -193,6 +195,8 @@ def _values(row: Row, b: Mapping[str, float]) -> list[Value]:
         if not math.isfinite(old) or name.removesuffix("_low").removesuffix("_high") in row.values.keys() - {name}:
             continue
         new, verdict = b.get(name, math.nan), ALIKE
+        if name not in b and PERCENTILE.fullmatch(name) and math.isfinite(b.get("median_s", math.nan)):
+            continue  # too few answers tell none: `timing.told`
         if not math.isfinite(new):
             verdict = LOST
         elif _moved(name, old, new):
@@ -247,7 +251,7 @@ def run(arguments: argparse.Namespace) -> int:
     counted = comparisons if percent is not None else []
     slower = [t for c in counted for t in c.slower(percent)]
     perhaps = [t for c in counted for t in c.perhaps_slower(percent)]
-    lost = [*(name for c in counted for name in c.lost), *(only_a if counted else [])]
+    lost = [*(name for c in comparisons for name in c.lost), *only_a]
     alone = [f"{name} is in {a} only" for a, names in ((arguments.a, only_a), (arguments.b, only_b)) for name in names]
     if arguments.json:
         names = {"too_slow": [_name(t) for t in slower], "perhaps_too_slow": [_name(t) for t in perhaps]}
@@ -259,11 +263,11 @@ def run(arguments: argparse.Namespace) -> int:
             _show(comparison)
         for timed in slower:
             say(f"too slow: {_name(timed)}: {100 * (timed.ratio - 1):.1f} % slower, {percent:g} % are allowed")
-        for name in lost:
+        for name in lost if counted else ():
             say(f"lost in B, so nobody knows whether it is worse: {name}")
         if perhaps:
             warn([f"perhaps slower than that, and not counted: {len(perhaps)} rows, measure them again"])
-    return 1 if slower or lost else 0
+    return 1 if slower or (lost and counted) else 0
 
 
 def _load(a: Path, b: Path) -> tuple[list[Comparison], list[str], list[str]]:

@@ -29,8 +29,10 @@ def seconds(value: float, figures: int = 3) -> str:
 
 
 def ends(low: float, high: float, form: str = ".3f") -> str:
-    """1.021 to 1.034; - of what has no interval."""
-    return f"{low:{form}} to {high:{form}}" if math.isfinite(high) else "-"
+    """1.021 to 1.034; 1.021 to ? where the upper end is not known; - of what has no interval."""
+    if math.isfinite(high):
+        return f"{low:{form}} to {high:{form}}"
+    return f"{low:{form}} to ?" if math.isfinite(low) and low > 0 else "-"
 
 
 def gain(times: float, low: float, high: float) -> str:

@@ -58,7 +58,8 @@ class Timing:
     settled: whether the warm-up calls had stopped changing
     rounds: how many of the calls, in their order, belong together, as those of one round of a load, which are slow or
     fast together; empty where each stands for itself
-    measurement: the number of the call of `measure` that they are of, whose sides took turns; None of a load"""
+    measurement: the number of the call of `measure` that they are of, whose sides took turns to the end; None of a
+    load, or where some were called more often afterwards"""
 
     samples: tuple[float, ...]
     warm_ups: int = 0
@@ -246,16 +247,19 @@ def measure(
         warm |= times
         settled |= calm
     samples: dict[str, list[float]] = {name: [] for name in sides}
+    plans = 0
     wanted = {name: rule.calls(float(np.median(w[1:][-WINDOW:]))) for name, w in warm.items()}
     missing = dict.fromkeys(wanted, max(wanted.values())) if in_step else wanted
     while plan := shuffled(missing, seed):
+        plans += 1
         for done, name in enumerate(plan):
             progress(name, done, len(plan))
             samples[name].append(timed(name))
         # of the sides that were quicker than their last warm-up calls
         missing = {name: max(0, rule.calls(sum(s) / len(s)) - len(s)) for name, s in samples.items()}
         missing = dict.fromkeys(missing, max(missing.values())) if in_step else missing
-    number = next(numbers)
+    # where some were called again, the k-th calls of two sides lie apart
+    number = next(numbers) if in_step or plans == 1 else None
     return {name: Timing(tuple(s), len(warm[name]), settled[name], measurement=number) for name, s in samples.items()}
 
 

@@ -99,12 +99,13 @@ class Options:
             check_precision(self.precision)
         check_optimisations(self.optimisations or (), REWRITES)
         if self.jobs is not None:
-            whole("jobs", self.jobs, 1)
+            object.__setattr__(self, "jobs", whole("jobs", self.jobs, 1))
         if self.autotune and (self.jobs or 1) > 1:
             raise UserError("kernels are measured, so nothing else may run beside: leave out --jobs, or --autotune")
         if self.device == "cpu" and self.chosen_precision != FLOAT32:
             raise UserError("on a CPU packages compute in FP32: leave out --precision, or name --device cuda")
-        whole("max batch", self.max_batch, 2)  # else no axis is dynamic
+        # of 1 no axis would be dynamic
+        object.__setattr__(self, "max_batch", whole("max batch", self.max_batch, 2))
 
     @property
     def chosen_precision(self) -> str:

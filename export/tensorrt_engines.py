@@ -45,9 +45,10 @@ class Options:
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
-        whole("max batch", self.max_batch, 1)
-        whole("best batch", self.best_batch, 1, self.max_batch, use=f"1 to --max-batch {self.max_batch}")
-        whole("level", self.level, 0, 5)
+        most = whole("max batch", self.max_batch, 1)
+        best = whole("best batch", self.best_batch, 1, most, use=f"1 to --max-batch {most}")
+        for name, value in (("max_batch", most), ("best_batch", best), ("level", whole("level", self.level, 0, 5))):
+            object.__setattr__(self, name, value)
 
 
 def build(

@@ -19,11 +19,7 @@ from mubic_deploy.graphs import Signature, signatures
 
 # manifests, each of a kind of folder
 MANIFEST, PACKAGES_MANIFEST, PLANS_MANIFEST = "manifest.json", "packages.json", "engines.json"
-KINDS = {
-    MANIFEST: "exported graphs: use --engine openvino or onnxruntime",
-    PACKAGES_MANIFEST: "AOTInductor's packages: use --engine aotinductor",
-    PLANS_MANIFEST: "TensorRT engines: use --engine tensorrt",
-}
+KINDS = {MANIFEST: "exported graphs", PACKAGES_MANIFEST: "AOTInductor's packages", PLANS_MANIFEST: "TensorRT engines"}
 FORMAT = 3  # of the manifest; a reader refuses another
 Needs = dict[tuple[str, ...], type | UnionType]  # entries of a manifest, each a path of keys, and their types
 SEED: Needs = {("source", "seed"): int | None}  # of random weights
@@ -69,7 +65,9 @@ class Layout:
         except (FileNotFoundError, NotADirectoryError):
             missing = "is a file, not a folder" if path.is_file() else f"holds no {self.manifest}"
             if other := next((what for name, what in KINDS.items() if (path / name).is_file()), None):
-                raise UserError(f"{path} {missing}, but {other}; or {self.again}") from None
+                raise UserError(
+                    f"{path} {missing}, but {other}: name the engine that runs these, or another folder ({self.again})"
+                ) from None
             what = missing if path.exists() else "does not exist"
             raise UserError(f"{path} {what}: {self.again}") from None
         except (ValueError, OSError) as error:

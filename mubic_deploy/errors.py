@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from numbers import Real
 from typing import Any
+
+SHOWN = 60  # characters
 
 
 class UserError(Exception):
@@ -15,7 +16,7 @@ class UserError(Exception):
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None, unit: str = "", use: str | None = None) -> int:
-    """`value` if it is an integer from `least` to `most`, Python's or NumPy's, else UserError.
+    """`value` as an int if it is an integer from `least` to `most`, Python's or NumPy's, else UserError.
 
     unit: of what is counted, as " frames"; use: what may be given, where that is not these numbers alone."""
     if use is None:
@@ -23,14 +24,29 @@ def whole(name: str, value: Any, least: int, most: int | None = None, unit: str 
     try:
         number = operator.index(value)
     except TypeError:
-        raise UserError(f"{name} {value!r} is no int: use {use}") from None
+        raise UserError(f"{name} {shown(value)} is no int: use {use}") from None
     if number < least or (most is not None and number > most):
         raise UserError(f"{name} {number} is out of range: use {use}")
     return number
 
 
-def check_seconds(name: str, seconds: float) -> float:
-    """`seconds` if it is a finite number above 0, else UserError."""
-    if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
-        raise UserError(f"{name} {seconds} is out of range: use seconds above 0")
-    return seconds
+def check_seconds(name: str, seconds: Any) -> float:
+    """`seconds` as a float if it is a finite number above 0, else UserError."""
+    number = as_float(seconds)
+    if not 0 < number < math.inf:
+        raise UserError(f"{name} {shown(seconds)} is out of range: use seconds above 0")
+    return number
+
+
+def as_float(value: Any) -> float:
+    """Of a number of any kind, NumPy's too; NaN for what is none."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def shown(value: Any) -> str:
+    """`repr`, in one line and not long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."

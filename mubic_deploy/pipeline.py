@@ -14,7 +14,7 @@ from mubic_deploy.artifacts import Artifacts, Folder
 from mubic_deploy.config import DEMO_CHECKPOINT, RANDOM, Config, weights_seed
 from mubic_deploy.diffusion import noise, schedule
 from mubic_deploy.engines import Array, Arrays, Engine, HostArrays, cpu, fetching
-from mubic_deploy.errors import UserError
+from mubic_deploy.errors import UserError, shown
 
 EAGER = ("eager", "eager-cuda")
 AOTINDUCTOR, TENSORRT = "aotinductor", "tensorrt"
@@ -59,8 +59,8 @@ def request(
                 raise ValueError
         except (ValueError, OverflowError, TypeError):
             raise UserError(
-                f"{tensor.name} cannot be {given[tensor.name]!r:.60}: give one whole number for all clips, or {batch}, "
-                f"one a clip: {ranges[tensor.name]}"
+                f"{tensor.name} cannot be {shown(given[tensor.name])}: give one whole number for all clips, or "
+                f"{batch}, one a clip: {ranges[tensor.name]}"
             ) from None
         arrays[tensor.name] = values[:, None].copy()
     for n in np.unique(arrays["STEPS"]):
@@ -183,7 +183,7 @@ class Pipeline:
         folder: Folder
         engines: Mapping[str, Engine]
         conditioner, allocate = None, ALLOCATE
-        # a string is a checkpoint's name first, as wherever one is named; a Path never is
+        # a string is a checkpoint's name first, as wherever one is named; a Path is a folder where there is one
         named = isinstance(source, str) and (source == DEMO_CHECKPOINT or source.startswith(RANDOM))
         is_folder = Path(source).is_dir() and not named
         if is_folder or engine in (AOTINDUCTOR, TENSORRT):

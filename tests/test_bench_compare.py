@@ -244,6 +244,24 @@ def test_what_is_lost_is_a_row_and_fails(
     assert compare.run(parse(*reversed(paths), "--fail-if-slower", "5")) == 0
 
 
+def test_a_percentile_that_is_not_told_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A round of B had some answers less than it takes; what is lost is said where nothing fails of it, too."""
+
+    def load(**values: float) -> Results:
+        return run_of([Row("server", "our clients", {"concurrency": 4}, values=values)])
+
+    load(median_s=0.1, p95_s=0.2, clips_per_s=9.0).write(tmp_path / "a.json")
+    load(median_s=0.1, clips_per_s=9.0).write(tmp_path / "b.json")
+    load(median_s=0.1, p95_s=0.2).write(tmp_path / "c.json")
+    assert compare.run(parse(tmp_path / "a.json", tmp_path / "b.json", "--fail-if-slower", 5)) == 0
+    capsys.readouterr()
+    assert compare.run(parse(tmp_path / "a.json", tmp_path / "c.json", "--json")) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["lost"]) == 1
+    assert said["comparisons"][0]["lost"] == said["lost"]
+    assert "clips" in said["lost"][0]
+
+
 def test_a_row_that_is_gone_is_lost(tmp_path: Path) -> None:
     gone = Row("parity", "openvino", values={"cc": 1.0, "largest_difference": 1e-6})
     found = compare.compare(run_of([timed(1.0, 1.0), gone]), run_of([Row("whole", "eager", values={"macs": 1.0})]))

@@ -312,3 +312,13 @@ def test_wall_clock_times_the_call() -> None:
     real = timing.measure({"sleep": lambda i: time.sleep(0.01)}, QUICK)["sleep"]
     assert min(real.samples) >= 0.01
     assert len(real.samples) >= 5
+
+
+def test_sides_that_were_called_again_are_not_paired() -> None:
+    """Their last calls were made when the others had ended."""
+    rule = Rule(repeats=12, seconds=2.0, short_s=0.0, warm_up_s=0.5)
+    again, _ = measured({"a": [0.1], "b": [0.2] * 4 + [0.1]}, rule)
+    assert len(again["a"].samples) == len(again["b"].samples) == 12
+    assert again["a"].measurement is None
+    once, _ = measured({"a": [0.1], "b": [0.1]}, rule)
+    assert once["a"].measurement == once["b"].measurement is not None

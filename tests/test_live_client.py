@@ -247,6 +247,21 @@ def test_asyncio_connecting_that_is_cancelled(toy_server: TritonServer, monkeypa
     wait_until(lambda: bool(made) and made[0]._sender.closed and threading.active_count() <= before)
 
 
+def test_asyncio_connects_again(toy_server: TritonServer, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same client, when the server has come."""
+
+    async def twice() -> bool:
+        client = AsyncStreamClient(f"127.0.0.1:{port}")
+        with pytest.raises(UserError, match="no Triton server answers"):
+            async with client:
+                pass
+        client._url = toy_server.url
+        async with client:
+            return client.client.through
+
+    assert asyncio.run(twice()) is False
+
+
 def test_asyncio_reads_that_are_cancelled(toy_server: TritonServer) -> None:
     """As `wait_for` does it, while a thread waits for the map: none is lost."""
 

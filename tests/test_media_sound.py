@@ -11,7 +11,7 @@ from films import Brightness, check_flash_and_click, click, flash_and_click, fra
 
 from mubic_deploy.config import AUDIO_SAMPLES, DEMO
 from mubic_deploy.live.items import Heard
-from mubic_deploy.live.source import LiveSource
+from mubic_deploy.live.source import FileSource, LiveSource
 from mubic_deploy.media.clips import read_clips
 from mubic_deploy.media.film import Film
 from mubic_deploy.media.sound import Placer, Sound, excerpt_start
@@ -69,6 +69,19 @@ def test_sound_that_starts_a_second_late_is_said(tmp_path):
     onset = np.flatnonzero(np.abs(later.audio) > 0.25)[0]
     assert abs(onset - (MIDDLE - 0.28 * 16_000)) <= 2
     assert film.warnings == ["the sound of late.mov starts at 1.00 s: silence is used before"]
+
+
+def test_what_exceeds_full_scale_is_cut_off(tmp_path):
+    """As floats of a file may; a live stream of it is what the film is."""
+    loud = 2 * np.sin(np.arange(48_000 * 2) / 10)[None].astype(np.float32)
+    path = write_film(tmp_path / "loud.mkv", frame_times(25, 50), BLACK, sound=loud, codec="pcm_f32le")
+    with Film(path) as film:
+        (first, *_) = read_clips(film, DEMO)
+    assert first.audio.max() == 1
+    assert first.audio.min() == -1
+    with FileSource(str(path), realtime=False) as source:
+        heard = [item.samples for item in source.items() if isinstance(item, Heard)]
+    assert max(np.abs(samples).max() for samples in heard) == 1
 
 
 def test_a_gap_is_silence(tmp_path):

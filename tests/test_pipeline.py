@@ -62,6 +62,7 @@ def test_the_shipped_checkpoint_gives_the_map_it_gave() -> None:
         ({"steps": "many"}, "STEPS cannot be 'many'"),
         ({"seed": 1.7}, r"SEED cannot be 1.7: give one whole number for all clips, or 2, one a clip: 0 to 2\^63 - 1"),
         ({"seed": 2**63}, "SEED cannot be 9223372036854775808"),
+        ({"seed": np.arange(4).reshape(2, 2)}, r"SEED cannot be array\(\[\[0, 1\], \[2, 3\]\]\): give"),
     ],
 )
 def test_steps_and_seeds_that_are_none(given: dict, message: str) -> None:
@@ -107,8 +108,8 @@ def test_a_folder_that_is_called_as_a_checkpoint(
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ("packages.json", "holds no manifest.json, but AOTInductor's packages: use --engine aotinductor"),
-        ("engines.json", "holds no manifest.json, but TensorRT engines: use --engine tensorrt"),
+        ("packages.json", "holds no manifest.json, but AOTInductor's packages: name the engine that runs these, or "),
+        ("engines.json", "holds no manifest.json, but TensorRT engines: name the engine that runs these"),
     ],
 )
 def test_a_folder_for_another_engine(tmp_path: Path, manifest: str, message: str) -> None:

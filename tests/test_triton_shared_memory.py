@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
@@ -189,6 +190,21 @@ def test_a_region_that_the_server_does_not_know(server: TritonServer, toy_pipeli
         predictor.predict(video, audio)
         assert len(known(server)) == 1
     assert not known(server)
+
+
+def test_an_answer_that_nobody_wants_gives_its_region_back(predictor: TritonPredictor, server: TritonServer) -> None:
+    """As asyncio's `wait_for` leaves it."""
+    video, audio = clips(predictor.config, 1)
+
+    async def impatient() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(predictor.predict_async(video, audio, steps=12)), 0)
+
+    for _ in range(5):
+        asyncio.run(impatient())
+    predictor.predict(video, audio)
+    predictor.close()
+    wait_until(lambda: not known(server))
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -32,18 +34,18 @@ class AsyncStreamClient:
     def __init__(self, url: str, **options: Any) -> None:
         self._url, self._options = url, options
         self._client: StreamClient | None = None
-        # threads of its own for what waits: those of asyncio are few, and all clients that wait would take them all
-        self._feeder, self._reader = ThreadPoolExecutor(1, "mubic-feed"), ThreadPoolExecutor(1, "mubic-read")
         self._closed = False
         self._reading = asyncio.Lock()
         self._next: asyncio.Task[LiveMap | None] | None = None  # what the reader waits for
 
     async def __aenter__(self) -> AsyncStreamClient:
+        # threads of its own for what waits: those of asyncio are few, and all clients that wait would take them all
+        self._feeder, self._reader = ThreadPoolExecutor(1, "mubic-feed"), ThreadPoolExecutor(1, "mubic-read")
         connecting = self._feeder.submit(StreamClient, self._url, **self._options)
         try:
             self._client = await asyncio.wrap_future(connecting)
-        except BaseException:
-            connecting.add_done_callback(_close)  # a thread cannot be cancelled, and nobody has what it makes
+        except BaseException:  # a thread cannot be cancelled, and nobody has what it makes
+            threading.Thread(target=_close, args=(connecting,), name="mubic-close").start()
             self._shut()
             raise
         return self
@@ -116,5 +118,7 @@ class AsyncStreamClient:
 
 
 def _close(connecting: Future[StreamClient]) -> None:
-    if not connecting.cancelled() and connecting.exception() is None:
-        connecting.result().close()
+    """When it is there, if it comes."""
+    with contextlib.suppress(CancelledError):
+        if connecting.exception() is None:
+            connecting.result().close()

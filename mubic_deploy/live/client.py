@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from numbers import Real
 from types import TracebackType
 
 import av
@@ -13,7 +12,7 @@ import numpy as np
 
 from mubic_deploy import graphs
 from mubic_deploy.config import SAMPLE_RATE, check_fit, check_seed
-from mubic_deploy.errors import UserError, check_seconds, whole
+from mubic_deploy.errors import UserError, as_float, check_seconds, shown, whole
 from mubic_deploy.live.backlog import SOUND_KEPT_S
 from mubic_deploy.live.link import Settings
 from mubic_deploy.live.report import Gap, LiveMap, Report
@@ -85,8 +84,7 @@ class StreamClient:
         max_waiting = whole("max_waiting", max_waiting, 1, unit=" windows")
         in_flight = whole("in_flight", in_flight, 1, MAX_IN_FLIGHT, " windows")
         seed = check_seed(seed)
-        check_seconds("timeout", timeout)
-        check_seconds("give_up_s", give_up_s)
+        timeout, give_up_s = check_seconds("timeout", timeout), check_seconds("give_up_s", give_up_s)
         if fit is not None:
             check_fit(fit)
         self._on_lag, self._max_waiting = on_lag, max_waiting
@@ -130,7 +128,7 @@ class StreamClient:
         Waits if the server is too slow and on_lag is queue. A time stamp that does not grow is a jump of the source's
         clock: after a gap the stream goes on with the new time."""
         captured = time.monotonic()
-        _check_time(time_s, "the frame")
+        time_s = _check_time(time_s, "the frame")
         small = self._fitted(image, display)
         sender = self._sender
         with sender.changed:
@@ -149,7 +147,7 @@ class StreamClient:
         time_s: of the first one, on the same clock as the frames'. A time stamp that goes back by more than a second is
         a jump of the clock; what overlaps with earlier sound by less is cut off. It never waits: sound may come up to
         10 minutes before its frames."""
-        _check_time(time_s, "the sound")
+        time_s = _check_time(time_s, "the sound")
         if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype != np.float32:
             raise UserError(f"sound must be float32 [n], not {_kind(samples)}: convert it, 16 kHz mono in [-1, 1]")
         check_sound(samples, "the sound")
@@ -285,16 +283,18 @@ class StreamClient:
         return make()
 
 
-def _check_time(time_s: float, what: str) -> None:
-    if not isinstance(time_s, Real) or not abs(time_s) < MAX_TIME_S:
-        raise UserError(f"{what} has the time stamp {time_s!r}: give seconds of the stream's clock")
+def _check_time(time_s: float, what: str) -> float:
+    number = as_float(time_s)
+    if not abs(number) < MAX_TIME_S:
+        raise UserError(f"{what} has the time stamp {shown(time_s)}: give seconds of the stream's clock")
+    return number
 
 
 def _display(given: tuple[int, int]) -> tuple[int, int]:
     try:
         height, width = given
     except (TypeError, ValueError):
-        raise UserError(f"display cannot be {given!r}: give (height, width) in pixels") from None
+        raise UserError(f"display cannot be {shown(given)}: give (height, width) in pixels") from None
     return whole("the display's height", height, 1, unit=" pixels"), whole("its width", width, 1, unit=" pixels")
 
 

@@ -51,8 +51,7 @@ def write_scenes(
 
     `out` may be new, empty or an earlier set of scenes and no more, which is replaced. UserError if it is something
     else, cannot be written, or a setting is out of range. Nothing is left behind unless all is written."""
-    whole("videos", videos, 1)
-    check_seed(seed)
+    videos, seed = whole("videos", videos, 1), check_seed(seed)
     workers = cpu.cores() if workers is None else whole("workers", workers, 1)
     require_length(seconds)
     out = Path(out)

@@ -26,8 +26,8 @@ class Machine:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        whole("devices", self.devices, 1)
-        whole("workers", self.workers, 0)
+        object.__setattr__(self, "devices", whole("devices", self.devices, 1))
+        object.__setattr__(self, "workers", whole("workers", self.workers, 0))
 
 
 DEFAULT_MACHINE = Machine()

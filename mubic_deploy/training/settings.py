@@ -74,9 +74,9 @@ class Settings:
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         for name in ("epochs", "batch", "noises", "stride", "validate"):
-            whole(name, getattr(self, name), 1)
-        whole("warmup", self.warmup, 0)
-        check_seed(self.seed)
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        object.__setattr__(self, "warmup", whole("warmup", self.warmup, 0))
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning rate {self.learning_rate} is out of range: use a positive number, such as 1e-4")
         if not 1 <= self.timestep_power <= 100:

@@ -185,6 +185,7 @@ class TritonPredictor:
 
     def _submit(self, arrays: HostArrays) -> Future[Result]:
         future: Future[Result] = Future()
+        future.set_running_or_notify_cancel()  # what is on its way cannot be cancelled
         memory, region = self._memory, None
         if memory is not None:
             region = memory.take(self._bytes(len(arrays["VIDEO"])), self.timeout)
@@ -201,7 +202,7 @@ class TritonPredictor:
             if error is not None:
                 future.set_exception(self._explained(error))
             else:
-                self._settle(future, lambda: self._result(arrays, result.as_numpy))
+                _settle(future, self._found(lambda: self._result(arrays, result.as_numpy)))
 
         inputs, outputs = self._tensors(arrays)
         for tensor in inputs:
@@ -221,8 +222,9 @@ class TritonPredictor:
                         raise ValueError(f"{name} is empty")
                     return array.copy()
 
-                self._settle(future, lambda: self._result(arrays, read))
-                memory.give(region)
+                found = self._found(lambda: self._result(arrays, read))
+                memory.give(region)  # before whoever waits asks for the next
+                _settle(future, found)
             elif "shared memory" in (error.message() or "").lower():  # the server was started again, or has no room
                 memory.abandon(region)
                 memory.abandon_all()
@@ -244,13 +246,13 @@ class TritonPredictor:
             tensor.set_shared_memory(region.name, place.array.nbytes, place.offset)
         self._infer(inputs, outputs, done)
 
-    def _settle(self, future: Future[Result], read: Callable[[], Result]) -> None:
-        """What is wrong with an answer, as with an empty one, is the future's too: nobody hears this thread."""
+    def _found(self, read: Callable[[], Result]) -> Result | UserError:
+        """An answer, or what is wrong with it, as with an empty one: an exception of this thread nobody would hear."""
         try:
-            future.set_result(read())
+            return read()
         except Exception as error:
-            text = f"the Triton server at {self.address} answered with something else than maps ({error}): see its log"
-            future.set_exception(UserError(text))
+            reason = f"answered with something else than maps ({error})"
+            return UserError(f"the Triton server at {self.address} {reason}: see its log")
 
     @property
     def _all_tensors(self) -> tuple[graphs.Tensor, ...]:
@@ -316,3 +318,10 @@ class TritonPredictor:
                 f"the Triton server at {self.address} serves no model {self.model}: {REMEDIES[self.model]}"
             )
         return UserError(f"the Triton server at {self.address} answered with an error: {message}")
+
+
+def _settle(future: Future[Result], found: Result | UserError) -> None:
+    if isinstance(found, UserError):
+        future.set_exception(found)
+    else:
+        future.set_result(found)

@@ -1,7 +1,7 @@
 """Whether the models of the one Triton server on this machine answer, and rightly:
 `python3 -m mubic_deploy.triton.health PORT [PROCESS]`, of HTTP. PROCESS: the server's number; it is ended if a model's
-process is gone, or if inferences failed in FAILURES checks in a row: after a fault of the GPU, as an illegal address,
-CUDA refuses all that a process asks of it, and TensorRT's engines run in the server's own.
+process is gone, or after a fault of the GPU, as an illegal address: CUDA refuses all that a process asks of it from
+then on, and TensorRT's engines run in the server's own.
 
 Triton says that it is ready for as long as its own process runs, in versions before 2026 also when a model's process
 has died and requests fail. So this asks for maps, and counts the processes of the Python models: where a model has
@@ -19,9 +19,9 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
-import tempfile
 import time
 from array import array
 from collections import Counter
@@ -33,7 +33,13 @@ ENSEMBLES = ("mubic", "mubic_fixed")  # as `graphs` names them
 STUB = "triton_python_backend_stub"  # a process of a Python model
 TIMEOUT = 25.0  # s for an answer, waiting behind other requests included
 BUSY = 4.0  # s after which no further map is asked for: others wait for theirs
-FAILURES = 3  # checks in a row
+# CUDA's words and names for what leaves no context behind; not for a want of memory, which passes
+FAULT = re.compile(
+    r"illegal (memory access|address|instruction)|misaligned address|unspecified launch failure|hardware stack error"
+    r"|device-side assert|uncorrectable ECC|context is destroyed"
+    r"|CUDA_?ERROR_?(ILLEGAL|MISALIGNED|LAUNCH_?FAILED|LAUNCH_?FAILURE|HARDWARE|ASSERT|ECC|CONTEXT_?IS_?DESTROYED)",
+    re.IGNORECASE,
+)
 AGAIN = 1.0  # s after which a process that is gone is still gone, and the server does not just end
 LARGEST = 8  # clips in a request, or the whole check would take long
 TURNS = ((0,), (0,), (1,), (1,), (0,))  # the clips of each request; then those of the batches
@@ -48,8 +54,8 @@ class GoneError(ValueError):
     """A model's process, which Triton does not start again."""
 
 
-class FailedError(ValueError):
-    """The server's own error, 500: not what was wrong with a request, nor that it is overloaded."""
+class FaultError(ValueError):
+    """Of the GPU, after which it is lost to the process that met it."""
 
 
 def check(port: int, processes: Counter[str]) -> None:
@@ -152,49 +158,25 @@ def _ask(port: int, method: str, path: str, body: bytes | None = None, headers: 
         answer = connection.getresponse()
         said = answer.read()
         if answer.status != http.client.OK:
-            kind = FailedError if answer.status == http.client.INTERNAL_SERVER_ERROR else ValueError
-            raise kind(f"{path}: {answer.status} {said.decode(errors='replace')}")
+            text = f"{path}: {answer.status} {said.decode(errors='replace')}"
+            raise FaultError(text) if FAULT.search(text) else ValueError(text)
         length = answer.headers.get("Inference-Header-Content-Length")
         return json.loads(said) if length is None else said[int(length) :]
     finally:
         connection.close()
 
 
-def end_if_gone(port: int, server: int) -> None:
-    """Ends the server if a model's process is still gone: while it ends by itself they go too, and then it answers no
-    more."""
+def end_if_still_so(port: int, server: int) -> None:
+    """Ends the server if a model's process is still gone, or the GPU still lost: while a server ends by itself its
+    models go too, and then it answers no more."""
     time.sleep(AGAIN)
-    processes = Counter(model_processes().values())
     try:
-        check(port, processes)
-    except GoneError:
-        end(server)
+        check(port, Counter(model_processes().values()))
+    except (GoneError, FaultError):
+        print(f"ending the server, process {server}")
+        os.kill(server, signal.SIGTERM)
     except (OSError, http.client.HTTPException, ValueError):
         pass  # it has ended, or what is wrong now is something else
-
-
-def end_if_failing(server: int) -> None:
-    """Ends the server if this is the last of FAILURES checks in a row that failed."""
-    file = _failures(server)
-    try:
-        before = int(file.read_text())
-    except (OSError, ValueError):
-        before = 0
-    if before + 1 < FAILURES:
-        file.write_text(str(before + 1))
-    else:
-        file.unlink(missing_ok=True)
-        end(server)
-
-
-def _failures(server: int) -> Path:
-    """Where checks leave for the next one how many failed."""
-    return Path(tempfile.gettempdir()) / f"mubic_health_{server}"
-
-
-def end(server: int) -> None:
-    print(f"ending the server, process {server}")
-    os.kill(server, signal.SIGTERM)
 
 
 def main(port: str, server: str | None = None) -> int:
@@ -202,13 +184,9 @@ def main(port: str, server: str | None = None) -> int:
         check(int(port), Counter(model_processes().values()))
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         print(f"{type(error).__name__}: {error}")
-        if server is not None and isinstance(error, GoneError):
-            end_if_gone(int(port), int(server))
-        elif server is not None and isinstance(error, FailedError):
-            end_if_failing(int(server))
+        if server is not None and isinstance(error, GoneError | FaultError):
+            end_if_still_so(int(port), int(server))
         return 1
-    if server is not None:
-        _failures(int(server)).unlink(missing_ok=True)
     return 0
 
 
