@@ -32,10 +32,10 @@ def measure(saliency: np.ndarray) -> Measures:
     mass = np.maximum(saliency, 0, dtype=np.float64)
     total = mass.sum()
     mass = mass / total if total > 0 else np.full(saliency.shape, 1 / saliency.size)
-    x = mass.sum(axis=0) @ (np.arange(width) + 0.5) / width
-    y = mass.sum(axis=1) @ (np.arange(height) + 0.5) / height
+    x = (mass.sum(axis=0) * (np.arange(width) + 0.5)).sum() / width
+    y = (mass.sum(axis=1) * (np.arange(height) + 0.5)).sum() / height
     there = mass[mass > 0]
-    entropy = -(there @ np.log(there)) / np.log(mass.size) if mass.size > 1 else 0.0
+    entropy = -(there * np.log(there)).sum() / np.log(mass.size) if mass.size > 1 else 0.0
     return Measures(peak, (float(x), float(y)), float(entropy), _half(mass))
 
 

@@ -45,12 +45,16 @@ class Fit:
         shape: (height, width) of the wanted map, `map_shape` by default. Bilinear, pixel centres at half integers.
         Bars are cut off; what a crop did not see is 0."""
         height, width = self.map_shape if shape is None else shape
-        rows = self._weights(0, saliency.shape[0], height)
-        columns = self._weights(1, saliency.shape[1], width)
-        return rows @ saliency.astype(np.float32, copy=False) @ columns.T
+        out = saliency.astype(np.float32, copy=False)
+        (above, below), (up, down) = self._taps(0, saliency.shape[0], height)
+        out = up[:, None] * out[above] + down[:, None] * out[below]
+        (before, behind), (left, right) = self._taps(1, saliency.shape[1], width)
+        return left * out[:, before] + right * out[:, behind]
 
-    def _weights(self, axis: int, n: int, wanted: int) -> np.ndarray:
-        """float32 [wanted, n]: the bilinear weights of `n` map pixels in each of the `wanted` over the frame."""
+    def _taps(self, axis: int, n: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        """int [2, wanted] and float32 [2, wanted]: the two of `n` map pixels that each of the `wanted` over the frame
+        lies between, and their bilinear weights. (Not as a matrix: after a product the threads of NumPy's BLAS spin for
+        100 ms, on cores that a model could have.)"""
         scale = n / self.size[axis]
         top, extent = self.corner[axis] * scale, self.scaled[axis] * scale
         centre = top + (np.arange(wanted) + 0.5) * extent / wanted
@@ -58,12 +62,9 @@ class Fit:
         part = (centre - 0.5 - below).astype(np.float32)
         # taps stay on the pixels that the frame touches, so that no bar bleeds into its edge
         first, last = max(int(np.floor(top)), 0), min(int(np.ceil(top + extent)), n) - 1
-        weights = np.zeros((len(centre), n), np.float32)
-        rows = np.arange(len(centre))
-        np.add.at(weights, (rows, np.clip(below, first, last).astype(int)), 1 - part)
-        np.add.at(weights, (rows, np.clip(below + 1, first, last).astype(int)), part)
-        weights[(centre < 0) | (centre > n)] = 0
-        return weights
+        taps = np.clip([below, below + 1], first, last).astype(int)
+        inside = (centre >= 0) & (centre <= n)
+        return taps, np.stack([1 - part, part]) * inside
 
 
 def map_shape(display: tuple[int, int]) -> tuple[int, int]:
