@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -105,3 +110,28 @@ def test_a_spot_comes_back_where_it_was(name, display):
 def test_unknown_fit():
     with pytest.raises(UserError, match=r"'zoom'.*letterbox, stretch, crop"):
         make_fit("zoom", (10, 10), FULL)
+
+
+SPINNING = """
+import time
+import numpy as np
+from mubic_deploy.live.measures import measure
+from mubic_deploy.media.fit import make_fit
+fit = make_fit("letterbox", (720, 1280), (112, 192))
+saliency = np.random.default_rng(0).random((56, 96), np.float32)
+rested = 0.0
+for _ in range(20):
+    measure(fit.back(saliency))
+    began = time.process_time()
+    time.sleep(0.1)
+    rested += time.process_time() - began
+print(rested)
+"""
+
+
+def test_nothing_spins_when_a_map_is_made() -> None:
+    """As the threads of NumPy's BLAS do after a product, on cores that a model, or a server, could have."""
+    threads = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | threads | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "-c", SPINNING], env=environment, capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 0.1  # of 2 s at rest
