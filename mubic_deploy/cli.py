@@ -414,7 +414,8 @@ def guarded(work: Callable[[], int]) -> int:
         print(f"mubic-deploy: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:
-        print(f"mubic-deploy: {error.filename or error} may not be read or entered: see permissions", file=sys.stderr)
+        place = error.filename or error
+        print(f"mubic-deploy: {place} may not be read or entered: see its permissions", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in FULL_DISK:

@@ -160,7 +160,7 @@ def test_damaged_folders_are_named(plans: Plans, half_artifacts: Artifacts) -> N
             Plans.open(plans.path)
 
     with pytest.raises(
-        UserError, match=r"holds no engines.json, but exported graphs: .*; or build it here with mubic-deploy"
+        UserError, match=r"holds no engines.json, but exported graphs: .* \(build it here with mubic-deploy engines"
     ):
         Plans.open(half_artifacts.path)
     text = (plans.path / "engines.json").read_text()
