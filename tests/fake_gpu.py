@@ -160,7 +160,8 @@ class Driver(ModuleType):
 
     def libcuda(self, name: str) -> Any:
         """In the place of ctypes.CDLL."""
-        assert name == "libcuda.so.1"
+        if name != "libcuda.so.1":  # PyTorch looks for NVIDIA's management library
+            raise OSError(f"{name}: not found")
         driver = self
 
         class Library:
