@@ -168,7 +168,7 @@ def _is_over(folder: Path) -> bool:
     """Whether the process that compiles has ended, as one that was killed for its memory."""
     try:
         process = (folder / COMPILER).read_text()
-    except OSError:  # it is of another kind, as in a test
+    except OSError:  # it was not started as a process of its own
         return False
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]

@@ -147,9 +147,8 @@ def block_length(samples: Sequence[float]) -> int:
     (2 r / (1 - r^2))^(2/3) n^(1/3) (Carlstein 1986), such that there are FEW blocks at least; 1 unless r > 0. r is that
     of the ranks, from which one slow call takes little."""
     _, places, counts = np.unique(samples, return_inverse=True, return_counts=True)
-    apart = (np.cumsum(counts) - counts / 2)[places] - len(
-        samples
-    ) / 2  # ranks, the same of equal values, from their mean
+    ranks = (np.cumsum(counts) - counts / 2)[places]  # the same of equal values
+    apart = ranks - len(samples) / 2  # from their mean
     squares = apart @ apart
     r = apart[1:] @ apart[:-1] / squares if squares else 0.0
     if r <= 0:

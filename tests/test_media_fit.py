@@ -117,11 +117,13 @@ import time
 import numpy as np
 from mubic_deploy.live.measures import measure
 from mubic_deploy.media.fit import make_fit
+from mubic_deploy.metrics import cc
 fit = make_fit("letterbox", (720, 1280), (112, 192))
 saliency = np.random.default_rng(0).random((56, 96), np.float32)
 rested = 0.0
 for _ in range(20):
-    measure(fit.back(saliency))
+    saliencies = fit.back(saliency, (720, 1280)), fit.back(saliency, (720, 1280))
+    measure(fit.back(saliency)), cc(*saliencies)
     began = time.process_time()
     time.sleep(0.1)
     rested += time.process_time() - began

@@ -198,15 +198,14 @@ class StreamClient:
         self._sender.changed.notify_all()
 
     def _fitted(self, image: np.ndarray | av.VideoFrame, display: tuple[int, int] | None) -> np.ndarray:
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-            # of no pixels FFmpeg makes none
-            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24") if image.size else image
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
         if not isinstance(image, av.VideoFrame):
             raise UserError(f"a frame must be uint8 [h, w, 3], RGB, or PyAV's, not {_kind(image)}: convert it")
         fit = self.fit
         if fit is None:
-            shown = _display((image.height, image.width) if display is None else display)
-            fit = make_fit(self._fit_name, shown, (self.config.height, self.config.width))
+            size = _display((image.height, image.width) if display is None else display)
+            fit = make_fit(self._fit_name, size, (self.config.height, self.config.width))
         small = fit.place(self._resize(image, fit.scaled, "rgb24").to_ndarray())
         self.fit = fit
         return small

@@ -81,9 +81,8 @@ class Placer:
     """Puts decoded sound on the time line as 16 kHz mono, by its time stamps.
 
     Channels are mixed by FFmpeg's downmix with weights that sum to 1, so that full scale stays in [-1, 1]; what floats
-    of a file exceed it by is cut off. Time
-    stamps that stray by less than 10 ms are rounding; one that strays by more, as that of a clock that drifts does
-    in the end, is where the sound goes on."""
+    of a file exceed it by is cut off. Time stamps that stray by less than 10 ms are rounding; one that strays by more,
+    as that of a clock that drifts does in the end, is where the sound goes on."""
 
     def __init__(self) -> None:
         self.position = 0  # where the next resampled sample belongs

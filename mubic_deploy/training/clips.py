@@ -71,8 +71,8 @@ class Clips(Dataset[dict[str, torch.Tensor]]):
         fit: one of FITS, that of `config` unless another is asked for.
         flip: mirrors half of the clips; jitter: starts each up to stride - 1 frames later. Both are drawn from (seed,
         epoch, index) alone. sound: `own`, or to see what it is worth `muted`, `swapped` for the next video's, or
-        `shifted`, heard a second late. UserError for an unknown fit or sound, a stride or a
-        seed that is none, a sound or a first frame that is missing, and what of these or of the maps is damaged."""
+        `shifted`, heard a second late. UserError for an unknown fit or sound, a stride or a seed that is none, a sound
+        or a first frame that is missing, and what of these or of the maps is damaged."""
         whole("stride", stride, 1, unit=" frames")
         check_seed(seed)
         if sound not in SOUNDS:
